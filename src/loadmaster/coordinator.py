@@ -1,0 +1,231 @@
+"""What a community may change about a job, and what it is offered to do so.
+
+Subclass `JobExecutionCoordinator` and override what you need. Four hooks, called once each and in this order:
+`stageIn`, `preProcess`, (the payload), `postProcess`, `stageOut`. A hook goes on by returning; what else it may say it
+raises: `SkipPayload`, `RescheduleJob`, `HoldJob`, `RetryHook(after)`, or any `JobError` to fail the job. Anything else it
+raises fails the job as `HookFailed`, with its cause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.companions import Companions
+from loadmaster.events import (
+    FailoverRequested,
+    FileStagedIn,
+    FileStagedOut,
+    OutputMissing,
+    ParameterReported,
+    TransferProgress,
+)
+from loadmaster.handle import JobHandle
+from loadmaster.model import (
+    ComputingElement,
+    Failure,
+    InputFile,
+    JobDescription,
+    OutputFile,
+    PayloadOutcome,
+    PayloadSpec,
+    StoredFile,
+)
+from loadmaster.names import base_name, join_url
+from loadmaster.payload.output import PEEK_LINES
+from loadmaster.payload.supervise import Payload
+from loadmaster.staging.engine import NOT_MADE, Transfers, single_error
+from loadmaster.staging.plan import Delivery, lfns_of, plan_delivery, plan_fetches, refuse_collisions, sandbox_directory
+from loadmaster.staging.sandbox import pack, unpack
+from loadmaster.storage.base import Replica
+from loadmaster.workdir import Workdir
+
+
+class Coordinator(Protocol):
+    """The least a coordinator has. `stageIn`, `stageOut` and a `job` attribute are used when they are there."""
+
+    async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
+        """Decide what is executed, from the description's command and the environment it starts from."""
+        ...
+
+    async def postProcess(self) -> None:
+        """Look at what the payload left, before outputs are taken out."""
+        ...
+
+
+class JobExecutionCoordinator:
+    """The coordinator of a job nobody has special wishes for, and the base of all others."""
+
+    job: JobInFlight
+    """The standard steps and what is known of the job; there from `stageIn` on."""
+
+    def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
+        self.jobArgs = jobArgs
+        self.ceArgs = ceArgs
+
+    async def stageIn(self) -> None:
+        """Bring in the input sandbox and the input data, side by side."""
+        with single_error():
+            async with anyio.create_task_group() as both:
+                both.start_soon(self.job.download_input_sandbox)
+                both.start_soon(self.job.resolve_input_data)
+
+    async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
+        """Decide what is executed. `command` is a piece of shell; a mapping with `command` and `env` will do as well."""
+        return PayloadSpec(command=command, env=exeEnv)
+
+    async def postProcess(self) -> None:
+        """Called when a payload has ended, also when it failed or was stopped by a limit; `self.job.outcome` says how.
+
+        Not called when none was started, when it asked to be rescheduled (exit code 222), or when the job was killed.
+        """
+
+    async def stageOut(self) -> None:
+        """Take out the output sandbox and, if the job has not failed, the output data."""
+        with single_error():
+            async with anyio.create_task_group() as both:
+                both.start_soon(self.job.upload_output_sandbox)
+                both.start_soon(self.job.upload_output_data)
+
+
+class JobInFlight:
+    """A running job, as its coordinator sees it: `self.job`."""
+
+    def __init__(
+        self,
+        description: JobDescription,
+        ce: ComputingElement,
+        workdir: Workdir,
+        transfers: Transfers,
+        handle: JobHandle,
+    ) -> None:
+        self.description = description
+        self.ce = ce
+        self.workdir = workdir.path
+        self.companions = Companions()
+        self.payload: Payload | None = None
+        """The payload while it runs."""
+        self.outcome: PayloadOutcome | None = None
+        """How the payload ended; None before that."""
+        self.failure: Failure | None = None
+        """Why the computing failed; None if it did not, or is not over."""
+        self._files = workdir
+        self._transfers = transfers
+        self._handle = handle
+
+    def __repr__(self) -> str:
+        return f"<JobInFlight {self.description.job_id}>"
+
+    def start_soon(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        """Have a task run beside the payload: started with it, cancelled when it ends.
+
+        What the task raises ends the payload and fails the job, a verdict as that verdict. Raises RuntimeError once the
+        payload has ended.
+        """
+        self.companions.start_soon(function, *args)
+
+    async def report(self, name: str, value: object) -> None:
+        """Keep a fact about the job for its owner: it is in the result and goes to the workload system."""
+        await self._handle.record(ParameterReported, name, str(value))
+
+    async def peek(self, lines: int = PEEK_LINES) -> list[str]:
+        """The last lines the running payload printed; none when it is not running."""
+        return await self.payload.peek(lines) if self.payload is not None else []
+
+    # -- the standard steps --------------------------------------------------------------------------------------
+
+    async def download_input_sandbox(self) -> None:
+        """Bring in the files of the input sandbox and unpack the archives among them. Raises `StagingFailed`."""
+        files = self.description.input_sandbox
+        await self._fetch(files)
+        for file in files:
+            await to_thread.run_sync(unpack, self._files, file.name)
+
+    async def resolve_input_data(self) -> None:
+        """Find the input data in the catalog and bring it in. Raises `StagingFailed`."""
+        await self._fetch(self.description.input_data)
+
+    async def upload_output_sandbox(self) -> None:
+        """Take out the output sandbox: files flat, a directory as `<directory>.tar`. Raises `StagingFailed`."""
+        if self.description.output_sandbox:
+            place = sandbox_directory(self.description, self._transfers.site)
+            names = await self._expand(self.description.output_sandbox, self._pack)
+            await self._deliver([Delivery(name, (Replica(join_url(place, base_name(name))),)) for _, name in names])
+
+    async def upload_output_data(self) -> None:
+        """Take out the output data, and register what has a logical name. Does nothing for a job that has failed.
+
+        A directory means all files in it. Raises `StagingFailed`.
+        """
+        if self.description.output_data and self.failure is None:
+            names = await self._expand(self.description.output_data, self._walk)
+            site = self._transfers.site
+            await self._deliver([plan_delivery(file, name, self.description, site) for file, name in names])
+
+    async def _fetch(self, files: Sequence[InputFile]) -> None:
+        if files:
+            known = await self._transfers.lookup(lfns_of(files))
+            fetches = plan_fetches(files, known, self._transfers.site)
+            await self._transfers.fetch(fetches, self._files, _Recorder(self._handle, FileStagedIn))
+
+    async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
+        refuse_collisions(deliveries)
+        await self._transfers.deliver(deliveries, self._files, _Recorder(self._handle, FileStagedOut))
+
+    async def _expand(
+        self, files: Sequence[OutputFile], of_directory: Callable[[str], tuple[list[str], list[tuple[str, str]]]]
+    ) -> list[tuple[OutputFile, str]]:
+        """The names that patterns stand for, each once. What was left out is recorded as missing."""
+
+        def look() -> tuple[dict[str, OutputFile], list[tuple[str, str]]]:
+            found: dict[str, OutputFile] = {}
+            missing = []
+            for file in files:
+                names = self._files.matches(file.pattern)
+                if not names:
+                    missing.append((file.pattern, NOT_MADE))
+                for name in names:
+                    inside, left_out = of_directory(name) if self._files.is_directory(name) else ([name], [])
+                    missing += left_out
+                    for each in inside:
+                        found.setdefault(each, file)
+            return found, missing
+
+        found, missing = await to_thread.run_sync(look)
+        for name, reason in missing:
+            await self._handle.record(OutputMissing, name, reason)
+        return [(file, name) for name, file in found.items()]
+
+    def _pack(self, directory: str) -> tuple[list[str], list[tuple[str, str]]]:
+        left_out = pack(self._files, directory, f"{directory}.tar")
+        return [f"{directory}.tar"], left_out
+
+    def _walk(self, directory: str) -> tuple[list[str], list[tuple[str, str]]]:
+        return list(self._files.files_below(directory)), []
+
+
+class _Recorder:
+    """Turns what a staging says into the job's events."""
+
+    def __init__(self, handle: JobHandle, arrived: type[FileStagedIn | FileStagedOut]) -> None:
+        self._handle = handle
+        self._arrived = arrived
+
+    @property
+    def wants_progress(self) -> bool:
+        return self._handle.followed
+
+    async def staged(self, file: StoredFile) -> None:
+        await self._handle.record(self._arrived, file)
+
+    async def failed_over(self, file: StoredFile, wanted: str) -> None:
+        await self._handle.record(FailoverRequested, file, wanted)
+
+    async def missing(self, name: str, reason: str) -> None:
+        await self._handle.record(OutputMissing, name, reason)
+
+    def progress(self, name: str, url: str, done_bytes: int, size_bytes: int | None) -> None:
+        self._handle.offer(TransferProgress, name, url, done_bytes, size_bytes)

@@ -1,0 +1,197 @@
+"""The facts of a job's life, in the past tense. `lifecycle` says in what order they may come.
+
+| event                             | when                                                              | kept |
+| --------------------------------- | ----------------------------------------------------------------- | ---- |
+| `JobAccepted`                     | always first                                                      | yes  |
+| `StageInStarted`, `FileStagedIn`* | after JobAccepted                                                 | yes  |
+| `PayloadPrepared`                 | preProcess returned; carries the command and environment          | yes  |
+| `SlotGranted`                     | the lease began; carries cores and memory                         | yes  |
+| `PayloadStarted`                  | process id, start time, containment                               | yes  |
+| `FileStagedIn`*, `FileStagedOut`* | also beside the payload and in postProcess                        | yes  |
+| `Heartbeat`*, `TransferProgress`* | any time                                                          | no   |
+| `PayloadExited`                   | exactly once if PayloadStarted, whatever the cause                | yes  |
+| `ParameterReported`*              | a coordinator had something to say                                | yes  |
+| `ComputingEnded`                  | exactly once, with a failure or none; then only outputs move      | yes  |
+| `StageOutStarted`, `OutputMissing`*, `FailoverRequested`* | after ComputingEnded                      | yes  |
+| `JobFinished`                     | last, exactly once                                                | yes  |
+
+A kept event is in the journal before anybody is told. The others are offered to whoever follows at the moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from functools import cache
+from typing import Any, ClassVar
+
+from pydantic import TypeAdapter
+
+from loadmaster.model import Failure, PayloadOutcome, Phase, Status, StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What every event carries: whose it is, which attempt, when (UTC)."""
+
+    kept: ClassVar[bool] = True
+
+    job_id: str
+    attempt: int
+    time: datetime
+
+    @property
+    def kind(self) -> str:
+        """The name of the event, as it is written to files."""
+        return type(self).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class JobAccepted(Event):
+    """The job is ours from here on. Carries its description in our own words."""
+
+    description: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StageInStarted(Event):
+    """Inputs are being brought in."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileStagedIn(Event):
+    """An input is whole and verified in the work directory."""
+
+    file: StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadPrepared(Event):
+    """preProcess returned."""
+
+    command: str | tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class SlotGranted(Event):
+    """The lease of a slot began; it ends with the payload."""
+
+    cores: int
+    memory_mb: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadStarted(Event):
+    """The payload runs. `start_ticks` is field 22 of /proc/PID/stat: with the pid it names one process for good."""
+
+    pid: int
+    start_ticks: int
+    containment: str
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadExited(Event):
+    """The payload and what was left of its process group are gone."""
+
+    outcome: PayloadOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterReported(Event):
+    """A coordinator had something to say about the job."""
+
+    name: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
+class ComputingEnded(Event):
+    """No hook but stageOut is called any more; a restart only stages out."""
+
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutStarted(Event):
+    """Outputs are being taken out."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileStagedOut(Event):
+    """An output is whole and verified at its target."""
+
+    file: StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class OutputMissing(Event):
+    """No file was found for a declared output, or one that may not leave; the reason says which."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverRequested(Event):
+    """An output is safe, but not where it was asked for: somebody has to move it."""
+
+    file: StoredFile
+    wanted: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobFinished(Event):
+    """The end. `failure` is why, when the job failed only after computing had ended."""
+
+    status: Status
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat(Event):
+    """How the job is doing. CPU and memory are the payload's, all of its processes together."""
+
+    kept: ClassVar[bool] = False
+
+    phase: Phase
+    wall_seconds: float
+    cpu_seconds: float
+    memory_bytes: int
+    processes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferProgress(Event):
+    """How far one file has come."""
+
+    kept: ClassVar[bool] = False
+
+    name: str
+    url: str
+    done_bytes: int
+    size_bytes: int | None
+
+
+KINDS: Mapping[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
+
+
+def dump(event: Event) -> dict[str, Any]:
+    """The event as JSON's types, with its `kind`."""
+    return {"kind": event.kind, **asdict(event), "time": event.time.isoformat()}
+
+
+def load(data: Mapping[str, Any]) -> Event:
+    """The event a dictionary of `dump` stands for. Raises ValueError when it stands for none."""
+    facts = dict(data)
+    try:
+        kind = KINDS[facts.pop("kind")]
+    except KeyError as exc:
+        raise ValueError(f"{data!r:.80}: not an event we know") from exc
+    return _adapter(kind).validate_python(facts)
+
+
+@cache
+def _adapter(kind: type[Event]) -> TypeAdapter[Event]:
+    return TypeAdapter(kind)

@@ -1,0 +1,191 @@
+"""The outside's hold on one job: its events so far, an order to end it, its result."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Concatenate, ParamSpec, Protocol
+from weakref import WeakSet
+
+import anyio
+
+from loadmaster.errors import RuntimeFault
+from loadmaster.events import Event
+from loadmaster.lifecycle import Lifecycle, Stage
+from loadmaster.model import Failure, JobResult, Status
+
+P = ParamSpec("P")
+
+TRANSIENT_EVENTS_KEPT = 256
+"""For a follower that is slow: of heartbeats and progress only the latest matter."""
+
+
+class Journal(Protocol):
+    """Where events go before anybody is told."""
+
+    async def append(self, event: Event) -> None:
+        """Return when the event is on disk. An exception means it is not, and nobody is told of it."""
+
+
+class JobHandle:
+    """Make one, pass it to `run_job`, and keep it: to follow the job, to kill it. For use in the event loop's thread."""
+
+    def __init__(self, journal: Journal | None = None) -> None:
+        self._journal = journal
+        self._life = Lifecycle()
+        self._events: list[Event] = []
+        self._followers: WeakSet[_Follower] = WeakSet()
+        self._writing = anyio.Lock()
+        self._identity: tuple[str, int] | None = None
+        self._computing: anyio.CancelScope | None = None
+        self._computed = False
+        self._closed = False
+        self.kill_reason: str | None = None
+
+    def __repr__(self) -> str:
+        job = self._identity[0] if self._identity else "not started"
+        return f"<JobHandle {job}: {self._life.stage.name.lower()}, {len(self._events)} events>"
+
+    # -- for whoever holds it ------------------------------------------------------------------------------------
+
+    @property
+    def stage(self) -> Stage:
+        """Where the job stands."""
+        return self._life.stage
+
+    @property
+    def result(self) -> JobResult | None:
+        """The job's result once it has finished, None before and when it was interrupted."""
+        return self._life.result() if self._life.stage is Stage.FINISHED else None
+
+    def kill(self, reason: str) -> bool:
+        """Order the job to end, with its reason kept; returns without waiting.
+
+        Whatever is computing ends: staging in, hooks, the payload (TERM, grace, KILL). The sandbox is still delivered,
+        output data is not, and the job ends as Killed. False when it is too late: the job has finished computing and
+        only delivers its outputs, or has ended.
+        """
+        if self._computed or self._closed:
+            return False
+        if self.kill_reason is None:
+            self.kill_reason = reason
+        if self._computing is not None:
+            self._computing.cancel()
+        return True
+
+    def events(self) -> AsyncIterator[Event]:
+        """Every event of the job from its first, then as they come; ends when the job is over. Blocks nobody."""
+        return self._follower(transient=False)
+
+    def follow(self) -> AsyncIterator[Event]:
+        """As `events`, with heartbeats and transfer progress as they are offered; a slow reader misses some of those."""
+        return self._follower(transient=True)
+
+    def _follower(self, *, transient: bool) -> _Follower:
+        follower = _Follower(self, transient=transient)
+        self._followers.add(follower)
+        return follower
+
+    # -- for whoever runs the job --------------------------------------------------------------------------------
+
+    @property
+    def followed(self) -> bool:
+        """Whether anybody wants heartbeats and progress: they cost something to make."""
+        return any(follower.transient for follower in self._followers)
+
+    def ends_as(self, failure: Failure | None) -> Status:
+        """The status the job has if it finishes now, with this failure if it had none before."""
+        return self._life.ends_as(failure)
+
+    def open(self, job_id: str, attempt: int) -> None:
+        """Begin the one job this handle is for."""
+        if self._identity is not None:
+            raise RuntimeFault(f"this handle was already used for job {self._identity[0]}; make one for each job")
+        self._identity = job_id, attempt
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """The part of the job that a kill ends; an order that came earlier ends it at once."""
+        try:
+            with anyio.CancelScope() as self._computing:
+                if self.kill_reason is not None:
+                    self._computing.cancel()
+                yield
+        finally:
+            self._computing = None
+            self._computed = True
+
+    async def record(
+        self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs
+    ) -> None:
+        """Add an event to the job's history: in order or refused, on disk before anybody is told.
+
+        Cancellation does not interrupt it: what happened has happened.
+        """
+        if self._journal is None:
+            self._tell(self._new(kind, *args, **kw))
+            return
+        with anyio.CancelScope(shield=True):
+            async with self._writing:  # the journal has the events in the order in which they were told
+                event = self._new(kind, *args, **kw)
+                self._life.check(event)
+                await self._journal.append(event)
+                self._tell(event)
+
+    def offer(self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs) -> None:
+        """Tell whoever follows right now; nothing is recorded."""
+        event = self._new(kind, *args, **kw)
+        for follower in self._followers:
+            if follower.transient:
+                follower.offers.append(event)
+                follower.wake()
+
+    def close(self) -> None:
+        """The job is over, finished or interrupted: followers see what is left and end."""
+        self._closed = True
+        for follower in self._followers:
+            follower.wake()
+
+    def _tell(self, event: Event) -> None:
+        self._life.advance(event)
+        self._events.append(event)
+        for follower in self._followers:
+            follower.wake()
+
+    def _new(self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs) -> Event:
+        if self._identity is None:
+            raise RuntimeFault("this handle has not been given to a job yet")
+        return kind(*self._identity, datetime.now(UTC), *args, **kw)
+
+
+class _Follower:
+    """A cursor over a handle's events, with a place for offers. Forgotten by the handle when its reader drops it."""
+
+    def __init__(self, handle: JobHandle, *, transient: bool) -> None:
+        self.transient = transient
+        self.offers: deque[Event] = deque(maxlen=TRANSIENT_EVENTS_KEPT)
+        self._handle = handle
+        self._seen = 0
+        self._news: anyio.Event | None = None
+
+    def wake(self) -> None:
+        if self._news is not None:
+            self._news.set()
+
+    def __aiter__(self) -> _Follower:
+        return self
+
+    async def __anext__(self) -> Event:
+        while True:
+            if self._seen < len(self._handle._events):
+                self._seen += 1
+                return self._handle._events[self._seen - 1]
+            if self.offers:
+                return self.offers.popleft()
+            if self._handle._closed:
+                raise StopAsyncIteration
+            self._news = anyio.Event()
+            await self._news.wait()
+            self._news = None

@@ -1,0 +1,170 @@
+"""Events -> where the job stands -> what may come next -> its result. No clock, no files, no await.
+
+    (new) ─JobAccepted─▶ accepted ─StageInStarted─▶ staging in ─PayloadPrepared─▶ prepared ─SlotGranted─▶ granted
+                            │                           │                            │                      │
+                            │                           │                            │             PayloadStarted
+                            │                           │                            │                      ▼
+                            ├───────────────────────────┴────────────────────────────┤◀─PayloadExited─── running
+                            ▼                                                        ▼
+                        computed ◀────────────────────ComputingEnded──────────────────  (from all but `running`)
+                            ├─StageOutStarted─▶ staging out ─┐
+                            └──────────JobFinished───────────┴─▶ finished
+
+A payload that runs must exit before anything else ends; everything before `computed` may end the computing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum, auto
+from typing import Final
+
+from loadmaster.errors import IllegalEvent
+from loadmaster.events import (
+    ComputingEnded,
+    Event,
+    FailoverRequested,
+    FileStagedIn,
+    FileStagedOut,
+    JobAccepted,
+    JobFinished,
+    OutputMissing,
+    ParameterReported,
+    PayloadExited,
+    PayloadPrepared,
+    PayloadStarted,
+    SlotGranted,
+    StageInStarted,
+    StageOutStarted,
+)
+from loadmaster.model import Failure, JobResult, PayloadOutcome, Status, StoredFile
+
+
+class Stage(Enum):
+    """Where a job stands."""
+
+    NEW = auto()
+    ACCEPTED = auto()
+    STAGING_IN = auto()
+    PREPARED = auto()
+    GRANTED = auto()
+    RUNNING = auto()
+    EXITED = auto()
+    COMPUTED = auto()
+    STAGING_OUT = auto()
+    FINISHED = auto()
+
+
+_COMPUTING: Final = frozenset(
+    {Stage.ACCEPTED, Stage.STAGING_IN, Stage.PREPARED, Stage.GRANTED, Stage.RUNNING, Stage.EXITED}
+)
+_DELIVERING: Final = frozenset({Stage.COMPUTED, Stage.STAGING_OUT})
+_PAYLOAD_SEEN: Final = frozenset({Stage.RUNNING, Stage.EXITED})
+
+_MOVES: Final[Mapping[type[Event], tuple[frozenset[Stage], Stage]]] = {
+    JobAccepted: (frozenset({Stage.NEW}), Stage.ACCEPTED),
+    StageInStarted: (frozenset({Stage.ACCEPTED}), Stage.STAGING_IN),
+    PayloadPrepared: (frozenset({Stage.STAGING_IN}), Stage.PREPARED),
+    SlotGranted: (frozenset({Stage.PREPARED}), Stage.GRANTED),
+    PayloadStarted: (frozenset({Stage.GRANTED}), Stage.RUNNING),
+    PayloadExited: (frozenset({Stage.RUNNING}), Stage.EXITED),
+    ComputingEnded: (_COMPUTING - {Stage.RUNNING}, Stage.COMPUTED),
+    StageOutStarted: (frozenset({Stage.COMPUTED}), Stage.STAGING_OUT),
+    JobFinished: (_DELIVERING, Stage.FINISHED),
+}
+"""Events that move a job on: from where, to where."""
+
+_NOTES: Final[Mapping[type[Event], frozenset[Stage]]] = {
+    FileStagedIn: _COMPUTING - {Stage.ACCEPTED},
+    FileStagedOut: _PAYLOAD_SEEN | _DELIVERING,
+    OutputMissing: _PAYLOAD_SEEN | _DELIVERING,
+    FailoverRequested: _PAYLOAD_SEEN | _DELIVERING,
+    ParameterReported: _COMPUTING | _DELIVERING,
+}
+"""Events that leave a job where it stands: where they may come."""
+
+
+class Lifecycle:
+    """One job's history, folded. `advance` refuses an event out of order and then changes nothing."""
+
+    def __init__(self) -> None:
+        self.stage = Stage.NEW
+        self.outcome: PayloadOutcome | None = None
+        self.failure: Failure | None = None
+        self._finished: JobFinished | None = None
+        self._inputs: list[StoredFile] = []
+        self._outputs: list[StoredFile] = []
+        self._missing: list[str] = []
+        self._pending: list[str] = []
+        self._parameters: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Lifecycle:
+        """Where a job stands after these events. Raises `IllegalEvent` when they cannot be one job's."""
+        life = cls()
+        for event in events:
+            life.advance(event)
+        return life
+
+    def check(self, event: Event) -> None:
+        """Raise `IllegalEvent` when the event cannot come now."""
+        kind = type(event)
+        allowed = _MOVES[kind][0] if kind in _MOVES else _NOTES.get(kind, frozenset())
+        if self.stage not in allowed:
+            raise IllegalEvent(
+                f"job {event.job_id}: {event.kind} cannot come while the job is {self.stage.name.lower()}"
+            )
+
+    def advance(self, event: Event) -> None:
+        """Take one event in. Raises `IllegalEvent`, with nothing changed, when it cannot come now."""
+        self.check(event)
+        if move := _MOVES.get(type(event)):
+            self.stage = move[1]
+        match event:
+            case FileStagedIn(file=file):
+                self._inputs.append(file)
+            case FileStagedOut(file=file):
+                self._outputs.append(file)
+            case FailoverRequested(file=file, wanted=wanted):
+                self._outputs.append(file)
+                self._pending.append(f"move {file.url} to {wanted}")
+            case OutputMissing(name=name):
+                self._missing.append(name)
+            case ParameterReported(name=name, value=value):
+                self._parameters[name] = value
+            case PayloadExited(outcome=outcome):
+                self.outcome = outcome
+            case ComputingEnded(failure=failure):
+                self.failure = failure
+            case JobFinished(failure=failure):
+                self._finished = event
+                self.failure = self.failure or failure
+
+    def ends_as(self, failure: Failure | None = None) -> Status:
+        """The status the job has if it finishes now, with this failure if it had none before."""
+        match self.failure or failure:
+            case None:
+                return Status.COMPLETED if self._pending else Status.DONE
+            case Failure(kind="JobWasKilled"):
+                return Status.KILLED
+            case Failure(kind="RescheduleJob" | "HoldJob"):
+                return Status.RESCHEDULED
+            case _:
+                return Status.FAILED
+
+    def result(self) -> JobResult:
+        """The job's result. Raises `IllegalEvent` before JobFinished."""
+        if self._finished is None:
+            raise IllegalEvent(f"a job that is {self.stage.name.lower()} has no result yet")
+        return JobResult(
+            job_id=self._finished.job_id,
+            attempt=self._finished.attempt,
+            status=self._finished.status,
+            failure=self.failure,
+            outcome=self.outcome,
+            inputs=tuple(self._inputs),
+            outputs=tuple(self._outputs),
+            missing_outputs=tuple(self._missing),
+            pending=tuple(self._pending),
+            parameters=dict(self._parameters),
+        )

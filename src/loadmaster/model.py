@@ -1,0 +1,538 @@
+"""The words of a job: what is asked, where, what came of it. Frozen values, checked where they enter.
+
+A description is written in snake_case or in DIRAC's keys; `DIRAC_KEYS` is the one table of both spellings. DIRAC's
+tolerances apply to either: a string where a list is meant, `;` between items, numbers as strings.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shlex
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Final, Self, TypeVar
+from urllib.parse import unquote
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from loadmaster import errors
+from loadmaster.errors import InvalidJob, JobError, StagingFailed
+from loadmaster.names import SANDBOX_PREFIX, base_name, check_local_name, is_lfn, is_url, parse_lfn
+
+RESCHEDULE_EXIT_CODE: Final = 222
+"""A payload that ends with it asks to be rescheduled (DIRAC's EWMSRESC, 1502, seen through 8 bits)."""
+
+DIRAC_KEYS: Final[Mapping[str, str]] = {
+    "job_id": "JobID",
+    "job_name": "JobName",
+    "job_type": "JobType",
+    "owner": "Owner",
+    "owner_group": "OwnerGroup",
+    "vo": "VirtualOrganization",
+    "executable": "Executable",
+    "arguments": "Arguments",
+    "environment": "ExecutionEnvironment",
+    "input_sandbox": "InputSandbox",
+    "input_data": "InputData",
+    "output_sandbox": "OutputSandbox",
+    "output_data": "OutputData",
+    "output_se": "OutputSE",
+    "output_path": "OutputPath",
+    "std_output": "StdOutput",
+    "std_error": "StdError",
+    "cpu_work": "CPUTime",
+    "number_of_processors": "NumberOfProcessors",
+    "memory_mb": "Memory",
+}
+"""Our field, DIRAC's key. Any other key that begins with a capital is kept as it is and offered to the coordinator."""
+
+CE_KEYS: Final[Mapping[str, str]] = {
+    "site": "Site",
+    "name": "GridCE",
+    "queue": "CEQueue",
+    "number_of_processors": "NumberOfProcessors",
+    "memory_mb": "MaxRAM",
+    "cpu_normalization_factor": "CPUNormalizationFactor",
+    "cpu_work_left": "CPUTimeLeft",
+}
+
+
+# -- what the outside world says ---------------------------------------------------------------------------------
+
+
+def _items(value: object) -> object:
+    """DIRAC's lists: a `;`-separated string, one thing, or a list."""
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(";") if item.strip()]
+    if isinstance(value, Mapping):
+        return [value]
+    return value
+
+
+def _environment(value: object) -> object:
+    """DIRAC's ExecutionEnvironment: `NAME=urlencoded` items; a value ends at a second `=`, as there."""
+    if isinstance(value, Mapping):
+        return value
+    items = _items(value)
+    if not isinstance(items, Iterable):
+        return value
+    variables = {}
+    for item in items:
+        name, separator, text = str(item).partition("=")
+        if not separator:
+            raise ValueError(f"{item!r} is not NAME=value")
+        variables[name.strip()] = unquote(text.partition("=")[0].strip())
+    return variables
+
+
+def _command_line(value: object) -> object:
+    """Arguments are a piece of shell, as DIRAC's; a list is quoted into one."""
+    return shlex.join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def _variable_name(name: str) -> str:
+    if not name or "=" in name or not name.isprintable():
+        raise ValueError(f"{name!r} cannot be the name of an environment variable")
+    return name
+
+
+def _no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("may not have a NUL character in it")
+    return text
+
+
+Text = Annotated[str, BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)]
+LocalName = Annotated[Text, BeforeValidator(lambda value: check_local_name(value) if isinstance(value, str) else value)]
+Environment = Annotated[
+    dict[
+        Annotated[str, BeforeValidator(lambda v: _variable_name(str(v)))],
+        Annotated[str, BeforeValidator(lambda v: _no_nul(str(v)))],
+    ],
+    BeforeValidator(_environment),
+]
+
+
+class Words(BaseModel):
+    """What all descriptions share: frozen, two spellings, unknown capitalised keys kept in `extra`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False)
+
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """DIRAC's keys that have no field here, as they came."""
+
+    @classmethod
+    def _keys(cls) -> Mapping[str, str]:
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spellings(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        ours = {dirac: field for field, dirac in cls._keys().items()}
+        fields: dict[str, Any] = {}
+        extra = dict(data.get("extra") or {})
+        for key, value in data.items():
+            if key == "extra":
+                continue
+            field: str = ours.get(key, key)
+            if field in fields:
+                raise ValueError(f"{key} and {field} are the same field, given twice")
+            if field in cls.model_fields:
+                fields[field] = value
+            elif key[:1].isupper():
+                extra[key] = value
+            else:
+                fields[field] = value  # refused below, by name
+        return {**fields, "extra": extra}
+
+    def to_dirac(self) -> dict[str, Any]:
+        """The same in DIRAC's keys, unknown ones included: what a synchronous coordinator is given."""
+        values = self.model_dump(exclude={"extra"}, exclude_defaults=True, mode="json")
+        return {**self.extra, **{dirac: values[field] for field, dirac in self._keys().items() if field in values}}
+
+
+class InputFile(BaseModel):
+    """One file the payload needs: where it is, and what it is called in the work directory."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Text
+    """`LFN:/vo/...`, a URL, a plain path, or `SB:<storage element>|<path>`."""
+    name: LocalName = ""
+    """Its name in the work directory; the last part of the source when not given."""
+    size_bytes: int | None = Field(default=None, ge=0)
+    adler32: str | None = Field(default=None, pattern="^[0-9a-fA-F]{1,8}$")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: object) -> object:
+        data = {"source": data} if isinstance(data, str) else data
+        if isinstance(data, Mapping) and isinstance(data.get("source"), str) and not data.get("name"):
+            data = {**data, "name": base_name(data["source"].strip())}
+        return data
+
+    @field_validator("source")
+    @classmethod
+    def _readable(cls, source: str) -> str:
+        if is_lfn(source):
+            return f"LFN:{parse_lfn(source)}"
+        return _no_nul(source)
+
+
+class OutputFile(BaseModel):
+    """One output, or a pattern of them: what it is called in the work directory, and where it goes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: Text
+    """A name in the work directory; `*`, `?` and `[]` match as in a shell, a directory means all files in it."""
+    target: Text | None = None
+    """`LFN:/...`, a URL or an absolute path of the file itself; by the job's rules when not given."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split(cls, data: object) -> object:
+        """`LFN:/vo/x` is the file `vo/x` of the work directory; a plain path or URL is the file of its last part."""
+        if not isinstance(data, str):
+            return data
+        text = data.strip()
+        if is_lfn(text):
+            return {"pattern": parse_lfn(text)[1:], "target": f"LFN:{parse_lfn(text)}"}
+        if is_url(text) or text.startswith("/"):
+            return {"pattern": base_name(text), "target": text}
+        return {"pattern": text}
+
+    @field_validator("pattern")
+    @classmethod
+    def _confined(cls, pattern: str) -> str:
+        return check_local_name(pattern.removeprefix("./").rstrip("/"))
+
+    @field_validator("target")
+    @classmethod
+    def _writable(cls, target: str | None) -> str | None:
+        if target is None:
+            return None
+        if is_lfn(target):
+            return f"LFN:{parse_lfn(target)}"
+        if not is_url(target) and not target.startswith("/"):
+            raise ValueError(f"{target!r} is neither an LFN, nor a URL, nor an absolute path")
+        return _no_nul(target)
+
+
+InputFiles = Annotated[tuple[InputFile, ...], BeforeValidator(_items)]
+OutputFiles = Annotated[tuple[OutputFile, ...], BeforeValidator(_items)]
+Names = Annotated[tuple[Text, ...], BeforeValidator(_items)]
+JobId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+
+
+class Limits(BaseModel):
+    """How much a payload may use before it is stopped; None means no limit."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    wall_seconds: float | None = Field(default=None, gt=0)
+    cpu_seconds: float | None = Field(default=None, gt=0)
+    """Of all its processes together."""
+    grace_seconds: float = Field(default=10.0, ge=0)
+    """Between the polite signal (TERM) and the one that cannot be refused (KILL)."""
+
+
+def _new_job_id() -> str:
+    return f"local-{secrets.token_hex(4)}"
+
+
+class JobDescription(Words):
+    """What a user asked for. Build it from keywords, or from a dictionary with `load`, which raises `InvalidJob`."""
+
+    job_id: JobId = Field(default_factory=_new_job_id)
+    job_name: Text = ""
+    job_type: Text = "User"
+    owner: LocalName | None = None
+    owner_group: Text | None = None
+    vo: LocalName | None = None
+
+    executable: Annotated[Text, Field(min_length=1), BeforeValidator(lambda v: _no_nul(v) if isinstance(v, str) else v)]
+    """A path, the name of an input, or a name looked up in PATH."""
+    arguments: Annotated[str, BeforeValidator(_command_line)] = ""
+    """A piece of shell that follows the executable; a list is quoted into one."""
+    environment: Environment = Field(default_factory=dict)
+
+    input_sandbox: InputFiles = ()
+    input_data: InputFiles = ()
+    output_sandbox: OutputFiles = ()
+    output_data: OutputFiles = ()
+    output_se: Names = ()
+    """Storage elements by name, or directories by URL or path, in order of preference."""
+    output_path: Text | None = None
+    std_output: LocalName = "std.out"
+    std_error: LocalName = "std.err"
+
+    cpu_work: float | None = Field(default=None, ge=0)
+    """CPU time the user foresees, in seconds of a core whose normalization factor is 1 (DIRAC's CPUTime); 0: unknown."""
+    number_of_processors: int = Field(default=1, ge=1)
+    memory_mb: int | None = Field(default=None, ge=1)
+    limits: Limits = Limits()
+
+    @classmethod
+    def _keys(cls) -> Mapping[str, str]:
+        return DIRAC_KEYS
+
+    @field_validator("output_path")
+    @classmethod
+    def _output_path(cls, path: str | None) -> str | None:
+        if path is None or not path:
+            return None
+        if is_lfn(path):
+            return f"LFN:{parse_lfn(path)}"
+        if is_url(path):
+            return _no_nul(path)
+        check_local_name(path.strip("/"))
+        return path
+
+    @model_validator(mode="after")
+    def _no_collisions(self) -> Self:
+        """Two files cannot have one name in the work directory, and no input may be one of the logs."""
+        taken = {self.std_output, self.std_error}
+        for file in (*self.input_sandbox, *self.input_data):
+            if file.name in taken:
+                raise ValueError(f"two files would be called {file.name!r} in the work directory; give one a name")
+            taken.add(file.name)
+        return self
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> Self:
+        """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
+        return _load(cls, data, "job description")
+
+    def relative_to(self, directory: Path) -> Self:
+        """The same job with the relative paths of its inputs taken from a directory."""
+
+        def anchored(file: InputFile) -> InputFile:
+            plain = not (is_lfn(file.source) or is_url(file.source) or file.source.startswith(("/", SANDBOX_PREFIX)))
+            return file.model_copy(update={"source": str(directory / file.source)}) if plain else file
+
+        return self.model_copy(
+            update={
+                "input_sandbox": tuple(map(anchored, self.input_sandbox)),
+                "input_data": tuple(map(anchored, self.input_data)),
+            }
+        )
+
+    def to_dirac(self) -> dict[str, Any]:
+        """The same in DIRAC's keys and shapes: files as strings, a number for a numeric JobID."""
+        words = super().to_dirac()
+        words["JobID"] = int(self.job_id) if self.job_id.isdecimal() else self.job_id
+        for key in ("input_sandbox", "input_data"):
+            if files := getattr(self, key):
+                words[DIRAC_KEYS[key]] = [file.source for file in files]
+        for key in ("output_sandbox", "output_data"):
+            if files := getattr(self, key):
+                words[DIRAC_KEYS[key]] = [file.target or file.pattern for file in files]
+        return words
+
+
+class ComputingElement(Words):
+    """Where the job runs: what the pilot knows of its node, queue and site."""
+
+    site: Text = ""
+    name: Text = ""
+    queue: Text = ""
+    number_of_processors: int | None = Field(default=None, ge=1)
+    memory_mb: int | None = Field(default=None, ge=1)
+    cpu_normalization_factor: float = Field(default=1.0, gt=0)
+    cpu_work_left: float | None = Field(default=None, ge=0)
+
+    @classmethod
+    def _keys(cls) -> Mapping[str, str]:
+        return CE_KEYS
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> Self:
+        """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
+        return _load(cls, data, "computing element")
+
+
+class PayloadSpec(BaseModel):
+    """What `preProcess` decided: the command and its whole environment.
+
+    A `str` goes to `/bin/sh -c`, as DIRAC's does; a sequence is executed as it stands.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    command: str | tuple[str, ...]
+    env: Environment = Field(default_factory=dict)
+
+    @field_validator("command")
+    @classmethod
+    def _executable(cls, command: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        words = (command,) if isinstance(command, str) else command
+        if not words or not words[0].strip():
+            raise ValueError("the command is empty")
+        for word in words:
+            _no_nul(word)
+        return command
+
+
+W = TypeVar("W", bound=BaseModel)
+
+
+def _load(cls: type[W], data: Mapping[str, Any], what: str) -> W:
+    try:
+        return cls.model_validate(data)
+    except ValidationError as exc:
+        raise InvalidJob(f"{what}: " + "; ".join(complaints(exc, data))) from exc
+
+
+def complaints(error: ValidationError, data: object = None) -> list[str]:
+    """One line per field at fault, with the spelling that was used: `NumberOfProcessors: Input should be ...`."""
+    used = set(data) if isinstance(data, Mapping) else set()
+    lines = []
+    for item in error.errors(include_url=False):
+        field, *rest = item["loc"] or ("",)
+        spelled = next((k for k in (DIRAC_KEYS.get(str(field)), CE_KEYS.get(str(field))) if k in used), field)
+        where = ".".join(str(part) for part in (spelled, *rest) if part != "")
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            message = "is missing"
+        elif item["type"] == "extra_forbidden":
+            message = "there is no such field"
+        lines.append(f"{where}: {message}" if where else message)
+    return lines
+
+
+# -- what we say -------------------------------------------------------------------------------------------------
+
+
+class Status(StrEnum):
+    """How a job ended."""
+
+    DONE = "Done"
+    COMPLETED = "Completed"
+    """Every output is safe, but something is still pending: a file is not yet where it was asked for."""
+    FAILED = "Failed"
+    KILLED = "Killed"
+    RESCHEDULED = "Rescheduled"
+
+
+class Phase(StrEnum):
+    """The part of a job's life something happened in."""
+
+    STAGE_IN = "stage-in"
+    PRE_PROCESS = "pre-process"
+    PAYLOAD = "payload"
+    POST_PROCESS = "post-process"
+    STAGE_OUT = "stage-out"
+
+
+class EndedBy(StrEnum):
+    """Who ended a payload."""
+
+    ITSELF = "itself"
+    LIMIT = "limit"
+    KILL = "kill"
+    COORDINATOR = "coordinator"
+    CANCELLATION = "cancellation"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A limit that was exceeded: which, by what value, and what was allowed."""
+
+    limit: str
+    value: float
+    threshold: float
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.limit} of {self.value:.4g} {self.unit} is over the limit of {self.threshold:.4g} {self.unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a job did not succeed: the class of the error, its message, the phase it happened in."""
+
+    kind: str
+    message: str
+    phase: Phase
+
+    @classmethod
+    def of(cls, error: JobError, phase: Phase) -> Self:
+        """The failure an error stands for."""
+        return cls(type(error).__name__, str(error), phase)
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadOutcome:
+    """How a payload ended and what it used.
+
+    `exit_code` and `signal`: one of them is None; both are when the status was lost. CPU seconds are the kernel's, of
+    the payload and all children it waited for. `peak_memory_bytes` is the largest resident size seen of its processes
+    together, or None when the payload was too short to be looked at (`usage` says why the kernel's figure is not enough).
+    """
+
+    exit_code: int | None
+    signal: int | None
+    wall_seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int | None
+    ended_by: EndedBy = EndedBy.ITSELF
+    verdict: Verdict | None = None
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the payload ended by itself, with status 0."""
+        return self.exit_code == 0 and self.ended_by is EndedBy.ITSELF
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"ended by signal {self.signal}"
+        return "exit status unknown" if self.exit_code is None else f"exit code {self.exit_code}"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file that arrived: its name in the work directory, where it is, and what passed."""
+
+    name: str
+    url: str
+    size_bytes: int
+    adler32: str
+    lfn: str | None = None
+    storage_element: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobResult:
+    """What came of one attempt at a job. Values only, so it can be kept, sent and compared."""
+
+    job_id: str
+    attempt: int
+    status: Status
+    failure: Failure | None
+    outcome: PayloadOutcome | None
+    inputs: tuple[StoredFile, ...] = ()
+    outputs: tuple[StoredFile, ...] = ()
+    missing_outputs: tuple[str, ...] = ()
+    """Names or patterns no file was found for."""
+    pending: tuple[str, ...] = ()
+    """What is still to be done elsewhere, a line each; the job is Completed, not Done, while there is any."""
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    """What the coordinator reported."""
+
+    def raise_for_status(self) -> None:
+        """Raise what the failure stands for, if there is one, for those who want an exception."""
+        if self.failure is not None:
+            kind = getattr(errors, self.failure.kind, JobError)
+            raise JobError(str(self.failure)) if kind is StagingFailed else kind(self.failure.message)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON's types."""
+        return asdict(self)

@@ -1,0 +1,158 @@
+"""Start a payload, watch it, end it: the mechanism around one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.errors import PayloadNotStarted
+from loadmaster.limits import Usage, judge, seconds_until_look
+from loadmaster.model import EndedBy, Limits, PayloadOutcome, PayloadSpec, Verdict
+from loadmaster.payload.output import PEEK_LINES, Output
+from loadmaster.payload.process import Process, shell_argv
+from loadmaster.payload.usage import read_session
+from loadmaster.workdir import Workdir
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT_SECONDS: Final = 10.0
+
+KILL_SECONDS: Final = 30.0
+"""A killed process that is still there after this hangs in the kernel, on a dead file system as a rule."""
+
+CONTAINMENT: Final = "session"
+
+
+class Payload:
+    """A payload that was started. Whoever has one must call `end`, which is sure to return."""
+
+    def __init__(self, process: Process, output: Output) -> None:
+        self.process = process
+        self._output = output
+        self._peak_bytes = 0
+        self._cpu_seconds = 0.0
+
+    def __repr__(self) -> str:
+        return f"<Payload {self.process.pid}>"
+
+    @property
+    def wall_seconds(self) -> float:
+        """How long it has been running."""
+        return time.monotonic() - self.process.started
+
+    async def usage(self) -> Usage:
+        """What it uses now, all processes of its session together."""
+        found = await to_thread.run_sync(read_session, self.process.pid)
+        self._cpu_seconds = max(self._cpu_seconds, found.cpu_seconds)
+        self._peak_bytes = max(self._peak_bytes, found.memory_bytes)
+        return Usage(self.wall_seconds, self._cpu_seconds, found.memory_bytes, found.processes)
+
+    async def peek(self, lines: int = PEEK_LINES) -> list[str]:
+        """The last lines it printed."""
+        return await to_thread.run_sync(self._output.peek, lines)
+
+    async def end(self, by: EndedBy, *, grace_seconds: float, verdict: Verdict | None = None) -> PayloadOutcome:
+        """Make sure it has ended, and say how.
+
+        If it runs: TERM to its group, KILL after the grace. `by` is who ordered it; a payload that had ended before the
+        order ended by itself. Call it shielded; it takes at most the grace and 30 s.
+        """
+        if self.process.gone:
+            by, verdict = EndedBy.ITSELF, None
+        else:
+            self.process.terminate()
+            with anyio.move_on_after(grace_seconds):
+                await self.process.wait()
+            self.process.kill()
+            with anyio.move_on_after(KILL_SECONDS) as scope:
+                await self.process.wait()
+            if scope.cancelled_caught:
+                log.error(
+                    "process %d: still there %.0f s after it was killed; left behind", self.process.pid, KILL_SECONDS
+                )
+        return self._outcome(by, verdict)
+
+    def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
+        wall = self.wall_seconds
+        self._output.close()
+        record = self.process.reap()
+        peak = max(self._peak_bytes, record.peak_bytes or 0)
+        return PayloadOutcome(
+            exit_code=record.exit_code,
+            signal=record.signal,
+            wall_seconds=wall,
+            cpu_seconds=max(record.cpu_seconds, self._cpu_seconds),
+            peak_memory_bytes=peak or None,
+            ended_by=by,
+            verdict=verdict,
+        )
+
+
+async def start(spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str) -> Payload:
+    """Start a payload in its own session, its output in two files of the work directory.
+
+    Raises `PayloadNotStarted`. Not interrupted by cancellation: either there is a payload to end, or there is none.
+    """
+
+    def begin() -> Payload:
+        _check_executable(spec, workdir.path)
+        output = Output(workdir, stdout, stderr)
+        try:
+            process = Process(
+                shell_argv(spec.command), env=spec.env, cwd=workdir.path, stdout=output.stdout, stderr=output.stderr
+            )
+        except BaseException:
+            output.close()
+            raise
+        return Payload(process, output)
+
+    try:
+        return await to_thread.run_sync(begin)
+    except OSError as exc:
+        raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
+
+
+async def watch(
+    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], None]
+) -> Verdict | None:
+    """Wait until the payload ends, then None, or until it exceeds a limit, then the verdict.
+
+    It is looked at when a limit could be reached at the earliest, and for heartbeats: the first after a tenth of a
+    second, then as long again as it has been running, up to the interval.
+    """
+    usage = Usage(wall_seconds=0.0)
+    cores = os.cpu_count() or 1
+    while True:
+        beat = min(max(0.1, usage.wall_seconds), heartbeat_seconds)
+        with anyio.move_on_after(seconds_until_look(usage, limits, cores=cores, heartbeat_seconds=beat)):
+            await payload.process.wait()
+            return None
+        usage = await payload.usage()
+        on_sample(usage)
+        if verdict := judge(usage, limits):
+            return verdict
+
+
+def _check_executable(spec: PayloadSpec, cwd: Path) -> None:
+    """Refuse a command that names a file which is not there, before a shell turns that into exit code 127."""
+    if isinstance(spec.command, str):
+        return
+    executable = spec.command[0]
+    found = str(cwd / executable) if "/" in executable else shutil.which(executable, path=spec.env.get("PATH"))
+    if found is None or not os.path.exists(found):
+        raise PayloadNotStarted(f"{executable}: no such file")
+    if not os.access(found, os.X_OK):
+        raise PayloadNotStarted(f"{executable}: may not be executed")
+
+
+def _shown(spec: PayloadSpec) -> str:
+    command = spec.command if isinstance(spec.command, str) else " ".join(spec.command)
+    return repr(command[:80])

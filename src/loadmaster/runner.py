@@ -1,0 +1,277 @@
+"""One job's life, top to bottom:
+
+    workdir -> stageIn -> preProcess -> [slot leased: payload supervised] -> postProcess -> stageOut -> result
+
+Values go down, events go sideways into the handle, one result comes up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import anyio
+from anyio import to_thread
+from pydantic import ValidationError
+
+from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
+from loadmaster.errors import (
+    HookFailed,
+    JobError,
+    JobWasKilled,
+    LimitExceeded,
+    PayloadFailed,
+    RescheduleJob,
+    RuntimeFault,
+    SkipPayload,
+)
+from loadmaster.events import (
+    ComputingEnded,
+    Heartbeat,
+    JobAccepted,
+    JobFinished,
+    PayloadExited,
+    PayloadPrepared,
+    PayloadStarted,
+    SlotGranted,
+    StageInStarted,
+    StageOutStarted,
+)
+from loadmaster.handle import JobHandle
+from loadmaster.hooks import call_hook
+from loadmaster.ledger import AsAsked, Slots
+from loadmaster.limits import Usage, limits_of
+from loadmaster.model import (
+    RESCHEDULE_EXIT_CODE,
+    ComputingElement,
+    EndedBy,
+    Failure,
+    JobDescription,
+    JobResult,
+    PayloadOutcome,
+    PayloadSpec,
+    Phase,
+    Verdict,
+    complaints,
+)
+from loadmaster.payload.command import default_command, default_environment, slot_environment
+from loadmaster.payload.supervise import CONTAINMENT, HEARTBEAT_SECONDS, start, watch
+from loadmaster.site import Site
+from loadmaster.staging.engine import Transfers, open_transfers, single_error
+from loadmaster.staging.plan import check_outputs
+from loadmaster.workdir import Workdir, default_root, open_workdir
+
+log = logging.getLogger(__name__)
+
+
+async def run_job(
+    job: JobDescription,
+    *,
+    ce: ComputingElement | None = None,
+    coordinator: type[Coordinator] = JobExecutionCoordinator,
+    site: Site | None = None,
+    transfers: Transfers | None = None,
+    slots: Slots | None = None,
+    handle: JobHandle | None = None,
+    attempt: int = 1,
+    root: Path | None = None,
+    keep_workdir: bool = False,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
+) -> JobResult:
+    """What came of one attempt at a job. Its failure is a value in there, not an exception.
+
+    The files move through `transfers` (shared by many jobs) or those of `site`; the payload waits for a slot of `slots`;
+    the work directory is `<root>/<job id>`. `handle` follows and kills the job.
+
+    Raises `RuntimeFault` when the runtime cannot keep its promises. Cancellation stops the payload (TERM, grace, KILL),
+    removes the work directory, delivers nothing and claims no end: the last event is not `JobFinished`.
+    """
+    handle = handle or JobHandle()
+    handle.open(job.job_id, attempt)
+
+    async def fly() -> None:
+        async with AsyncExitStack() as stack:
+            stack.callback(handle.close)
+            moving = transfers
+            if moving is None:
+                moving = await stack.enter_async_context(open_transfers(site or Site()))
+            workdir = await stack.enter_async_context(
+                open_workdir(root or default_root(), job.job_id, keep=keep_workdir)
+            )
+            flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
+            await _Flight(
+                flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
+            ).fly()
+
+    # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
+    with single_error():
+        async with anyio.create_task_group() as own:
+            own.start_soon(fly)
+    if handle.result is None:
+        raise RuntimeFault(f"job {job.job_id} ended without a result")
+    return handle.result
+
+
+class _Flight:
+    """The straight path of one job."""
+
+    def __init__(
+        self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
+        slots: Slots, handle: JobHandle, heartbeat_seconds: float,
+    ) -> None:  # fmt: skip
+        self.job = job
+        self.workdir = workdir
+        self.site = site
+        self.coordinator_class = coordinator
+        self.slots = slots
+        self.handle = handle
+        self.record = handle.record
+        self.heartbeat_seconds = heartbeat_seconds
+        self.limits = limits_of(job.description, job.ce)
+        self.coordinator: Coordinator
+        self.standard = JobExecutionCoordinator(job.description, job.ce)
+        self.standard.job = job
+        self.phase = Phase.STAGE_IN
+
+    async def fly(self) -> None:
+        await self.record(JobAccepted, self.job.description.model_dump(mode="json", exclude_defaults=True))
+        self.job.failure = await self._compute()
+        await self.record(ComputingEnded, self.job.failure)
+        failure = await self._deliver()
+        await self.record(JobFinished, self.handle.ends_as(failure), failure)
+
+    async def _compute(self) -> Failure | None:
+        """Everything that a kill ends."""
+        try:
+            with self.handle.computing():
+                await self._stage_in()
+                spec = await self._prepare()
+                outcome = await self._run_payload(spec)
+                await self._post_process(outcome)
+        except JobError as error:
+            failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
+        else:
+            failure = None
+        if self.handle.kill_reason is not None:
+            return Failure.of(JobWasKilled(self.handle.kill_reason), self.phase)
+        return failure
+
+    async def _stage_in(self) -> None:
+        check_outputs(self.job.description, self.site)
+        self.coordinator = await call_hook(self.coordinator_class.__name__, self._make_coordinator)
+        await self.record(StageInStarted)
+        await self._hook("stageIn")
+
+    async def _prepare(self) -> PayloadSpec:
+        self.phase = Phase.PRE_PROCESS
+        description = self.job.description
+        env = default_environment(description, self.job.ce, self.workdir)
+        command = await to_thread.run_sync(default_command, description, env, self.workdir)
+        spec = _as_spec(await self._hook("preProcess", command, dict(env)))
+        await self.record(PayloadPrepared, spec.command, spec.env)
+        return spec
+
+    async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
+        self.phase = Phase.PAYLOAD
+        async with self.slots.lease(self.job.description) as slot:
+            await self.record(SlotGranted, slot.cores, slot.memory_mb)
+            with_slot = spec.model_copy(update={"env": {**slot_environment(slot), **spec.env}})
+            return await self._supervise(with_slot)
+
+    async def _supervise(self, spec: PayloadSpec) -> PayloadOutcome:
+        """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
+        description = self.job.description
+        payload = await start(spec, self.workdir, stdout=description.std_output, stderr=description.std_error)
+        verdict: Verdict | None = None
+        try:
+            await self.record(PayloadStarted, payload.process.pid, payload.process.start_ticks, CONTAINMENT)
+            self.job.payload = payload
+            async with self.job.companions.alongside():
+                verdict = await watch(
+                    payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._heartbeat
+                )
+        finally:
+            with anyio.CancelScope(shield=True):  # `end` is bounded: the grace and 30 s
+                self.job.payload = None
+                by = self._who_ends_it(verdict)
+                outcome = await payload.end(by, grace_seconds=self.limits.grace_seconds, verdict=verdict)
+                self.job.outcome = outcome
+                await self.record(PayloadExited, outcome)
+        return outcome
+
+    async def _post_process(self, outcome: PayloadOutcome) -> None:
+        error = _error_of(outcome)
+        if isinstance(error, RescheduleJob):
+            raise error
+        self.phase = Phase.POST_PROCESS
+        try:
+            await self._hook("postProcess")
+        except HookFailed as crash:
+            if error is None:
+                raise
+            log.warning("job %s: %s", self.job.description.job_id, crash)
+        if error is not None:
+            self.phase = Phase.PAYLOAD  # where it went wrong, although postProcess has been asked meanwhile
+            raise error
+
+    async def _deliver(self) -> Failure | None:
+        """Take out what the job has, and say why that failed if it did."""
+        self.phase = Phase.STAGE_OUT
+        await self.record(StageOutStarted)
+        try:
+            await self._hook("stageOut")
+        except SkipPayload:
+            return None
+        except JobError as error:
+            return Failure.of(error, self.phase)
+        return None
+
+    # -- details -------------------------------------------------------------------------------------------------
+
+    async def _make_coordinator(self) -> Coordinator:
+        made = self.coordinator_class(jobArgs=self.job.description, ceArgs=self.job.ce)  # type: ignore[call-arg]
+        with suppress(AttributeError):  # it has slots and no place for it: it does not want it
+            made.job = self.job  # type: ignore[attr-defined]
+        return made
+
+    async def _hook(self, name: str, *args: Any) -> Any:
+        """Call a hook of the coordinator, or the standard one where it has none."""
+        owner = self.coordinator if hasattr(self, "coordinator") else self.standard
+        hook = getattr(owner, name, None) or getattr(self.standard, name)
+        return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
+
+    def _heartbeat(self, usage: Usage) -> None:
+        self.handle.offer(
+            Heartbeat, self.phase, usage.wall_seconds, usage.cpu_seconds, usage.memory_bytes, usage.processes
+        )
+
+    def _who_ends_it(self, verdict: Verdict | None) -> EndedBy:
+        if verdict is not None:
+            return EndedBy.LIMIT
+        if self.handle.kill_reason is not None:
+            return EndedBy.KILL
+        return EndedBy.COORDINATOR if self.job.companions.error is not None else EndedBy.CANCELLATION
+
+
+def _as_spec(returned: object) -> PayloadSpec:
+    """What preProcess returned, as a spec. Raises `HookFailed` that says what it should have been."""
+    if isinstance(returned, PayloadSpec):
+        return returned
+    if not isinstance(returned, Mapping):
+        raise HookFailed(f"preProcess returned {returned!r:.80}: return PayloadSpec(command=..., env=...)")
+    try:
+        return PayloadSpec.model_validate(dict(returned))
+    except ValidationError as exc:
+        raise HookFailed("preProcess returned a payload that cannot be: " + "; ".join(complaints(exc))) from exc
+
+
+def _error_of(outcome: PayloadOutcome) -> JobError | None:
+    """What an outcome means for the job."""
+    if outcome.verdict is not None:
+        return LimitExceeded(str(outcome.verdict))
+    if outcome.exit_code == RESCHEDULE_EXIT_CODE:
+        return RescheduleJob(f"the payload asked to be rescheduled (exit code {RESCHEDULE_EXIT_CODE})")
+    return None if outcome.succeeded else PayloadFailed(f"the payload failed: {outcome}")

@@ -1,0 +1,78 @@
+"""What a site offers its jobs: storage elements, a catalog, a place for sandboxes. Read from a TOML file, or made up
+of nothing but a directory for outputs.
+
+    name = "LCG.Example.org"
+    catalog = "catalog.sqlite"            # LFNs; relative paths are taken from this file's directory
+    default_se = ["DISK"]                 # for output data whose job names none, in order of preference
+    failover_se = ["BUFFER"]              # when none of the wanted ones takes a file
+    sandbox_store = "sandboxes"           # output sandboxes go to <here>/<job id>/
+    vo = "example"                        # for LFNs of jobs that name none
+
+    [storage_elements]
+    DISK = "se/disk"                      # a URL, or a directory
+    BUFFER = "se/buffer"
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+
+from loadmaster.errors import InvalidSite
+from loadmaster.model import Names, complaints
+from loadmaster.names import as_url, is_url
+
+
+def _place(value: object, info: ValidationInfo) -> object:
+    """A URL, or a path; a relative one is taken from the directory of the file it is written in."""
+    if isinstance(value, str) and not is_url(value):
+        base = (info.context or {}).get("base", Path("/"))
+        return as_url(str(base / value))
+    return value
+
+
+Place = Annotated[str, BeforeValidator(_place)]
+
+
+class Site(BaseModel):
+    """Where a site's files are. Without any configuration, jobs use plain paths and URLs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = ""
+    vo: str | None = None
+    user_prefix: str = "user"
+    catalog: Place | None = None
+    """The SQLite file of logical file names."""
+    storage_elements: dict[str, Place] = Field(default_factory=dict)
+    default_se: Names = ()
+    failover_se: Names = ()
+    sandbox_store: Place | None = None
+    output_directory: Place | None = None
+    """Where outputs go that have no other target, and sandboxes if there is no store for them."""
+    streams: int = Field(default=8, ge=1, le=256)
+    """Files of one job under way at once, in each direction."""
+
+    @model_validator(mode="after")
+    def _known_elements(self) -> Self:
+        for field in ("default_se", "failover_se"):
+            for name in getattr(self, field):
+                if name not in self.storage_elements:
+                    raise ValueError(f"{field}: {name!r} is not one of the storage_elements")
+        return self
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """The site in a TOML file. Raises `InvalidSite` that names the file and every field at fault. Blocks."""
+        try:
+            data = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls.model_validate(data, context={"base": path.absolute().parent})
+        except OSError as exc:
+            raise InvalidSite(f"{path}: {exc.strerror}") from exc
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+            raise InvalidSite(f"{path}: not TOML: {exc}") from exc
+        except ValidationError as exc:
+            raise InvalidSite(f"{path}: " + "; ".join(complaints(exc))) from exc

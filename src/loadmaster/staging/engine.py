@@ -1,0 +1,295 @@
+"""Moving files: many at once, each verified as it passes, the next replica or storage element when one fails."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final, Protocol, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.errors import AlreadyExists, ChecksumMismatch, InvalidSite, StagingFailed, StorageError
+from loadmaster.model import StoredFile
+from loadmaster.names import local_path
+from loadmaster.site import Site
+from loadmaster.staging.plan import Delivery, Fetch
+from loadmaster.storage.base import Catalog, CatalogEntry, FileInfo, Progress, Replica, Storage
+from loadmaster.storage.catalog import SqliteCatalog
+from loadmaster.storage.local import LocalStorage, checksum
+from loadmaster.workdir import Workdir
+
+T = TypeVar("T")
+
+PROGRESS_SECONDS: Final = 0.5
+"""Between two looks at the bytes of running transfers; a person cannot use more."""
+
+
+NOT_MADE: Final = "the payload did not make it"
+
+
+class Listener(Protocol):
+    """Whoever wants to know what a staging does."""
+
+    @property
+    def wants_progress(self) -> bool:
+        """Whether `progress` is worth calling."""
+        ...
+
+    async def staged(self, file: StoredFile) -> None:
+        """A file has arrived, whole and verified."""
+
+    async def failed_over(self, file: StoredFile, wanted: str) -> None:
+        """A file is safe, but not where it was wanted."""
+
+    async def missing(self, name: str, reason: str) -> None:
+        """A file to be taken out is not there, or may not leave."""
+
+    def progress(self, name: str, url: str, done_bytes: int, size_bytes: int | None) -> None:
+        """A file is on its way."""
+
+
+@dataclass(eq=False, slots=True)
+class _Moving:
+    """One transfer under way."""
+
+    name: str
+    url: str
+    size_bytes: int | None
+    progress: Progress
+
+
+class Transfers:
+    """The storages and the catalog of a site, ready to move files. Made by `open_transfers`; may serve many jobs."""
+
+    def __init__(self, site: Site, storages: Mapping[str, Storage], catalog: Catalog | None) -> None:
+        self.site = site
+        self.catalog = catalog
+        self._storages = storages
+
+    def __repr__(self) -> str:
+        return f"<Transfers {self.site.name or 'local'}: {', '.join(sorted(self._storages))}>"
+
+    async def lookup(self, lfns: Sequence[str]) -> Mapping[str, CatalogEntry]:
+        """What the catalog knows of these; nothing when there is no catalog. Raises `StagingFailed`."""
+        if self.catalog is None:
+            return {}
+        try:
+            return await self.catalog.lookup(lfns)
+        except StorageError as exc:
+            raise StagingFailed("cannot look up inputs", [str(exc)]) from exc
+
+    async def fetch(self, fetches: Sequence[Fetch], workdir: Workdir, listener: Listener) -> None:
+        """Bring files into a work directory, many at once.
+
+        All are tried; then `StagingFailed` names those that could not be had. A name in the work directory never holds
+        half a file, also after cancellation.
+        """
+        problems: list[str] = []
+        moving: set[_Moving] = set()
+
+        async def one(fetch: Fetch) -> None:
+            try:
+                await listener.staged(await self._fetch(fetch, workdir, moving))
+            except StorageError as exc:
+                problems.append(f"{fetch.name}: {exc}")
+
+        await self._all(fetches, one, moving, listener)
+        if problems:
+            raise StagingFailed("cannot bring in", problems)
+
+    async def deliver(self, deliveries: Sequence[Delivery], workdir: Workdir, listener: Listener) -> None:
+        """Take files out of a work directory, many at once, and register those that have a logical name.
+
+        One that is not there is told to the listener and is no failure (as in DIRAC). All are tried; then
+        `StagingFailed` names those that no storage took, or that may not leave.
+        """
+        problems: list[str] = []
+        moving: set[_Moving] = set()
+
+        async def one(delivery: Delivery) -> None:
+            try:
+                source = await to_thread.run_sync(workdir.open_output, delivery.name)
+            except FileNotFoundError:
+                await listener.missing(delivery.name, NOT_MADE)
+                return
+            except OSError as exc:
+                reason = str(exc.strerror)
+                await listener.missing(delivery.name, reason)
+                problems.append(f"{delivery.name}: {reason}")
+                return
+            try:
+                await self._deliver(delivery, source, moving, listener)
+            except StorageError as exc:
+                problems.append(f"{delivery.name}: {exc}")
+            finally:
+                os.close(source)
+
+        await self._all(deliveries, one, moving, listener)
+        if problems:
+            raise StagingFailed("cannot deliver", problems)
+
+    async def _fetch(self, fetch: Fetch, workdir: Workdir, moving: set[_Moving]) -> StoredFile:
+        """The first replica that gives the right bytes. Raises what the last one raised."""
+
+        async def attempt(source: Replica) -> StoredFile:
+            part = f".{secrets.token_hex(8)}.part"
+            with _progress(moving, fetch.name, source.url, fetch.size_bytes) as progress:
+                descriptor = await to_thread.run_sync(workdir.create, part)
+                try:
+                    info = await self._storage(source.url).download(source.url, descriptor, progress)
+                    _verify(info, fetch, source.url)
+                    await to_thread.run_sync(workdir.rename, part, fetch.name)
+                except BaseException:
+                    with anyio.move_on_after(10, shield=True):  # one unlink on a local disk
+                        await to_thread.run_sync(workdir.remove, part)
+                    raise
+                finally:
+                    os.close(descriptor)
+            return _stored(fetch.name, source, info, fetch.lfn)
+
+        return await _first(fetch.sources, attempt)
+
+    async def _deliver(self, delivery: Delivery, source: int, moving: set[_Moving], listener: Listener) -> None:
+        """The first storage that takes it; else the first failover one. Raises what the last wanted one raised."""
+
+        async def attempt(target: Replica) -> StoredFile:
+            with _progress(moving, delivery.name, target.url, os.fstat(source).st_size) as progress:
+                info = await self._storage(target.url).upload(source, target.url, progress)
+            file = _stored(delivery.name, target, info, delivery.lfn)
+            if delivery.lfn is not None and self.catalog is not None:
+                await self.catalog.register(CatalogEntry(delivery.lfn, info, (target,)))
+            return file
+
+        if file := await self._already_there(delivery, source):
+            await listener.staged(file)
+            return
+        try:
+            await listener.staged(await _first(delivery.targets, attempt))
+        except StorageError as exc:
+            if not delivery.failover:
+                raise
+            try:
+                file = await _first(delivery.failover, attempt)
+            except StorageError:
+                raise exc from None  # what went wrong where it was wanted tells more
+            await listener.failed_over(file, delivery.targets[0].url)
+
+    async def _already_there(self, delivery: Delivery, source: int) -> StoredFile | None:
+        """The file, if the catalog has it with this content: an earlier attempt got so far. Other content is not touched."""
+        if delivery.lfn is None or self.catalog is None:
+            return None
+        entry = (await self.catalog.lookup([delivery.lfn])).get(delivery.lfn)
+        if entry is None or not entry.replicas:
+            return None
+        info = await to_thread.run_sync(checksum, source)
+        if info != entry.info:
+            raise AlreadyExists(
+                f"LFN:{delivery.lfn}",
+                f"is in the catalog with other content ({entry.info.size_bytes} bytes, adler32 {entry.info.adler32}; "
+                f"this one has {info.size_bytes}, {info.adler32})",
+            )
+        return _stored(delivery.name, entry.replicas[0], info, delivery.lfn)
+
+    async def _all(
+        self, items: Sequence[T], work: Callable[[T], Awaitable[None]], moving: set[_Moving], listener: Listener
+    ) -> None:
+        """Work on all items, some at a time, and tell about progress meanwhile."""
+        if not listener.wants_progress:
+            await for_each(items, work, self.site.streams)
+            return
+        with single_error():
+            async with anyio.create_task_group() as watching:
+                watching.start_soon(_report, moving, listener)
+                await for_each(items, work, self.site.streams)
+                watching.cancel_scope.cancel()
+
+    def _storage(self, url: str) -> Storage:
+        scheme = url.partition("://")[0]
+        if scheme not in self._storages:
+            raise StorageError(url, f"no storage for {scheme}:// URLs ({', '.join(sorted(self._storages))} are there)")
+        return self._storages[scheme]
+
+
+@asynccontextmanager
+async def open_transfers(
+    site: Site, *, storages: Mapping[str, Storage] | None = None, catalog: Catalog | None = None
+) -> AsyncIterator[Transfers]:
+    """The storages and the catalog of a site, for as long as they are needed.
+
+    `storages` adds kinds of storage, or replaces ours, by URL scheme; `catalog` replaces the one of the configuration.
+    """
+    if catalog is None and site.catalog is not None:
+        if not site.catalog.startswith("file://"):
+            raise InvalidSite(f"catalog: {site.catalog}: only a local file can be one")
+        catalog = SqliteCatalog(local_path(site.catalog))
+    yield Transfers(site, {"file": LocalStorage(), **(storages or {})}, catalog)
+
+
+async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:
+    """Work on every item, at most so many at a time, in their order. The first error ends the rest and is raised bare."""
+    queue = iter(items)
+
+    async def lane(first: T) -> None:
+        await work(first)
+        for item in queue:
+            await work(item)
+
+    with single_error():
+        async with anyio.create_task_group() as lanes:
+            for first in islice(queue, at_once):
+                lanes.start_soon(lane, first)
+
+
+@contextmanager
+def single_error() -> Iterator[None]:
+    """Out of a task group, the error that ended it rather than a group of one."""
+    try:
+        yield
+    except ExceptionGroup as group:
+        raise group.exceptions[0] from group.exceptions[0].__cause__
+
+
+async def _first(places: Sequence[Replica], attempt: Callable[[Replica], Awaitable[StoredFile]]) -> StoredFile:
+    """The first attempt that succeeds. Raises what the last one raised, with what the others had to say as notes."""
+    for number, place in enumerate(places, start=1):
+        try:
+            return await attempt(place)
+        except StorageError:
+            if number == len(places):
+                raise
+    raise AssertionError("a plan has at least one place for each file")
+
+
+@contextmanager
+def _progress(moving: set[_Moving], name: str, url: str, size_bytes: int | None) -> Iterator[Progress]:
+    """Be among the transfers under way."""
+    transfer = _Moving(name, url, size_bytes, Progress())
+    moving.add(transfer)
+    try:
+        yield transfer.progress
+    finally:
+        moving.discard(transfer)
+
+
+async def _report(moving: set[_Moving], listener: Listener) -> None:
+    """Tell how far the transfers are, now and then: bytes have no edge to wait for."""
+    while True:
+        await anyio.sleep(PROGRESS_SECONDS)
+        for transfer in moving:
+            listener.progress(transfer.name, transfer.url, transfer.progress.done_bytes, transfer.size_bytes)
+
+
+def _verify(info: FileInfo, fetch: Fetch, url: str) -> None:
+    if fetch.size_bytes is not None and info.size_bytes != fetch.size_bytes:
+        raise ChecksumMismatch(url, f"has {info.size_bytes} bytes, expected {fetch.size_bytes}")
+    if fetch.adler32 is not None and info.adler32 != fetch.adler32:
+        raise ChecksumMismatch(url, f"adler32 {info.adler32}, expected {fetch.adler32}")
+
+
+def _stored(name: str, place: Replica, info: FileInfo, lfn: str | None) -> StoredFile:
+    return StoredFile(name, place.url, info.size_bytes, info.adler32 or "", lfn, place.storage_element)

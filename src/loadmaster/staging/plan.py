@@ -1,0 +1,184 @@
+"""What to move, from where, to where: decisions from a description, a site and a catalog's answers. Nothing is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from loadmaster.errors import InvalidJob, StagingFailed
+from loadmaster.model import InputFile, JobDescription, OutputFile
+from loadmaster.names import SANDBOX_PREFIX, as_url, base_name, is_lfn, is_url, join_url, parse_lfn, user_lfn
+from loadmaster.site import Site
+from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
+
+MAGIC = frozenset("*?[")
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """One file to bring in: its name, where it can be had in order of preference, what is known of its content."""
+
+    name: str
+    sources: tuple[Replica, ...]
+    size_bytes: int | None = None
+    adler32: str | None = None
+    lfn: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One file to take out: its name, where it may go in order of preference, and where it is safe if none takes it."""
+
+    name: str
+    targets: tuple[Replica, ...]
+    failover: tuple[Replica, ...] = ()
+    lfn: str | None = None
+
+
+# -- inputs ------------------------------------------------------------------------------------------------------
+
+
+def lfns_of(files: Iterable[InputFile]) -> list[str]:
+    """The logical names a catalog has to be asked about: what says so, and absolute paths, which may be some."""
+    return [path for file in files if (path := _possible_lfn(file.source)) is not None]
+
+
+def plan_fetches(files: Iterable[InputFile], known: Mapping[str, CatalogEntry], site: Site) -> list[Fetch]:
+    """How to get each file. Raises `StagingFailed` that names every one that cannot be had."""
+    fetches, problems = [], []
+    for file in files:
+        try:
+            fetches.append(_plan_fetch(file, known, site))
+        except ValueError as exc:
+            problems.append(str(exc))
+    if problems:
+        raise StagingFailed("cannot find inputs", problems)
+    return fetches
+
+
+def _plan_fetch(file: InputFile, known: Mapping[str, CatalogEntry], site: Site) -> Fetch:
+    lfn = _possible_lfn(file.source)
+    if lfn is not None and lfn in known:
+        entry = known[lfn]
+        if not entry.replicas:
+            raise ValueError(f"LFN:{lfn}: the catalog knows no replica")
+        local_first = sorted(entry.replicas, key=lambda replica: replica.storage_element not in site.storage_elements)
+        return _fetch(file, tuple(local_first), entry.info, lfn)
+    if is_lfn(file.source):
+        where = "is not in the catalog" if site.catalog else "needs a catalog: give a site configuration"
+        raise ValueError(f"{file.source}: {where}")
+    if file.source.startswith(SANDBOX_PREFIX):
+        if site.sandbox_store is None:
+            raise ValueError(f"{file.source}: needs a sandbox_store in the site configuration")
+        return _fetch(file, (Replica(join_url(site.sandbox_store, file.source.partition("|")[2])),))
+    return _fetch(file, (Replica(as_url(file.source)),))
+
+
+def _fetch(
+    file: InputFile, sources: tuple[Replica, ...], info: FileInfo | None = None, lfn: str | None = None
+) -> Fetch:
+    size = file.size_bytes if file.size_bytes is not None else info.size_bytes if info else None
+    adler32 = file.adler32 or (info.adler32 if info else None)
+    return Fetch(file.name, sources, size, adler32.lower().rjust(8, "0") if adler32 else None, lfn)
+
+
+def _possible_lfn(source: str) -> str | None:
+    if is_lfn(source):
+        return parse_lfn(source)
+    try:
+        return parse_lfn(source) if source.startswith("/") else None
+    except ValueError:  # an ordinary path that no catalog would have
+        return None
+
+
+# -- outputs -----------------------------------------------------------------------------------------------------
+
+
+def check_outputs(job: JobDescription, site: Site) -> None:
+    """Raise `InvalidJob` now if an output has nowhere to go, rather than when it has been computed."""
+    for file in job.output_data:
+        if file.pattern.strip("".join(MAGIC)):
+            plan_delivery(file, base_name(file.pattern), job, site)
+    if job.output_sandbox:
+        sandbox_directory(job, site)
+
+
+def plan_delivery(file: OutputFile, name: str, job: JobDescription, site: Site) -> Delivery:
+    """Where one output file goes. Raises `InvalidJob` that names the field at fault."""
+    several = bool(MAGIC & set(file.pattern)) or name != file.pattern
+    if file.target is not None and not is_lfn(file.target):
+        url = as_url(file.target)
+        return Delivery(name, (Replica(join_url(url, base_name(name)) if several else url),))
+    wanted = job.output_se or site.default_se
+    if not wanted and file.target is None:
+        return Delivery(name, (Replica(join_url(_output_directory(job, site), base_name(name))),))
+    if not wanted:
+        raise InvalidJob(f"output_data: {file.target}: no storage element: name one in output_se")
+    if all(_is_place(element) for element in wanted) and file.target is None:
+        path = "/".join(filter(None, [(job.output_path or "").strip("/"), base_name(name)]))
+        return Delivery(name, tuple(Replica(join_url(as_url(element), path)) for element in wanted))
+    lfn = _output_lfn(file, name, several, job, site)
+    return Delivery(
+        name,
+        tuple(_at(element, lfn, "output_se", site) for element in wanted),
+        tuple(_at(element, lfn, "failover_se", site) for element in site.failover_se if element not in wanted),
+        lfn,
+    )
+
+
+def sandbox_directory(job: JobDescription, site: Site) -> str:
+    """The URL below which a job's output sandbox goes. Raises `InvalidJob` when there is none."""
+    if site.sandbox_store is not None:
+        return join_url(site.sandbox_store, job.job_id)
+    if site.output_directory is not None:
+        return site.output_directory
+    raise InvalidJob("output_sandbox: nowhere to put it: give a site with a sandbox_store or an output_directory")
+
+
+def refuse_collisions(deliveries: Sequence[Delivery]) -> None:
+    """Raise `StagingFailed` when two files would become one at their target."""
+    first: dict[str, str] = {}
+    problems = [
+        f"{other} and {delivery.name} would both be {delivery.targets[0].url}"
+        for delivery in deliveries
+        if (other := first.setdefault(delivery.targets[0].url, delivery.name)) != delivery.name
+    ]
+    if problems:
+        raise StagingFailed("cannot deliver outputs", problems)
+
+
+def _output_directory(job: JobDescription, site: Site) -> str:
+    if job.output_path is not None and is_url(job.output_path):
+        return job.output_path
+    if site.output_directory is None:
+        raise InvalidJob("output_data: nowhere to put it: name a storage element or a directory in output_se")
+    return site.output_directory
+
+
+def _output_lfn(file: OutputFile, name: str, several: bool, job: JobDescription, site: Site) -> str:
+    if file.target is not None:
+        lfn = parse_lfn(file.target)
+        return f"{lfn.rpartition('/')[0]}/{base_name(name)}" if several else lfn
+    vo = job.vo or site.vo
+    if job.owner is None or vo is None:
+        missing = "owner" if job.owner is None else "vo"
+        raise InvalidJob(f"{missing}: is needed for the LFN of output {name!r}; or write LFN:/... in output_data")
+    try:
+        return user_lfn(
+            name, vo=vo, owner=job.owner, job_id=job.job_id, user_prefix=site.user_prefix, output_path=job.output_path
+        )
+    except ValueError as exc:
+        raise InvalidJob(f"output_path: {exc}") from exc
+
+
+def _at(element: str, lfn: str, field: str, site: Site) -> Replica:
+    if element in site.storage_elements:
+        return Replica(join_url(site.storage_elements[element], lfn), element)
+    if _is_place(element):
+        return Replica(join_url(as_url(element), lfn))
+    known = ", ".join(site.storage_elements) or "none is configured"
+    raise InvalidJob(f"{field}: no storage element {element!r} ({known}); a directory is given as an absolute path")
+
+
+def _is_place(element: str) -> bool:
+    return is_url(element) or element.startswith("/")

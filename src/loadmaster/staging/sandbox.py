@@ -1,0 +1,71 @@
+"""Sandboxes: archives among the inputs are unpacked, directories among the outputs are packed. Functions that block."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tarfile
+from pathlib import PurePosixPath
+from typing import BinaryIO
+
+from loadmaster.errors import StagingFailed
+from loadmaster.names import check_local_name
+from loadmaster.workdir import NotDeliverable, Workdir
+
+COPY_BYTES = 1024 * 1024
+
+
+def unpack(workdir: Workdir, name: str) -> bool:
+    """Unpack a tar archive of any compression into the work directory; False if the file is none.
+
+    Files and directories only: a link, a device, or a name that leads out of the directory raises `StagingFailed`.
+    """
+    with os.fdopen(workdir.open_output(name), "rb") as file:
+        if not tarfile.is_tarfile(file):
+            return False
+        file.seek(0)
+        try:
+            with tarfile.open(fileobj=file, mode="r:*") as archive:
+                for member in archive:
+                    _unpack_member(workdir, archive, member)
+        except (tarfile.TarError, EOFError, OSError, ValueError) as exc:
+            raise StagingFailed("cannot unpack", [f"{name}: {exc}"]) from exc
+    return True
+
+
+def pack(workdir: Workdir, directory: str, archive: str) -> list[tuple[str, str]]:
+    """Make a tar archive of a directory in the work directory. Returns what was left out, each with its reason.
+
+    What is left out is what may not leave: links out of the work directory, FIFOs, sockets, devices.
+    """
+    left_out = []
+    with os.fdopen(workdir.create(archive), "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
+        for name in workdir.files_below(directory):
+            try:
+                with os.fdopen(workdir.open_output(name), "rb") as file:
+                    tar.addfile(_header(name, directory, file), file)
+            except OSError as exc:
+                left_out.append((name, exc.strerror or str(exc)))
+    return left_out
+
+
+def _header(name: str, directory: str, file: BinaryIO) -> tarfile.TarInfo:
+    found = os.fstat(file.fileno())
+    header = tarfile.TarInfo(str(PurePosixPath(name).relative_to(PurePosixPath(directory).parent)))
+    header.size, header.mtime, header.mode = found.st_size, found.st_mtime, stat.S_IMODE(found.st_mode)
+    return header
+
+
+def _unpack_member(workdir: Workdir, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+    name = member.name.removeprefix("./").rstrip("/")
+    if member.isdir():
+        if name not in {"", "."}:
+            workdir.make_directory(check_local_name(name))
+        return
+    content = archive.extractfile(member) if member.isreg() else None
+    if content is None:
+        raise NotDeliverable(f"{member.name!r} is neither a file nor a directory")
+    with os.fdopen(workdir.create(check_local_name(name)), "wb") as target:
+        shutil.copyfileobj(content, target, COPY_BYTES)
+        os.fchmod(target.fileno(), stat.S_IMODE(member.mode) & 0o755 | 0o600)

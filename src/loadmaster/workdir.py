@@ -1,0 +1,250 @@
+"""A job's directory: made, locked, confined, removed.
+
+The payload owns everything in it and is assumed to be hostile: it swaps files for symbolic links, leaves FIFOs,
+directories nobody may enter and trees ten thousand deep. So files are opened part by part without following links,
+and removal never recurses. The functions that touch the disk block; async callers put them in a worker thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import glob
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.errors import WorkdirFault
+from loadmaster.names import check_local_name
+
+log = logging.getLogger(__name__)
+
+REMOVAL_SECONDS: Final = 60.0
+"""How long a cancelled job may take to remove its directory before it is left behind, with a warning."""
+
+REMOVAL_PASSES: Final = 20
+"""A process that is being killed may still write; the directory is emptied again so many times."""
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class NotDeliverable(OSError):
+    """Something that may not leave the work directory, or come into it; the message says what."""
+
+
+class Workdir:
+    """One job's directory. Every method takes names relative to it and blocks."""
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        self.path = path
+        self._fd = descriptor
+
+    def __repr__(self) -> str:
+        return f"<Workdir {self.path}>"
+
+    @classmethod
+    def make(cls, root: Path, name: str) -> Workdir:
+        """An empty directory `<root>/<name>` that no other live job has; what a dead one left there is removed.
+
+        Raises `WorkdirFault`. The lock is a `flock` on the directory itself, so the kernel drops it with the process.
+        """
+        path = root / check_local_name(name)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            descriptor = os.open(path, _DIRECTORY)
+        except OSError as exc:
+            raise WorkdirFault(f"{path}: cannot make the work directory: {exc.strerror}") from exc
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
+                raise BlockingIOError(errno.EAGAIN, "was removed meanwhile")
+            _empty(descriptor)
+        except BlockingIOError as exc:
+            os.close(descriptor)
+            raise WorkdirFault(
+                f"{path}: another running job has this work directory; give this one its own id"
+            ) from exc
+        except OSError as exc:
+            os.close(descriptor)
+            raise WorkdirFault(f"{path}: cannot empty what is left of an earlier job: {exc.strerror}") from exc
+        return cls(path, descriptor)
+
+    def close(self, *, keep: bool = False) -> None:
+        """Remove the directory, or only unlock it. Raises `WorkdirFault` when something could not be removed."""
+        try:
+            if not keep:
+                _empty(self._fd)
+                self.path.rmdir()
+        except FileNotFoundError:
+            log.warning("%s: the payload removed its own work directory", self.path)
+        except OSError as exc:
+            raise WorkdirFault(f"{self.path}: cannot remove the work directory: {exc.strerror}") from exc
+        finally:
+            os.close(self._fd)
+
+    def create(self, name: str) -> int:
+        """A descriptor of a new, empty file for reading and appending. Parents are made; links are not followed."""
+        with self._parent(name, make=True) as (parent, last):
+            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(last, flags, 0o644, dir_fd=parent)
+
+    def make_directory(self, name: str) -> None:
+        """A directory, its parents too; links are not followed. None is a fault."""
+        with self._parent(name, make=True) as (parent, last), suppress(FileExistsError):
+            os.mkdir(last, 0o755, dir_fd=parent)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file its final name, over whatever has it."""
+        with self._parent(old) as (parent, last), self._parent(new) as (new_parent, new_last):
+            os.replace(last, new_last, src_dir_fd=parent, dst_dir_fd=new_parent)
+
+    def remove(self, name: str) -> None:
+        """Remove a file if it is there."""
+        with suppress(FileNotFoundError), self._parent(name) as (parent, last):
+            os.unlink(last, dir_fd=parent)
+
+    def open_output(self, name: str) -> int:
+        """A descriptor to read a regular file from, by its name or through links that stay inside the directory.
+
+        Raises `NotDeliverable` for links out of the directory, FIFOs, sockets and devices, and `OSError` as usual.
+        """
+        top = os.path.realpath(self.path)
+        real = os.path.realpath(self.path / check_local_name(name))
+        if not real.startswith(top + "/"):
+            raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
+        with self._parent(real[len(top) + 1 :]) as (parent, last):
+            kind = os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode
+            if not stat.S_ISREG(kind):  # looked at before it is opened: opening a FIFO or a device has effects
+                raise NotDeliverable(errno.EPERM, f"is {_what(kind)}, not a file", name)
+            descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise NotDeliverable(errno.EPERM, "was swapped for something that is not a file", name)
+        return descriptor
+
+    def matches(self, pattern: str) -> list[str]:
+        """The names a pattern stands for: what is called exactly so, else what matches it as in a shell; sorted."""
+        if os.path.lexists(self.path / check_local_name(pattern)):
+            return [pattern]
+        return sorted(name.rstrip("/") for name in glob.glob(pattern, root_dir=self.path))
+
+    def is_directory(self, name: str) -> bool:
+        """Whether the name is a directory itself, not a link to one."""
+        with suppress(OSError):
+            return stat.S_ISDIR(os.stat(self.path / check_local_name(name), follow_symlinks=False).st_mode)
+        return False
+
+    def files_below(self, directory: str) -> Iterator[str]:
+        """The names of everything below a directory that is not a directory, without following links."""
+        for folder, folders, files in os.walk(self.path / check_local_name(directory)):
+            folders.sort()
+            links = [name for name in folders if Path(folder, name).is_symlink()]
+            for name in sorted([*files, *links]):
+                yield str(Path(folder, name).relative_to(self.path))
+
+    @contextmanager
+    def _parent(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
+        """A descriptor of the directory a name is in, and the last part of the name; no link is followed."""
+        *folders, last = check_local_name(name).split("/")
+        descriptor = os.dup(self._fd)
+        try:
+            for folder in folders:
+                if make:
+                    with suppress(FileExistsError):
+                        os.mkdir(folder, 0o755, dir_fd=descriptor)
+                below = os.open(folder, _DIRECTORY, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = below
+            yield descriptor, last
+        finally:
+            os.close(descriptor)
+
+
+@asynccontextmanager
+async def open_workdir(root: Path, name: str, *, keep: bool = False) -> AsyncIterator[Workdir]:
+    """A job's directory below `root`, removed on leaving, however one leaves, unless it is to be kept.
+
+    Raises `WorkdirFault` when it cannot be made, is another live job's, or cannot be removed.
+    """
+    workdir = await to_thread.run_sync(Workdir.make, root, name)
+    try:
+        yield workdir
+    finally:
+        with anyio.move_on_after(REMOVAL_SECONDS, shield=True) as scope:
+            await to_thread.run_sync(lambda: workdir.close(keep=keep), abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            log.error("%s: not removed within %.0f s, left behind", workdir.path, REMOVAL_SECONDS)
+
+
+def default_root() -> Path:
+    """Where work directories go when nobody said: a directory of this user's in the temporary one."""
+    return Path(tempfile.gettempdir()) / f"loadmaster-{os.getuid()}"
+
+
+def _what(mode: int) -> str:
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _empty(top: int) -> None:
+    """Remove everything in a directory. What is deep is first moved up, so no depth is too deep."""
+    for _ in range(REMOVAL_PASSES):
+        names = os.listdir(top)
+        if not names:
+            return
+        for name in names:
+            if not _unlink(name, top):
+                _flatten(name, top)
+    raise OSError(errno.ENOTEMPTY, "something keeps writing to it")
+
+
+def _unlink(name: str, folder: int) -> bool:
+    """Remove what is not a directory; False when it is one."""
+    if stat.S_ISDIR(_mode(name, folder)):
+        return False
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+    return True
+
+
+def _flatten(name: str, top: int) -> None:
+    """Remove one directory of `top`, its own directories becoming `top`'s."""
+    with suppress(FileNotFoundError):
+        _permit(name, top)
+        folder = os.open(name, _DIRECTORY, dir_fd=top)
+        try:
+            for entry in os.listdir(folder):
+                if not _unlink(entry, folder):
+                    _permit(entry, folder)  # a directory can only change its parent when we may write to it
+                    os.rename(entry, f".{os.urandom(8).hex()}", src_dir_fd=folder, dst_dir_fd=top)
+        finally:
+            os.close(folder)
+        with suppress(OSError):  # somebody still writes: the next pass sees it
+            os.rmdir(name, dir_fd=top)
+
+
+def _permit(name: str, folder: int) -> None:
+    """Let us into a directory its owner closed, through a descriptor so that no link can be put in its place."""
+    if _mode(name, folder) & 0o700 == 0o700:
+        return
+    handle = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        os.chmod(f"/proc/self/fd/{handle}", 0o700)
+    finally:
+        os.close(handle)
+
+
+def _mode(name: str, folder: int) -> int:
+    with suppress(FileNotFoundError):
+        return os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    return 0
