@@ -1,0 +1,330 @@
+"""The command line: `loadmaster run JOB.json` and `loadmaster check JOB.json`.
+
+Exit codes: 0 done or completed; 1 the description is bad or the job could not be prepared; 2 the payload failed or was
+stopped by a limit; 3 outputs could not be delivered; 4 reschedule; 130 and 143 told to stop by SIGINT or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import anyio
+
+from loadmaster import dirac
+from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
+from loadmaster.errors import InvalidJob, LoadmasterError
+from loadmaster.handle import JobHandle
+from loadmaster.hooks import find_coordinator
+from loadmaster.model import ComputingElement, JobDescription, JobResult, Phase, Status
+from loadmaster.names import file_url, local_path
+from loadmaster.payload.supervise import HEARTBEAT_SECONDS
+from loadmaster.reporter import write_events
+from loadmaster.runner import run_job
+from loadmaster.site import Site
+from loadmaster.staging.plan import check_outputs
+from loadmaster.terminal import Display, follow, printable, size, stderr_display
+from loadmaster.workdir import default_root
+
+OK: Final = 0
+NOT_PREPARED: Final = 1
+PAYLOAD_FAILED: Final = 2
+NOT_DELIVERED: Final = 3
+RESCHEDULE: Final = 4
+
+LIVE_SECONDS: Final = 1.0
+"""Between two looks at the payload's CPU and memory while a person watches."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit code is returned, not raised, but for usage errors."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except (LoadmasterError, OSError) as exc:
+        print(f"loadmaster: {exc}", file=sys.stderr)
+        return NOT_PREPARED
+    except KeyboardInterrupt:  # the second Ctrl-C while a coordinator blocks the loop
+        print("loadmaster: interrupted; the payload was stopped, nothing was delivered", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loadmaster", description="Run a batch job: bring its files in, watch its payload, take its outputs out."
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('loadmaster')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    job = argparse.ArgumentParser(add_help=False)
+    job.add_argument(
+        "job", type=Path, metavar="JOB.json", help='a job description, or DIRAC\'s {"Job": {...}, "CE": {...}}'
+    )
+    job.add_argument("--ce", type=Path, metavar="CE.json", help="the computing element")
+    job.add_argument("--config", type=Path, metavar="SITE.toml", help="storage elements, catalog, sandbox store")
+    job.add_argument(
+        "--coordinator",
+        metavar="MODULE:CLASS",
+        help="a coordinator: module:Class, path/to/file.py:Class, or its registered name",
+    )
+    job.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where outputs go that have no other target (default: outputs/<job id>)",
+    )
+
+    run = commands.add_parser("run", parents=[job], help="run one job", epilog=(__doc__ or "").partition("\n\n")[2])
+    run.set_defaults(command=_run)
+    run.add_argument(
+        "--root", type=Path, metavar="DIR", help="where work directories are made (default: a temporary directory)"
+    )
+    run.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
+    run.add_argument("--result", type=Path, metavar="FILE", help="write the result as JSON")
+    run.add_argument("--keep-workdir", action="store_true", help="leave the work directory where it is, and say where")
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    check = commands.add_parser(
+        "check", parents=[job], help="say what a job description means, and what is wrong with it"
+    )
+    check.set_defaults(command=_check)
+    return parser
+
+
+# -- check -------------------------------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> int:
+    job, ce = _read_job(options)
+    site = _read_site(options, job)
+    _read_coordinator(options)
+    check_outputs(job, site)
+    words = job.model_dump(mode="json", exclude_defaults=True, exclude={"extra"})
+    print(json.dumps(words | {"computing_element": ce.model_dump(mode="json", exclude_defaults=True)}, indent=2))
+    if job.extra:
+        print(f"kept for the coordinator, not understood: {', '.join(sorted(job.extra))}", file=sys.stderr)
+    print(f"{options.job}: job {job.job_id} can be run", file=sys.stderr)
+    return OK
+
+
+# -- run ---------------------------------------------------------------------------------------------------------
+
+
+def _run(options: argparse.Namespace) -> int:
+    job, ce = _read_job(options)
+    coordinator = _read_coordinator(options)
+    root = (options.root or default_root()).absolute()
+    display = stderr_display(quiet=options.quiet)
+    for path in filter(None, (options.events, options.result)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with told_to_stop() as orders, _log_to(display):
+        run = partial(
+            run_job, job, ce=ce, coordinator=coordinator, site=_read_site(options, job), root=root,
+            keep_workdir=options.keep_workdir, heartbeat_seconds=LIVE_SECONDS if sys.stderr.isatty() else HEARTBEAT_SECONDS,
+        )  # fmt: skip
+        try:
+            result = anyio.run(_fly, run, orders, display, options.events)
+        finally:
+            display.close()
+    if result is None:
+        display.say("abandoned: the payload was stopped, nothing more was delivered")
+        return 128 + orders.seen[0]
+    if options.result:
+        _write_whole(options.result, json.dumps(result.to_json(), indent=2) + "\n")
+    if not options.quiet:
+        _print_result(result, kept=root / job.job_id if options.keep_workdir else None)
+    elif result.failure is not None:
+        display.say(f"loadmaster: job {result.job_id}: {result.failure}")
+    return 128 + orders.seen[0] if result.status is Status.KILLED and orders.seen else exit_code(result)
+
+
+async def _fly(
+    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: Path | None
+) -> JobResult | None:
+    """The job's result; None when it was abandoned."""
+    handle = JobHandle()
+    result = None
+    async with anyio.create_task_group() as listening:
+        listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
+        async with anyio.create_task_group() as followers:
+            followers.start_soon(follow, handle, display)
+            if events is not None:
+                followers.start_soon(write_events, handle, events)
+            result = await run(handle=handle)
+        listening.cancel_scope.cancel()
+    return result
+
+
+async def _obey(orders: Orders, handle: JobHandle, display: Display, everything: anyio.CancelScope) -> None:
+    """The first order kills the job, which still delivers its sandbox; the second leaves at once."""
+    name = await orders.next()
+    if handle.kill(f"told to stop by {name}"):
+        display.say(f"{name}: stopping the payload; its sandbox is still delivered (once more: leave at once)")
+    else:
+        display.say(f"{name}: the payload has ended, its outputs are being delivered (once more: leave at once)")
+    name = await orders.next()
+    display.say(f"{name}: leaving; the payload is stopped, nothing more is delivered")
+    everything.cancel()
+
+
+def exit_code(result: JobResult) -> int:
+    """The exit code that tells a result to a shell."""
+    if result.failure is None:
+        return OK
+    if result.status is Status.RESCHEDULED:
+        return RESCHEDULE
+    match result.failure.phase:
+        case Phase.STAGE_IN | Phase.PRE_PROCESS:
+            return NOT_PREPARED
+        case Phase.STAGE_OUT:
+            return NOT_DELIVERED
+        case _:
+            return NOT_PREPARED if result.failure.kind == "PayloadNotStarted" else PAYLOAD_FAILED
+
+
+def _print_result(result: JobResult, kept: Path | None) -> None:
+    """The result for people, on standard output."""
+    failure = f": {result.failure}" if result.failure is not None else ""
+    print(printable(f"{result.status}{failure}"))
+    for file in result.outputs:
+        print(printable(f"  {file.name}  {size(file.size_bytes)}  {_shown(file.url)}"))
+    for name in result.missing_outputs:
+        print(printable(f"  {name}  missing"))
+    for line in result.pending:
+        print(printable(f"  pending: {line}"))
+    if kept is not None:
+        print(f"  work directory: {kept}")
+
+
+def _shown(url: str) -> str:
+    """A URL as a person would open it: a plain path if it is one of this machine."""
+    return str(local_path(url)) if url.startswith("file://") else url
+
+
+# -- being told to stop ------------------------------------------------------------------------------------------
+
+
+class Orders:
+    """SIGINT and SIGTERM, as something to wait for."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.seen: list[int] = []
+        self._descriptor = descriptor
+        self._noticed = 0
+
+    async def next(self) -> str:
+        """Wait for the next order; its signal's name."""
+        while self._noticed == len(self.seen):
+            await anyio.wait_readable(self._descriptor)
+            os.read(self._descriptor, 1)  # the byte is there: this does not wait
+        self._noticed += 1
+        return signal.Signals(self.seen[self._noticed - 1]).name
+
+    @property
+    def unnoticed(self) -> int:
+        """How many orders nobody has taken: more than one while something holds the event loop."""
+        return len(self.seen) - self._noticed
+
+
+@contextmanager
+def told_to_stop() -> Iterator[Orders]:
+    """SIGINT and SIGTERM become orders. If the last one has not been noticed, because a coordinator blocks the event
+    loop, the next one interrupts it where it is, with KeyboardInterrupt."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    orders = Orders(reader)
+
+    def take(number: int, frame: FrameType | None) -> None:
+        orders.seen.append(number)
+        os.write(writer, b"!")
+        if orders.unnoticed > 1:
+            raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield orders
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+# -- reading and writing -----------------------------------------------------------------------------------------
+
+
+def _read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
+    words, ce_words = dirac.split_wrapper_file(_read_json(options.job))
+    if options.ce is not None:
+        ce_words = {**ce_words, **_read_json(options.ce)}
+    try:
+        job = JobDescription.load(words).relative_to(options.job.absolute().parent, outputs=Path.cwd())
+        return job, ComputingElement.load(ce_words)
+    except InvalidJob as exc:
+        raise InvalidJob(f"{options.job}: {exc}") from exc
+
+
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise InvalidJob(f"{path}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise InvalidJob(f"{path}: not JSON: {exc}") from exc
+    if not isinstance(data, dict):
+        raise InvalidJob(f"{path}: an object {{...}} is expected, not {type(data).__name__}")
+    return data
+
+
+def _read_site(options: argparse.Namespace, job: JobDescription) -> Site:
+    output = (options.output or Path("outputs") / job.job_id).absolute()
+    site = Site.load(options.config) if options.config else Site()
+    return site if site.output_directory else site.model_copy(update={"output_directory": file_url(output)})
+
+
+def _read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
+    if options.coordinator is None:
+        return JobExecutionCoordinator
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; this process is ours
+    found = find_coordinator(options.coordinator)
+    return dirac.adapt(found) if dirac.is_synchronous(found) else found
+
+
+def _write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _log_to(display: Display) -> Iterator[None]:
+    """Show the package's warnings among the job's lines."""
+
+    class ToDisplay(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    handler = ToDisplay(logging.WARNING)
+    logger = logging.getLogger("loadmaster")
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

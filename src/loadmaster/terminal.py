@@ -1,0 +1,229 @@
+"""What a person sees of a job: lines, or on a terminal a live display."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Final, Protocol, TextIO
+
+from loadmaster.events import (
+    ComputingEnded,
+    Event,
+    FailoverRequested,
+    FileStagedIn,
+    FileStagedOut,
+    Heartbeat,
+    JobAccepted,
+    JobFinished,
+    OutputMissing,
+    ParameterReported,
+    PayloadExited,
+    PayloadPrepared,
+    PayloadStarted,
+    StageInStarted,
+    StageOutStarted,
+    TransferProgress,
+)
+from loadmaster.handle import JobHandle
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+FILE_BARS: Final = 12
+"""More bars than this scroll off a small terminal."""
+
+
+class Display(Protocol):
+    """Something that shows events."""
+
+    def show(self, event: Event) -> None:
+        """Take one event in."""
+        ...
+
+    def say(self, line: str) -> None:
+        """Print a line of its own."""
+        ...
+
+    def close(self) -> None:
+        """Give the terminal back."""
+        ...
+
+
+async def follow(handle: JobHandle, display: Display) -> None:
+    """Show a job until it is over."""
+    async for event in handle.follow():
+        display.show(event)
+
+
+def open_display(stream: TextIO, *, quiet: bool) -> Display:
+    """The display that fits: none, live bars on a terminal if `rich` is installed, else lines."""
+    if quiet:
+        return Silent(stream)
+    if stream.isatty():
+        try:
+            return Live(stream)
+        except ImportError:
+            pass
+    return Lines(stream)
+
+
+def describe(event: Event) -> str | None:
+    """One line about an event, or None when it says nothing to a person."""
+    match event:
+        case JobAccepted():
+            return f"job {event.job_id}, attempt {event.attempt}"
+        case StageInStarted():
+            return "staging in"
+        case FileStagedIn(file=file):
+            return f"  in   {file.name}  {size(file.size_bytes)}  from {file.lfn or file.url}"
+        case PayloadPrepared(command=command):
+            return f"payload: {command if isinstance(command, str) else ' '.join(command)}"
+        case PayloadStarted(pid=pid):
+            return f"payload runs (process {pid})"
+        case PayloadExited(outcome=outcome):
+            memory = f", {size(outcome.peak_memory_bytes)} at most" if outcome.peak_memory_bytes else ""
+            return f"payload ended: {outcome}, {outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s{memory}"
+        case ParameterReported(name=name, value=value):
+            return f"  {name}: {value}"
+        case ComputingEnded(failure=failure) if failure is not None:
+            return f"computing failed in {failure.phase}: {failure}"
+        case StageOutStarted():
+            return "staging out"
+        case FileStagedOut(file=file):
+            return f"  out  {file.name}  {size(file.size_bytes)}  to {file.url}"
+        case FailoverRequested(file=file, wanted=wanted):
+            return f"  out  {file.name}  {size(file.size_bytes)}  to {file.url}, to be moved to {wanted}"
+        case OutputMissing(name=name, reason=reason):
+            return f"  no   {name}: {reason}"
+        case JobFinished(status=status, failure=failure):
+            return f"job {event.job_id}: {status}" + (f" ({failure})" if failure is not None else "")
+        case _:
+            return None
+
+
+class Silent:
+    """Says only what it is asked to say."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def show(self, event: Event) -> None:
+        """Nothing."""
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        print(printable(line), file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+class Lines(Silent):
+    """A line for each event: for logs and pipes."""
+
+    def show(self, event: Event) -> None:
+        """Print what the event says, with its time (UTC)."""
+        if line := describe(event):
+            self.say(f"{event.time:%H:%M:%S} {line}")
+
+
+class Live:
+    """Lines above, and below them a bar for every file under way and the payload's figures. Needs `rich`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        self._console = Console(file=stream, highlight=False)
+        self._files: Progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            DownloadColumn(),
+            console=self._console,
+            transient=True,
+        )
+        self._phase: Progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=self._console,
+            transient=True,
+        )  # fmt: skip
+        self._bars: dict[str, TaskID] = {}
+        self._phase_task: TaskID | None = None
+        self._live = _live(self._console, self._phase, self._files)
+
+    def show(self, event: Event) -> None:
+        """Print what the event says, and move the bars."""
+        if line := describe(event):
+            self.say(f"{event.time:%H:%M:%S} {line}")
+        match event:
+            case StageInStarted():
+                self._enter("staging in")
+            case PayloadPrepared():
+                self._enter("waiting for a slot")
+            case PayloadStarted():
+                self._enter("payload")
+            case Heartbeat(cpu_seconds=cpu, memory_bytes=memory, processes=processes):
+                self._rename(f"payload  CPU {cpu:.1f} s  memory {size(memory)}  processes {processes}")
+            case ComputingEnded() | StageOutStarted():
+                self._enter("staging out")
+            case TransferProgress(name=name, done_bytes=done, size_bytes=total):
+                self._move(name, done, total)
+            case FileStagedIn(file=file) | FileStagedOut(file=file):
+                self._drop(file.name)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bars."""
+        self._console.print(printable(line), markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Take the bars away."""
+        self._live()
+
+    def _enter(self, phase: str) -> None:
+        if self._phase_task is not None:
+            self._phase.remove_task(self._phase_task)
+        self._phase_task = self._phase.add_task(phase, total=None)
+
+    def _rename(self, description: str) -> None:
+        if self._phase_task is not None:
+            self._phase.update(self._phase_task, description=description)
+
+    def _move(self, name: str, done: int, total: int | None) -> None:
+        if name not in self._bars and len(self._bars) < FILE_BARS:
+            self._bars[name] = self._files.add_task(printable(PurePosixPath(name).name[:40]), total=total)
+        if name in self._bars:
+            self._files.update(self._bars[name], completed=done)
+
+    def _drop(self, name: str) -> None:
+        if name in self._bars:
+            self._files.remove_task(self._bars.pop(name))
+
+
+def _live(console: object, *parts: object) -> Callable[[], None]:
+    """Start a live region of these parts; calling the result ends it."""
+    from rich.console import Group
+    from rich.live import Live as Region
+
+    region = Region(Group(*parts), console=console, refresh_per_second=8, transient=True)  # type: ignore[arg-type]
+    region.start()
+    return region.stop
+
+
+def size(count: int | None) -> str:
+    """A number of bytes for people, in powers of 1000 as storage has it."""
+    value = float(count or 0)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"
+
+
+def printable(text: str) -> str:
+    """The text without anything a terminal would obey: names and messages come from payloads."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+
+
+def stderr_display(*, quiet: bool) -> Display:
+    """The display of a command: on standard error, so that standard output has only results."""
+    return open_display(sys.stderr, quiet=quiet)

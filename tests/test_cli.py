@@ -1,0 +1,246 @@
+"""The command line, run as a user runs it: a process, its exit code, what it prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LOADMASTER = [sys.executable, "-W", "error", "-m", "loadmaster"]
+
+
+class Shell:
+    """A directory and the command in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def start(self, job: dict[str, Any] | str, *options: str, command: str = "run") -> subprocess.Popen[str]:
+        (self.directory / "job.json").write_text(job if isinstance(job, str) else json.dumps(job))
+        return subprocess.Popen(
+            [*LOADMASTER, command, "job.json", "--root", "scratch", *options] if command == "run" else [*LOADMASTER, command, "job.json"],
+            cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def run(self, job: dict[str, Any] | str, *options: str, command: str = "run") -> subprocess.CompletedProcess[str]:
+        with self.start(job, *options, command=command) as process:
+            out, err = process.communicate(timeout=30)
+        assert "Traceback" not in err
+        assert [*(self.directory / "scratch").glob("*")] == [] or "--keep-workdir" in options
+        return subprocess.CompletedProcess([], process.returncode, out, err)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def sh(script: str, **words: Any) -> dict[str, Any]:
+    return {"JobID": 7, "Executable": "/bin/sh", "Arguments": f"-c '{script}'", "OutputSandbox": ["std.out"], **words}
+
+
+def test_a_job_that_succeeds_is_0_and_says_where_its_outputs_are(shell: Shell) -> None:
+    done = shell.run(sh("echo hi; echo data > o.txt", OutputData="o.txt", OutputSE="./results"))
+    assert done.returncode == 0
+    assert "Done" in done.stdout
+    assert str(shell.directory / "results" / "o.txt") in done.stdout
+    assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "hi\n"
+    assert "payload ended: exit code 0" in done.stderr
+
+
+def test_result_and_events_are_json(shell: Shell) -> None:
+    shell.run(sh("exit 4"), "--result", "r.json", "--events", "e.jsonl")
+    result = json.loads((shell.directory / "r.json").read_text())
+    assert (result["job_id"], result["attempt"], result["status"]) == ("7", 1, "Failed")
+    assert (result["failure"]["kind"], result["outcome"]["exit_code"]) == ("PayloadFailed", 4)
+    assert {"signal", "wall_seconds", "cpu_seconds", "peak_memory_bytes", "verdict"} <= result["outcome"].keys()
+    events = [json.loads(line) for line in (shell.directory / "e.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events][:1] == ["JobAccepted"]
+    assert [event["kind"] for event in events][-1:] == ["JobFinished"]
+    assert all({"kind", "job_id", "attempt", "time"} <= event.keys() for event in events)
+
+
+def test_an_event_file_has_no_values_of_the_payloads_environment(shell: Shell) -> None:
+    shell.run(sh("true", ExecutionEnvironment="TOKEN=s3cret"), "--events", "e.jsonl")
+    written = (shell.directory / "e.jsonl").read_text()
+    assert "TOKEN" in written
+    assert "s3cret" not in written
+
+
+def test_diracs_wrapper_file_is_a_job_too(shell: Shell) -> None:
+    done = shell.run({"Job": sh("echo $LOADMASTER_SITE"), "CE": {"Site": "LCG.CERN.cern", "GridCE": "ce"}})
+    assert done.returncode == 0
+    assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "LCG.CERN.cern\n"
+
+
+@pytest.mark.parametrize(
+    ("job", "code", "message"),
+    [
+        ("{not json", 1, "job.json: not JSON"),
+        ("[1, 2]", 1, "an object {...} is expected, not list"),
+        ({"JobID": 7}, 1, "Executable: is missing"),
+        ({"Executable": "x", "NumberOfProcessors": "many"}, 1, "NumberOfProcessors: "),
+        ({"executable": "x", "std_out": "y"}, 1, "std_out: there is no such field"),
+        ({"Executable": "x", "InputData": "../../etc/pass\nwd"}, 1, "control characters"),
+        ({"Executable": "no-such-program"}, 1, "no-such-program"),
+        ({"Executable": "/bin/true", "InputData": "/nowhere/in.dat"}, 1, "/nowhere/in.dat: No such file or directory"),
+        ({"Executable": "/bin/true", "InputData": "LFN:/vo/in.dat"}, 1, "LFN:/vo/in.dat: needs a catalog"),
+        ({"Executable": "/bin/true", "OutputData": "o", "OutputSE": "DISK"}, 1, "DISK"),
+        (sh("exit 3"), 2, "exit code 3"),
+        (sh("kill -9 $$"), 2, "signal 9"),
+        (sh("sleep 9", limits={"wall_seconds": 0.2}), 2, "wall time"),
+        (sh("ln -s /etc/passwd o", OutputData="o", OutputSE="./r"), 3, "symbolic link out of the work directory"),
+        (sh("mkfifo o", OutputData="o", OutputSE="./r"), 3, "is a FIFO"),
+        (sh("echo x > o", OutputData="o", OutputSE="/dev/null/x"), 3, "/dev/null/x/o: Not a directory"),
+        (sh("exit 222"), 4, "222"),
+    ],
+)  # fmt: skip
+def test_what_went_wrong_is_told_by_the_exit_code_and_by_name(
+    shell: Shell, job: dict[str, Any] | str, code: int, message: str
+) -> None:
+    done = shell.run(job)
+    assert (done.returncode, message in done.stderr) == (code, True), done.stderr
+
+
+def test_an_output_that_was_not_made_is_said_and_does_not_fail(shell: Shell) -> None:
+    done = shell.run(sh("true", OutputData="o", OutputSE="./r"))
+    assert done.returncode == 0
+    assert "o  missing" in done.stdout
+    assert "the payload did not make it" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (None, "no such file"),
+        ("def f(:", "SyntaxError"),
+        ("import nothing_of_the_kind", "ModuleNotFoundError"),
+        ("x = 1", "has no 'C'"),
+        ("C = 1", "is a int, not a class"),
+        ("class C: pass", "has no preProcess"),
+        ("class C:\n def __init__(self, **_): raise KeyError('x')\n async def preProcess(self, c, e): ...\n async def postProcess(self): ...", "KeyError"),
+        ("from loadmaster import *\nclass C(JobExecutionCoordinator):\n async def preProcess(self, c, e): return 5", "preProcess returned 5"),
+        ("from loadmaster import *\nclass C(JobExecutionCoordinator):\n async def postProcess(self): 1 / 0", "ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_a_coordinator_that_cannot_be_used_is_named(shell: Shell, source: str | None, message: str) -> None:
+    if source is not None:
+        (shell.directory / "mine.py").write_text(source)
+    done = shell.run(sh("true"), "--coordinator", "mine.py:C")
+    assert done.returncode in {1, 2}
+    assert message in done.stderr
+
+
+def test_a_synchronous_coordinator_is_adapted_and_found_in_the_current_directory(shell: Shell) -> None:
+    (shell.directory / "legacy.py").write_text(
+        "class C:\n"
+        " def __init__(self, jobArgs, ceArgs): self.id = jobArgs['JobID']\n"
+        " def preProcess(self, command, exeEnv):\n"
+        "  return {'OK': True, 'Value': {'command': f'echo legacy {self.id}', 'env': exeEnv}}\n"
+        " def postProcess(self): return {'OK': True, 'Value': None}\n"
+    )
+    assert shell.run(sh("true"), "--coordinator", "legacy:C").returncode == 0
+    assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "legacy 7\n"
+
+
+def test_a_coordinator_that_blocks_the_loop_is_warned_about(shell: Shell) -> None:
+    (shell.directory / "mine.py").write_text(
+        "import time\nfrom loadmaster import *\n"
+        "class C(JobExecutionCoordinator):\n async def postProcess(self): time.sleep(0.5)"
+    )
+    done = shell.run(sh("true"), "--coordinator", "mine.py:C")
+    assert done.returncode == 0
+    assert "C.postProcess held the event loop for 0.5 s" in done.stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_told_to_stop_it_stops_the_payload_delivers_the_sandbox_and_says_so(
+    shell: Shell, number: int, code: int
+) -> None:
+    process = shell.start(sh("echo begun; exec sleep 60"), "--result", "r.json")
+    with process:
+        _read_until(process, "payload runs")
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert "stopping the payload" in err
+    assert json.loads((shell.directory / "r.json").read_text())["status"] == "Killed"
+    assert (shell.directory / "outputs" / "7" / "std.out").exists()
+
+
+def test_told_twice_it_leaves_at_once_and_leaves_nothing(shell: Shell) -> None:
+    process = shell.start(sh('trap "" TERM; echo begun; while :; do sleep 1; done', limits={"grace_seconds": 1}))
+    with process:
+        _read_until(process, "payload runs")
+        process.send_signal(signal.SIGINT)
+        _read_until(process, "stopping the payload")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "leaving" in err
+    assert list((shell.directory / "scratch").iterdir()) == []
+
+
+def test_a_second_signal_ends_a_coordinator_that_blocks_the_loop(shell: Shell) -> None:
+    (shell.directory / "mine.py").write_text(
+        "import time\nfrom loadmaster import *\nclass C(JobExecutionCoordinator):\n"
+        " async def preProcess(self, c, e):\n  print('blocked', flush=True)\n  time.sleep(60)"
+    )
+    with shell.start(sh("true"), "--coordinator", "mine.py:C") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "blocked\n"
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert list((shell.directory / "scratch").iterdir()) == []
+
+
+def test_the_work_directory_is_kept_on_request(shell: Shell) -> None:
+    done = shell.run(sh("echo x > left"), "--keep-workdir")
+    assert (shell.directory / "scratch" / "7" / "left").read_text() == "x\n"
+    assert str(shell.directory / "scratch" / "7") in done.stdout
+
+
+def test_quiet_prints_nothing_but_errors(shell: Shell) -> None:
+    assert (lambda done: (done.stdout, done.stderr))(shell.run(sh("true"), "--quiet")) == ("", "")
+    assert "exit code 3" in shell.run(sh("exit 3"), "--quiet").stderr
+
+
+def test_check_says_what_a_description_means_without_running_it(shell: Shell) -> None:
+    done = shell.run(sh("touch ran", CommunityKey=1), command="check")
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["job_id"] == "7"
+    assert "CommunityKey" in done.stderr
+    assert not (shell.directory / "outputs").exists()
+
+
+def test_check_refuses_what_run_would_refuse(shell: Shell) -> None:
+    assert shell.run({"Executable": ""}, command="check").returncode == 1
+
+
+def test_a_live_display_works_on_a_terminal(shell: Shell) -> None:
+    pytest.importorskip("rich")
+    (shell.directory / "job.json").write_text(json.dumps(sh("sleep 1.5", InputData=[__file__])))
+    command = " ".join([*LOADMASTER, "run", "job.json"])
+    done = subprocess.run(
+        ["script", "-qec", command, "/dev/null"], cwd=shell.directory, capture_output=True, text=True, timeout=30,
+        env={**os.environ, "TERM": "xterm"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert "payload  CPU" in done.stdout
+    assert "Done" in done.stdout
+
+
+def _read_until(process: subprocess.Popen[str], words: str) -> None:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if words in line:
+            return
+    raise AssertionError(f"it never said {words!r}")
