@@ -7,9 +7,12 @@ import functools
 import gc
 import inspect
 import os
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from blockbuster import blockbuster_ctx
 
 import loadmaster
 from loadmaster import JobDescription, JobResult, Site, run_job
+from loadmaster.workdir import Workdir
 
 BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
@@ -62,7 +66,8 @@ def nothing_left_behind(tmp_path_factory: pytest.TempPathFactory, monkeypatch: p
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
     """Around each asynchronous test on asyncio: a detector of blocking calls in our package, and a look at its tasks."""
     test = pyfuncitem.obj
-    if inspect.iscoroutinefunction(test) and pyfuncitem.callspec.params.get("anyio_backend", ("", {}))[0] == "asyncio":
+    backend: Any = pyfuncitem.callspec.params.get("anyio_backend") if inspect.iscoroutinefunction(test) else None
+    if backend is not None and backend[0] == "asyncio":
         pyfuncitem.obj = _watched(test)
     return (yield)
 
@@ -90,8 +95,11 @@ def _descriptors() -> set[tuple[str, str]]:
 
 
 def _children() -> set[int]:
-    me = Path("/proc/self/task")
-    return {int(pid) for task in me.iterdir() for pid in (task / "children").read_text().split()}
+    found: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # an idle worker thread that has just ended
+            found.update(map(int, (task / "children").read_text().split()))
+    return found
 
 
 @pytest.fixture
@@ -126,3 +134,70 @@ def fly(root: Path, out: Path) -> Fly:
 def sh(script: str) -> dict[str, Any]:
     """The words of a job that runs a piece of shell."""
     return {"executable": "/bin/sh", "arguments": ["-c", script]}
+
+
+# -- for the mechanisms ------------------------------------------------------------------------------------------
+
+TEMPORARY = tempfile.gettempdir()
+"""As it is outside the tests: another user may go there."""
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def workdir(root: Path) -> Iterator[Workdir]:
+    """A job's directory."""
+    workdir = Workdir.make(root, "job")
+    yield workdir
+    workdir.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of one megabyte. Takes a system administrator."""
+    disk = tmp_path / "small disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "loadmaster", str(disk)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a disk can only be mounted by root")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+BECOME_ORDINARY = f"""
+import ctypes, os, anyio, loadmaster
+anyio.run(anyio.to_thread.run_sync, int)  # everything is imported before we lose sight of it
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid({NOBODY})
+    os.setuid({NOBODY})
+    ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # dumpable again, as a process that never was root: /proc/self is its own
+"""
+
+
+@pytest.fixture
+def as_ordinary_user() -> Iterator[Callable[[str], str]]:
+    """Run a piece of Python as somebody whom permissions stop, in an empty directory of theirs; what it prints.
+
+    The process drops its rights itself: others may have no way to the interpreter.
+    """
+    with tempfile.TemporaryDirectory(dir=TEMPORARY) as home:
+        if os.geteuid() == 0:
+            os.chown(home, NOBODY, NOBODY)
+
+        def run(script: str) -> str:
+            words = [sys.executable, "-I", "-c", BECOME_ORDINARY + script]
+            done = subprocess.run(words, cwd=home, capture_output=True, text=True, timeout=30)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        yield run
+
+
+async def until(fact: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something that has no edge to wait for."""
+    with anyio.fail_after(seconds):
+        while not fact():
+            await anyio.sleep(0.002)

@@ -32,8 +32,8 @@ class InvalidJob(JobError):
 class StagingFailed(JobError):
     """Files could not be brought in or taken out; `problems` has one line per file."""
 
-    def __init__(self, what: str, problems: Sequence[str]) -> None:
-        super().__init__(f"{what}: " + "; ".join(problems))
+    def __init__(self, what: str, problems: Sequence[str] = ()) -> None:
+        super().__init__(f"{what}: " + "; ".join(problems) if problems else what)
         self.problems = tuple(problems)
 
 

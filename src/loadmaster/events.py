@@ -186,7 +186,7 @@ def load(data: Mapping[str, Any]) -> Event:
     """The event a dictionary of `dump` stands for. Raises ValueError when it stands for none."""
     facts = dict(data)
     kind = facts.pop("kind", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{data!r:.80}: not an event we know")
     return _adapter(kind).validate_python(facts)
 

@@ -26,7 +26,8 @@ class Journal(Protocol):
     """Where events go before anybody is told."""
 
     async def append(self, event: Event) -> None:
-        """Return when the event is on disk. An exception means it is not, and nobody is told of it."""
+        """Return when the event is on disk. An exception means it is not: nobody is told of it, and `run_job` raises
+        `RuntimeFault`."""
 
 
 class JobHandle:
@@ -131,7 +132,7 @@ class JobHandle:
             async with self._writing:  # the journal has the events in the order in which they were told
                 event = self._new(kind, *args, **kw)
                 self._life.check(event)
-                await self._journal.append(event)
+                await self._keep(self._journal, event)
                 self._tell(event)
 
     def offer(self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs) -> None:
@@ -147,6 +148,14 @@ class JobHandle:
         self._closed = True
         for follower in self._followers:
             follower.wake()
+
+    async def _keep(self, journal: Journal, event: Event) -> None:
+        try:
+            await journal.append(event)
+        except RuntimeFault:
+            raise
+        except Exception as exc:  # a journal of anybody's: whatever it raises, the event is not on disk
+            raise RuntimeFault(f"job {event.job_id}: the journal did not take {event.kind}: {exc}") from exc
 
     def _tell(self, event: Event) -> None:
         self._life.advance(event)

@@ -8,7 +8,7 @@ import inspect
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -46,16 +46,11 @@ async def call_hook(name: str, hook: Callable[..., Awaitable[T]], *args: Any) ->
 async def _call(name: str, hook: Callable[..., Awaitable[T]], *args: Any) -> T:
     try:
         return await _Stepwise(_awaitable(name, hook(*args)), name)
-    except (JobError, RuntimeFault):
-        raise
-    except anyio.get_cancelled_exc_class() as exc:
-        if anyio.get_current_task().has_pending_cancellation():
+    except BaseException as exc:  # community code: whatever it raises becomes a value
+        meaning = _meaning(name, exc)
+        if meaning is exc:
             raise
-        raise HookFailed(f"{name} let a cancellation escape that nobody had asked for") from exc
-    except (Exception, SystemExit) as exc:  # community code: whatever it raises becomes a value
-        if verdict := _verdict_within(exc):
-            raise verdict from exc
-        raise HookFailed(f"{name} raised {type(exc).__name__}: {exc}") from exc
+        raise meaning from exc
 
 
 def _awaitable(name: str, returned: Awaitable[T]) -> Awaitable[T]:
@@ -67,13 +62,35 @@ def _awaitable(name: str, returned: Awaitable[T]) -> Awaitable[T]:
     )
 
 
-def _verdict_within(exc: BaseException) -> JobError | None:
-    """The verdict inside the groups that a hook's own task groups wrapped around it."""
-    if isinstance(exc, JobError):
-        return exc
+def _meaning(name: str, exc: BaseException) -> BaseException:
+    """What to raise for what a hook raised, also when its own task groups wrapped groups around it.
+
+    A fault of the runtime or of the interpreter comes first, then a cancellation somebody ordered, then a verdict.
+    """
+    cancelled = anyio.get_cancelled_exc_class()
+    errors = list(_leaves(exc))
+    for error in errors:
+        if isinstance(error, RuntimeFault) or not isinstance(error, (Exception, SystemExit, cancelled)):
+            return error
+    if anyio.get_current_task().has_pending_cancellation():
+        for error in errors:
+            if isinstance(error, cancelled):
+                return error
+    for error in errors:
+        if isinstance(error, JobError):
+            return error
+    first = errors[0]
+    if isinstance(first, cancelled):
+        return HookFailed(f"{name} let a cancellation escape that nobody had asked for")
+    return HookFailed(f"{name} raised {type(first).__name__}: {first}")
+
+
+def _leaves(exc: BaseException) -> Iterator[BaseException]:
     if isinstance(exc, BaseExceptionGroup):
-        return next((found for inner in exc.exceptions if (found := _verdict_within(inner))), None)
-    return None
+        for inner in exc.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield exc
 
 
 class _Stepwise(Generic[T]):

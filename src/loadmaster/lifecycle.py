@@ -91,11 +91,13 @@ class Lifecycle:
         self.stage = Stage.NEW
         self.outcome: PayloadOutcome | None = None
         self.failure: Failure | None = None
+        self._identity: tuple[str, int] | None = None
         self._finished: JobFinished | None = None
-        self._inputs: list[StoredFile] = []
-        self._outputs: list[StoredFile] = []
-        self._missing: list[str] = []
-        self._pending: list[str] = []
+        # By name and place, since a hook that is called again (`RetryHook`) moves the same files again.
+        self._inputs: dict[str, StoredFile] = {}
+        self._outputs: dict[tuple[str, str], StoredFile] = {}
+        self._missing: dict[str, None] = {}
+        self._pending: dict[str, None] = {}
         self._parameters: dict[str, str] = {}
 
     @classmethod
@@ -114,6 +116,10 @@ class Lifecycle:
             raise IllegalEvent(
                 f"job {event.job_id}: {event.kind} cannot come while the job is {self.stage.name.lower()}"
             )
+        if self._identity not in {None, (event.job_id, event.attempt)}:
+            raise IllegalEvent(
+                f"job {event.job_id}, attempt {event.attempt}: {event.kind} is of another job or attempt"
+            )
 
     def advance(self, event: Event) -> None:
         """Take one event in. Raises `IllegalEvent`, with nothing changed, when it cannot come now."""
@@ -121,15 +127,17 @@ class Lifecycle:
         if move := _MOVES.get(type(event)):
             self.stage = move[1]
         match event:
+            case JobAccepted(job_id=job_id, attempt=attempt):
+                self._identity = job_id, attempt
             case FileStagedIn(file=file):
-                self._inputs.append(file)
+                self._inputs[file.name] = file
             case FileStagedOut(file=file):
-                self._outputs.append(file)
+                self._outputs[file.name, file.url] = file
             case FailoverRequested(file=file, wanted=wanted):
-                self._outputs.append(file)
-                self._pending.append(f"move {file.url} to {wanted}")
+                self._outputs[file.name, file.url] = file
+                self._pending[f"move {file.url} to {wanted}"] = None
             case OutputMissing(name=name):
-                self._missing.append(name)
+                self._missing[name] = None
             case ParameterReported(name=name, value=value):
                 self._parameters[name] = value
             case PayloadExited(outcome=outcome):
@@ -162,8 +170,8 @@ class Lifecycle:
             status=self._finished.status,
             failure=self.failure,
             outcome=self.outcome,
-            inputs=tuple(self._inputs),
-            outputs=tuple(self._outputs),
+            inputs=tuple(self._inputs.values()),
+            outputs=tuple(self._outputs.values()),
             missing_outputs=tuple(self._missing),
             pending=tuple(self._pending),
             parameters=dict(self._parameters),

@@ -6,19 +6,30 @@ tolerances apply to either: a string where a list is meant, `;` between items, n
 
 from __future__ import annotations
 
-import secrets
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
+from types import MappingProxyType
 from typing import Annotated, Any, Final, Self, TypeVar
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from loadmaster import errors
-from loadmaster.errors import InvalidJob, JobError, StagingFailed
+from loadmaster.errors import InvalidJob, JobError, RetryHook
 from loadmaster.names import SANDBOX_PREFIX, base_name, check_local_name, is_lfn, is_url, parse_lfn
 
 RESCHEDULE_EXIT_CODE: Final = 222
@@ -63,11 +74,13 @@ CE_KEYS: Final[Mapping[str, str]] = {
 
 
 def _items(value: object) -> object:
-    """DIRAC's lists: a `;`-separated string, one thing, or a list."""
+    """DIRAC's lists: a `;`-separated string, one thing, or a list; blanks, which its tools leave there, do not count."""
     if isinstance(value, str):
         return [item.strip() for item in value.split(";") if item.strip()]
     if isinstance(value, Mapping):
         return [value]
+    if isinstance(value, list | tuple):
+        return [item for item in value if not (isinstance(item, str) and not item.strip())]
     return value
 
 
@@ -83,7 +96,7 @@ def _environment(value: object) -> object:
         name, separator, text = str(item).partition("=")
         if not separator:
             raise ValueError(f"{item!r} is not NAME=value")
-        variables[name.strip()] = unquote(text.partition("=")[0].strip())
+        variables[name.strip()] = unquote(text.partition("=")[0].strip(), errors="surrogateescape")
     return variables
 
 
@@ -93,23 +106,50 @@ def _command_line(value: object) -> object:
 
 
 def _variable_name(name: str) -> str:
-    if not name or "=" in name or not name.isprintable():
+    if not name or "=" in name or not name.isprintable() or name != name.strip():
         raise ValueError(f"{name!r} cannot be the name of an environment variable")
     return name
 
 
+def _variable_value(value: object) -> str:
+    if not isinstance(value, str | int | float | PurePath):
+        raise ValueError("is not a string")  # noqa: TRY004 - what pydantic collects
+    return _no_nul(str(value))
+
+
 def _no_nul(text: str) -> str:
+    """What the operating system can be given: no NUL, and nothing UTF-8 has no bytes for (JSON can spell both)."""
     if "\0" in text:
         raise ValueError("may not have a NUL character in it")
+    try:
+        text.encode(errors="surrogateescape")
+    except UnicodeEncodeError as exc:
+        raise ValueError(f"has {text[exc.start]!r} in it, half of a character") from exc
     return text
 
 
-Text = Annotated[str, BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value)]
-LocalName = Annotated[Text, BeforeValidator(lambda value: check_local_name(value) if isinstance(value, str) else value)]
+def _one_part(name: str) -> str:
+    if "/" in name:
+        raise ValueError(f"{name!r}: may not have a '/' in it")
+    return name
+
+
+# Validators of the value as it is, not as it came, have to be `After`: a check before the blanks are taken off sees
+# " .." and lets it pass.
+Text = Annotated[
+    str, BeforeValidator(lambda value: value.strip() if isinstance(value, str) else value), AfterValidator(_no_nul)
+]
+LocalName = Annotated[Text, AfterValidator(check_local_name)]
+Component = Annotated[LocalName, AfterValidator(_one_part)]
+"""One part of a logical name."""
+
+MaybeComponent = Annotated[
+    Component | None, BeforeValidator(lambda value: None if isinstance(value, str) and not value.strip() else value)
+]
 Environment = Annotated[
     dict[
-        Annotated[str, BeforeValidator(lambda v: _variable_name(str(v)))],
-        Annotated[str, BeforeValidator(lambda v: _no_nul(str(v)))],
+        Annotated[str, BeforeValidator(lambda v: _no_nul(_variable_name(str(v))))],
+        Annotated[str, BeforeValidator(_variable_value)],
     ],
     BeforeValidator(_environment),
 ]
@@ -118,7 +158,9 @@ Environment = Annotated[
 class Words(BaseModel):
     """What all descriptions share: frozen, two spellings, unknown capitalised keys kept in `extra`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False, allow_inf_nan=False
+    )
 
     extra: dict[str, Any] = Field(default_factory=dict)
     """DIRAC's keys that have no field here, as they came."""
@@ -134,19 +176,24 @@ class Words(BaseModel):
             return data
         ours = {dirac: field for field, dirac in cls._keys().items()}
         fields: dict[str, Any] = {}
-        extra = dict(data.get("extra") or {})
+        extra = data.get("extra") or {}
+        if not isinstance(extra, Mapping):
+            raise ValueError("extra: is not a dictionary")  # noqa: TRY004 - what pydantic collects
+        extra = dict(extra)
         for key, value in data.items():
             if key == "extra":
                 continue
-            field: str = ours.get(key, key)
+            field = ours.get(str(key), str(key))
             if field in fields:
-                raise ValueError(f"{key} and {field} are the same field, given twice")
+                raise ValueError(f"{field} and {cls._keys().get(field)} are the same field, given twice")
             if field in cls.model_fields:
                 fields[field] = value
-            elif key[:1].isupper():
-                extra[key] = value
+            elif str(key)[:1].isupper():
+                extra[str(key)] = value
             else:
                 fields[field] = value  # refused below, by name
+        if hidden := next((key for key in extra if key in ours), None):
+            raise ValueError(f"extra.{hidden}: has a field of its own, {ours[hidden]}")
         return {**fields, "extra": extra}
 
     def to_dirac(self) -> dict[str, Any]:
@@ -172,7 +219,8 @@ class InputFile(BaseModel):
     def _named(cls, data: object) -> object:
         data = {"source": data} if isinstance(data, str) else data
         if isinstance(data, Mapping) and isinstance(data.get("source"), str) and not data.get("name"):
-            data = {**data, "name": base_name(data["source"].strip())}
+            source = data["source"].strip()
+            data = {**data, "source": source, "name": base_name(source)}
         return data
 
     @field_validator("source")
@@ -180,7 +228,11 @@ class InputFile(BaseModel):
     def _readable(cls, source: str) -> str:
         if is_lfn(source):
             return f"LFN:{parse_lfn(source)}"
-        return _no_nul(source)
+        if source.startswith(SANDBOX_PREFIX):
+            check_local_name(source.partition("|")[2].lstrip("/"))
+        if not source:
+            raise ValueError("is empty")
+        return source
 
 
 class OutputFile(BaseModel):
@@ -191,7 +243,10 @@ class OutputFile(BaseModel):
     pattern: Text
     """A name in the work directory; `*`, `?` and `[]` match as in a shell, a directory means all files in it."""
     target: Text | None = None
-    """`LFN:/...`, a URL or an absolute path of the file itself; by the job's rules when not given."""
+    """`LFN:/...`, a URL or an absolute path of the file itself; by the job's rules when not given.
+
+    For several files: the directory they go to, or one that ends in a pattern, which their names take the place of.
+    """
 
     @model_validator(mode="before")
     @classmethod
@@ -220,7 +275,7 @@ class OutputFile(BaseModel):
             return f"LFN:{parse_lfn(target)}"
         if not is_url(target) and not target.startswith("/"):
             raise ValueError(f"{target!r} is neither an LFN, nor a URL, nor an absolute path")
-        return _no_nul(target)
+        return target
 
 
 InputFiles = Annotated[tuple[InputFile, ...], BeforeValidator(_items)]
@@ -232,7 +287,7 @@ JobId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9
 class Limits(BaseModel):
     """How much a payload may use before it is stopped; None means no limit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     wall_seconds: float | None = Field(default=None, gt=0)
     cpu_seconds: float | None = Field(default=None, gt=0)
@@ -241,8 +296,22 @@ class Limits(BaseModel):
     """Between the polite signal (TERM) and the one that cannot be refused (KILL)."""
 
 
+def _refuse_collisions(names: Iterable[str]) -> None:
+    """Raise ValueError when these cannot all be files of one directory."""
+    files: set[str] = set()
+    folders: set[str] = set()
+    for name in names:
+        above = {str(folder) for folder in PurePosixPath(name).parents[:-1]} if "/" in name else set()
+        if name in files:
+            raise ValueError(f"two files would be called {name!r} in the work directory; give one another name")
+        if clash := ({name} & folders) | (above & files):
+            raise ValueError(f"{clash.pop()!r} would be a file and a directory in the work directory")
+        files.add(name)
+        folders |= above
+
+
 def _new_job_id() -> str:
-    return f"local-{secrets.token_hex(4)}"
+    return f"local-{os.urandom(4).hex()}"
 
 
 class JobDescription(Words):
@@ -251,13 +320,13 @@ class JobDescription(Words):
     job_id: JobId = Field(default_factory=_new_job_id)
     job_name: Text = ""
     job_type: Text = "User"
-    owner: LocalName | None = None
+    owner: MaybeComponent = None
     owner_group: Text | None = None
-    vo: LocalName | None = None
+    vo: MaybeComponent = None
 
-    executable: Annotated[Text, Field(min_length=1), BeforeValidator(lambda v: _no_nul(v) if isinstance(v, str) else v)]
+    executable: Annotated[Text, Field(min_length=1)]
     """A path, the name of an input, or a name looked up in PATH."""
-    arguments: Annotated[str, BeforeValidator(_command_line)] = ""
+    arguments: Annotated[str, BeforeValidator(_command_line), AfterValidator(_no_nul)] = ""
     """A piece of shell that follows the executable; a list is quoted into one."""
     environment: Environment = Field(default_factory=dict)
 
@@ -268,8 +337,9 @@ class JobDescription(Words):
     output_se: Names = ()
     """Storage elements by name, or directories by URL or path, in order of preference."""
     output_path: Text | None = None
-    std_output: LocalName = "std.out"
-    std_error: LocalName = "std.err"
+    std_output: LocalName = Field(default="std.out", validate_default=True)
+    std_error: LocalName = Field(default="std.err", validate_default=True)
+    """May be the same file as the standard output."""
 
     cpu_work: float | None = Field(default=None, ge=0)
     """CPU time the user foresees, in seconds of a core whose normalization factor is 1 (DIRAC's CPUTime); 0: unknown."""
@@ -287,29 +357,34 @@ class JobDescription(Words):
         if path is None or not path:
             return None
         if is_lfn(path):
-            return f"LFN:{parse_lfn(path)}"
+            return f"LFN:{parse_lfn(path.rstrip('/'))}"
         if is_url(path):
-            return _no_nul(path)
+            return path
         check_local_name(path.strip("/"))
         return path
 
-    @model_validator(mode="after")
-    def _no_collisions(self) -> Self:
-        """Two files cannot have one name in the work directory, and no input may be one of the logs."""
-        taken = {self.std_output, self.std_error}
-        for file in (*self.input_sandbox, *self.input_data):
-            if file.name in taken:
-                raise ValueError(f"two files would be called {file.name!r} in the work directory; give one a name")
-            taken.add(file.name)
-        return self
+    @field_validator("input_sandbox", "input_data", "std_output", "std_error")
+    @classmethod
+    def _no_collisions(cls, value: tuple[InputFile, ...] | str, info: ValidationInfo) -> tuple[InputFile, ...] | str:
+        """No two files have one name in the work directory, no file is also a directory, no input is one of the logs."""
+        taken = [file.name for key in ("input_sandbox", "input_data") for file in info.data.get(key, ())]
+        if isinstance(value, str):
+            logs = {value, info.data.get("std_output", value)}
+            _refuse_collisions([*taken, *logs])
+        else:
+            _refuse_collisions([*taken, *(file.name for file in value)])
+        return value
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> Self:
         """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
         return _load(cls, data, "job description")
 
-    def relative_to(self, directory: Path) -> Self:
-        """The same job with the relative paths of its inputs taken from a directory."""
+    def relative_to(self, directory: Path, *, outputs: Path) -> Self:
+        """The same job with the relative paths of its inputs taken from one directory, and of its targets from another.
+
+        A name among the storage elements is taken for a path when it begins with a dot: `./results`.
+        """
 
         def anchored(file: InputFile) -> InputFile:
             plain = not (is_lfn(file.source) or is_url(file.source) or file.source.startswith(("/", SANDBOX_PREFIX)))
@@ -319,13 +394,19 @@ class JobDescription(Words):
             update={
                 "input_sandbox": tuple(map(anchored, self.input_sandbox)),
                 "input_data": tuple(map(anchored, self.input_data)),
+                "output_se": tuple(str(outputs / name) if name.startswith(".") else name for name in self.output_se),
             }
         )
 
     def to_dirac(self) -> dict[str, Any]:
         """The same in DIRAC's keys and shapes: files as strings, a number for a numeric JobID."""
         words = super().to_dirac()
-        words["JobID"] = int(self.job_id) if self.job_id.isdecimal() else self.job_id
+        numeric = self.job_id.isdecimal() and str(int(self.job_id)) == self.job_id  # 007 would come back as 7
+        words["JobID"] = int(self.job_id) if numeric else self.job_id
+        if self.environment:
+            words["ExecutionEnvironment"] = [
+                f"{name}={quote(value, safe='', errors='surrogateescape')}" for name, value in self.environment.items()
+            ]
         for key in ("input_sandbox", "input_data"):
             if files := getattr(self, key):
                 words[DIRAC_KEYS[key]] = [file.source for file in files]
@@ -378,24 +459,30 @@ class PayloadSpec(BaseModel):
         return command
 
 
-W = TypeVar("W", bound=BaseModel)
+W = TypeVar("W", bound=Words)
 
 
 def _load(cls: type[W], data: Mapping[str, Any], what: str) -> W:
     try:
         return cls.model_validate(data)
     except ValidationError as exc:
-        raise InvalidJob(f"{what}: " + "; ".join(complaints(exc, data))) from exc
+        raise InvalidJob(f"{what}: " + "; ".join(complaints(exc, data, cls._keys()))) from exc
 
 
-def complaints(error: ValidationError, data: object = None) -> list[str]:
-    """One line per field at fault, with the spelling that was used: `NumberOfProcessors: Input should be ...`."""
+def complaints(
+    error: ValidationError, data: object = None, keys: Mapping[str, str] = MappingProxyType({})
+) -> list[str]:
+    """One line per field at fault, with the spelling that was used: `NumberOfProcessors: Input should be ...`.
+
+    `keys` are the other spellings; a field that is not there is spelled as the others are.
+    """
     used = set(data) if isinstance(data, Mapping) else set()
+    dirac = not used.isdisjoint(keys.values())
     lines = []
     for item in error.errors(include_url=False):
         field, *rest = item["loc"] or ("",)
-        spelled = next((k for k in (DIRAC_KEYS.get(str(field)), CE_KEYS.get(str(field))) if k in used), field)
-        where = ".".join(str(part) for part in (spelled, *rest) if part != "")
+        spelled = keys.get(str(field), field) if dirac and field not in used else field
+        where = ".".join(str(part) for part in (spelled, *rest) if part not in {"", "[key]"})
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":
             message = "is missing"
@@ -449,7 +536,16 @@ class Verdict:
     unit: str
 
     def __str__(self) -> str:
-        return f"{self.limit} of {self.value:.4g} {self.unit} is over the limit of {self.threshold:.4g} {self.unit}"
+        value, threshold = _rounded(self.value), _rounded(self.threshold)
+        return f"{self.limit} of {value} {self.unit} is over the limit of {threshold} {self.unit}"
+
+
+def _rounded(number: float) -> str:
+    """Four digits, or all before the point: a limit of a day is 86400 s, not 8.64e+04 s."""
+    return f"{number:.4g}" if number < 1000 else f"{number:.0f}"
+
+
+_VERDICTS: Final = (errors.SkipPayload, errors.RescheduleJob, errors.HoldJob, errors.RetryHook)
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,8 +558,9 @@ class Failure:
 
     @classmethod
     def of(cls, error: JobError, phase: Phase) -> Self:
-        """The failure an error stands for."""
-        return cls(type(error).__name__, str(error), phase)
+        """The failure an error stands for; a verdict of somebody's own class counts as the one it derives from."""
+        kind = next((verdict for verdict in _VERDICTS if isinstance(error, verdict)), type(error))
+        return cls(kind.__name__, str(error), phase)
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.message}"
@@ -530,8 +627,10 @@ class JobResult:
     def raise_for_status(self) -> None:
         """Raise what the failure stands for, if there is one, for those who want an exception."""
         if self.failure is not None:
-            kind = getattr(errors, self.failure.kind, JobError)
-            raise JobError(str(self.failure)) if kind is StagingFailed else kind(self.failure.message)
+            kind = getattr(errors, self.failure.kind, None)
+            if isinstance(kind, type) and issubclass(kind, JobError) and kind is not RetryHook:
+                raise kind(self.failure.message)
+            raise JobError(str(self.failure))  # a community's own class, known by its name alone
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON's types."""

@@ -108,8 +108,11 @@ def as_url(text: str) -> str:
 
 
 def join_url(base: str, name: str) -> str:
-    """The URL of a checked relative name below a base URL."""
-    return f"{base.rstrip('/')}/{quote(check_local_name(name.lstrip('/')), safe='/', errors='surrogateescape')}"
+    """The URL of a checked relative name below a base URL.
+
+    One slash is taken from the base, not all: `file:///` and `root://host//` need theirs.
+    """
+    return f"{base.removesuffix('/')}/{quote(check_local_name(name.lstrip('/')), safe='/', errors='surrogateescape')}"
 
 
 def base_name(source: str) -> str:
@@ -122,4 +125,7 @@ def base_name(source: str) -> str:
         path = unquote(urlsplit(source, allow_fragments=False).path, errors="surrogateescape")
     else:
         path = source
-    return check_local_name(path.rstrip("/").rpartition("/")[2])
+    name = path.rstrip("/").rpartition("/")[2]
+    if not name:
+        raise ValueError(f"{source!r} does not name a file")
+    return check_local_name(name)

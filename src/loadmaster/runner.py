@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio import to_thread
+from anyio import lowlevel, to_thread
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
@@ -43,6 +43,7 @@ from loadmaster.events import (
 from loadmaster.handle import JobHandle
 from loadmaster.hooks import call_hook
 from loadmaster.ledger import AsAsked, Slots
+from loadmaster.lifecycle import Stage
 from loadmaster.limits import Usage, limits_of
 from loadmaster.model import (
     RESCHEDULE_EXIT_CODE,
@@ -139,8 +140,11 @@ class _Flight:
     async def fly(self) -> None:
         await self.record(JobAccepted, self.job.description.model_dump(mode="json", exclude_defaults=True))
         self.job.failure = await self._compute()
+        await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
         await self.record(ComputingEnded, self.job.failure)
         failure = await self._deliver()
+        if failure is not None:
+            await lowlevel.checkpoint_if_cancelled()  # likewise
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
 
     async def _compute(self) -> Failure | None:
@@ -199,7 +203,8 @@ class _Flight:
                 by = self._who_ends_it(verdict)
                 outcome = await payload.end(by, grace_seconds=self.limits.grace_seconds, verdict=verdict)
                 self.job.outcome = outcome
-                await self.record(PayloadExited, outcome)
+                if self.handle.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
+                    await self.record(PayloadExited, outcome)
         return outcome
 
     async def _post_process(self, outcome: PayloadOutcome) -> None:

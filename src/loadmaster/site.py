@@ -22,15 +22,15 @@ from typing import Annotated, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from loadmaster.errors import InvalidSite
-from loadmaster.model import Names, complaints
+from loadmaster.model import LocalName, MaybeComponent, Names, complaints
 from loadmaster.names import as_url, is_url
 
 
 def _place(value: object, info: ValidationInfo) -> object:
-    """A URL, or a path; a relative one is taken from the directory of the file it is written in."""
+    """A URL, or a path; a relative one is taken from the directory of the file it is written in, if it is in a file."""
     if isinstance(value, str) and not is_url(value):
-        base = (info.context or {}).get("base", Path("/"))
-        return as_url(str(base / value))
+        base = (info.context or {}).get("base")
+        return as_url(str(base / value) if base is not None and value else value)
     return value
 
 
@@ -43,8 +43,8 @@ class Site(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = ""
-    vo: str | None = None
-    user_prefix: str = "user"
+    vo: MaybeComponent = None
+    user_prefix: LocalName = "user"
     catalog: Place | None = None
     """The SQLite file of logical file names."""
     storage_elements: dict[str, Place] = Field(default_factory=dict)

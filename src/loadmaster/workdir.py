@@ -61,7 +61,7 @@ class Workdir:
             root.mkdir(parents=True, exist_ok=True)
             with suppress(FileExistsError):
                 path.mkdir(mode=0o700)
-            descriptor = os.open(path, _DIRECTORY)
+            descriptor = _enter(root, name)
         except OSError as exc:
             raise WorkdirFault(f"{path}: cannot make the work directory: {exc.strerror}") from exc
         try:
@@ -93,9 +93,14 @@ class Workdir:
             os.close(self._fd)
 
     def create(self, name: str) -> int:
-        """A descriptor of a new, empty file for reading and appending. Parents are made; links are not followed."""
+        """A descriptor of a new, empty file for reading and appending. Parents are made; links are not followed.
+
+        What has the name is removed, not opened: it may be a FIFO, or be open elsewhere.
+        """
         with self._parent(name, make=True) as (parent, last):
-            flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            with suppress(FileNotFoundError):
+                os.unlink(last, dir_fd=parent)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(last, flags, 0o644, dir_fd=parent)
 
     def make_directory(self, name: str) -> None:
@@ -104,8 +109,8 @@ class Workdir:
             os.mkdir(last, 0o755, dir_fd=parent)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file its final name, over whatever has it."""
-        with self._parent(old) as (parent, last), self._parent(new) as (new_parent, new_last):
+        """Give a file its final name, over whatever has it. Parents are made."""
+        with self._parent(old) as (parent, last), self._parent(new, make=True) as (new_parent, new_last):
             os.replace(last, new_last, src_dir_fd=parent, dst_dir_fd=new_parent)
 
     def remove(self, name: str) -> None:
@@ -116,13 +121,18 @@ class Workdir:
     def open_output(self, name: str) -> int:
         """A descriptor to read a regular file from, by its name or through links that stay inside the directory.
 
-        Raises `NotDeliverable` for links out of the directory, FIFOs, sockets and devices, and `OSError` as usual.
+        Raises `NotDeliverable` for links out of the directory, FIFOs, sockets, devices and names no file of ours may
+        have, and `OSError` as usual.
         """
         top = os.path.realpath(self.path)
-        real = os.path.realpath(self.path / check_local_name(name))
-        if not real.startswith(top + "/"):
-            raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
-        with self._parent(real[len(top) + 1 :]) as (parent, last):
+        try:
+            real = os.path.realpath(self.path / check_local_name(name))
+            if not real.startswith(top + "/"):
+                raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
+            inside = check_local_name(real[len(top) + 1 :])
+        except ValueError as exc:
+            raise NotDeliverable(errno.EINVAL, str(exc), name) from exc
+        with self._parent(inside) as (parent, last):
             kind = os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode
             if not stat.S_ISREG(kind):  # looked at before it is opened: opening a FIFO or a device has effects
                 raise NotDeliverable(errno.EPERM, f"is {_what(kind)}, not a file", name)
@@ -196,15 +206,27 @@ def _what(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
+def _enter(root: Path, name: str) -> int:
+    """A descriptor of a directory in `root`, also when a dead job's payload has closed it."""
+    parent = os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        _permit(name, parent)
+        return os.open(name, _DIRECTORY, dir_fd=parent)
+    finally:
+        os.close(parent)
+
+
 def _empty(top: int) -> None:
     """Remove everything in a directory. What is deep is first moved up, so no depth is too deep."""
+    os.fchmod(top, 0o700)  # the payload may have closed its own directory
     for _ in range(REMOVAL_PASSES):
         names = os.listdir(top)
         if not names:
             return
-        for name in names:
+        while names:
+            name = names.pop()
             if not _unlink(name, top):
-                _flatten(name, top)
+                names += _flatten(name, top)
     raise OSError(errno.ENOTEMPTY, "something keeps writing to it")
 
 
@@ -217,8 +239,9 @@ def _unlink(name: str, folder: int) -> bool:
     return True
 
 
-def _flatten(name: str, top: int) -> None:
-    """Remove one directory of `top`, its own directories becoming `top`'s."""
+def _flatten(name: str, top: int) -> list[str]:
+    """Remove one directory of `top`, its own directories becoming `top`'s; their names there."""
+    moved = []
     with suppress(FileNotFoundError):
         _permit(name, top)
         folder = os.open(name, _DIRECTORY, dir_fd=top)
@@ -226,11 +249,13 @@ def _flatten(name: str, top: int) -> None:
             for entry in os.listdir(folder):
                 if not _unlink(entry, folder):
                     _permit(entry, folder)  # a directory can only change its parent when we may write to it
-                    os.rename(entry, f".{os.urandom(8).hex()}", src_dir_fd=folder, dst_dir_fd=top)
+                    moved.append(f".{os.urandom(8).hex()}")
+                    os.rename(entry, moved[-1], src_dir_fd=folder, dst_dir_fd=top)
         finally:
             os.close(folder)
         with suppress(OSError):  # somebody still writes: the next pass sees it
             os.rmdir(name, dir_fd=top)
+    return moved
 
 
 def _permit(name: str, folder: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import time
@@ -19,10 +20,14 @@ from pathlib import Path
 from typing import Final
 
 import anyio
+from anyio import to_thread
 
-from loadmaster.payload.usage import read_stat
+from loadmaster.payload.usage import open_group, read_stat
 
 SHELL: Final = "/bin/sh"
+
+LONG_COMMAND: Final = 4096
+"""Characters of a command that are not looked at for what they are: shlex takes time by the square (3 MB: hours)."""
 
 UMASK: Final = 0o022
 """Outputs can be read by the site's other accounts, as DIRAC's wrapper has it."""
@@ -75,6 +80,16 @@ class Process:
         """Return when the process has ended. Does not reap it; cancellation leaves it as it is."""
         await anyio.wait_readable(self._pidfd)
 
+    async def wait_rest(self) -> None:
+        """Return when nobody is left of the group but the leader; what has ended and was not reaped counts as gone."""
+        while self._has_group() and (rest := await to_thread.run_sync(open_group, self.pid)):
+            try:
+                for pidfd in rest:
+                    await anyio.wait_readable(pidfd)
+            finally:
+                for pidfd in rest:
+                    os.close(pidfd)
+
     def terminate(self) -> None:
         """Ask every process of the group to end, also stopped ones."""
         self._signal_group(signal.SIGTERM)
@@ -106,6 +121,16 @@ class Process:
             peak_bytes=usage.ru_maxrss * 1024 if usage.ru_maxrss > self._inherited_peak_kib else None,
         )
 
+    def _has_group(self) -> bool:
+        """False when nobody is left, the leader reaped: known without a look at all of /proc."""
+        try:
+            os.killpg(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
     def _signal_group(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):  # a set-uid payload: containment is more than a group
             os.killpg(self.pid, number)
@@ -118,5 +143,24 @@ def shell_argv(command: str | tuple[str, ...]) -> list[str]:
     interpreter waits, and only the shell is sure to be on a local disk.
     """
     if isinstance(command, str):
-        return [SHELL, "-c", command]
+        return [SHELL, "-c", f"exec {command}" if is_simple(command) else command]
     return [SHELL, "-c", 'exec "$@"', SHELL, *command]
+
+
+def is_simple(command: str) -> bool:
+    """Whether a piece of shell is one program, named by its path, with arguments and redirections.
+
+    The shell can then become that program instead of waiting for it, which saves a process and keeps the kernel's word
+    on how it ended: a shell turns death by a signal into an exit code that a program might have chosen itself.
+    """
+    if len(command) > LONG_COMMAND:
+        return False
+    words = shlex.shlex(command, posix=True, punctuation_chars=";&|()`")
+    words.whitespace_split, words.commenters = True, ""
+    try:
+        found = list(words)
+    except ValueError:  # an open quote: the shell says it better
+        return False
+    if not found or "/" not in found[0] or "=" in found[0] or "\n" in command:
+        return False
+    return not any(word[0] in ";&|()`" for word in found if word)

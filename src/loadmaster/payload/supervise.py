@@ -62,23 +62,26 @@ class Payload:
     async def end(self, by: EndedBy, *, grace_seconds: float, verdict: Verdict | None = None) -> PayloadOutcome:
         """Make sure it has ended, and say how.
 
-        If it runs: TERM to its group, KILL after the grace. `by` is who ordered it; a payload that had ended before the
-        order ended by itself. Call it shielded; it takes at most the grace and 30 s.
+        If it runs: TERM to its group, KILL to whoever is left after the grace. If it has ended: KILL to what it left
+        behind. `by` is who ordered it; a payload that had ended before the order ended by itself. Call it shielded; it
+        takes at most the grace and 30 s.
         """
         if self.process.gone:
             by, verdict = EndedBy.ITSELF, None
         else:
             self.process.terminate()
-            with anyio.move_on_after(grace_seconds):
+            with anyio.move_on_after(grace_seconds):  # for all: a shell script dies at once, what it runs tidies up
                 await self.process.wait()
-            self.process.kill()
-            with anyio.move_on_after(KILL_SECONDS) as scope:
-                await self.process.wait()
-            if scope.cancelled_caught:
-                log.error(
-                    "process %d: still there %.0f s after it was killed; left behind", self.process.pid, KILL_SECONDS
-                )
-        return self._outcome(by, verdict)
+                await self.process.wait_rest()
+        self.process.kill()
+        with anyio.move_on_after(KILL_SECONDS) as scope:
+            await self.process.wait()
+        outcome = self._outcome(by, verdict)
+        with anyio.CancelScope(deadline=scope.deadline) as rest:
+            await self.process.wait_rest()
+        if scope.cancelled_caught or rest.cancelled_caught:
+            log.error("process %d: still there %.0f s after it was killed; left behind", self.process.pid, KILL_SECONDS)
+        return outcome
 
     def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
         wall = self.wall_seconds

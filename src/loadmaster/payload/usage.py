@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,8 @@ PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 class Stat:
     """The fields of /proc/PID/stat we need. CPU includes the children the process has waited for."""
 
+    state: str
+    group: int
     session: int
     cpu_ticks: int
     start_ticks: int
@@ -34,9 +37,16 @@ def read_stat(pid: int) -> Stat | None:
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             fields = file.read(1024).rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):  # the last: /proc mounted with hidepid
         return None
-    return Stat(int(fields[3]), sum(map(int, fields[11:15])), int(fields[19]), int(fields[21]))
+    return Stat(
+        fields[0].decode(),
+        int(fields[2]),
+        int(fields[3]),
+        sum(map(int, fields[11:15])),
+        int(fields[19]),
+        int(fields[21]),
+    )
 
 
 def read_session(session: int) -> SessionUsage:
@@ -48,3 +58,13 @@ def read_session(session: int) -> SessionUsage:
             memory += found.resident_pages
             count += 1
     return SessionUsage(cpu / TICKS_PER_SECOND, memory * PAGE_BYTES, count)
+
+
+def open_group(group: int) -> list[int]:
+    """A pidfd of every process of a group that has not ended. Reads all of /proc."""
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdecimal() and (stat := read_stat(int(name))) and stat.group == group and stat.state not in "ZX":
+            with suppress(ProcessLookupError):
+                found.append(os.pidfd_open(int(name)))
+    return found

@@ -13,14 +13,14 @@ from typing import Final, Protocol, TypeVar
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import AlreadyExists, ChecksumMismatch, InvalidSite, StagingFailed, StorageError
+from loadmaster.errors import AlreadyExists, ChecksumMismatch, InvalidSite, RuntimeFault, StagingFailed, StorageError
 from loadmaster.model import StoredFile
 from loadmaster.names import local_path
 from loadmaster.site import Site
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.storage.base import Catalog, CatalogEntry, FileInfo, Progress, Replica, Storage
 from loadmaster.storage.catalog import SqliteCatalog
-from loadmaster.storage.local import LocalStorage, checksum
+from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, translated
 from loadmaster.workdir import Workdir
 
 T = TypeVar("T")
@@ -96,7 +96,7 @@ class Transfers:
             try:
                 await listener.staged(await self._fetch(fetch, workdir, moving))
             except StorageError as exc:
-                problems.append(f"{fetch.name}: {exc}")
+                problems.append(f"{fetch.name}: {_told(exc)}")
 
         await self._all(fetches, one, moving, listener)
         if problems:
@@ -125,7 +125,7 @@ class Transfers:
             try:
                 await self._deliver(delivery, source, moving, listener)
             except StorageError as exc:
-                problems.append(f"{delivery.name}: {exc}")
+                problems.append(f"{delivery.name}: {_told(exc)}")
             finally:
                 os.close(source)
 
@@ -139,11 +139,13 @@ class Transfers:
         async def attempt(source: Replica) -> StoredFile:
             part = f".{secrets.token_hex(8)}.part"
             with _progress(moving, fetch.name, source.url, fetch.size_bytes) as progress:
-                descriptor = await to_thread.run_sync(workdir.create, part)
+                with translated(WORK_DIRECTORY):
+                    descriptor = await to_thread.run_sync(workdir.create, part)
                 try:
                     info = await self._storage(source.url).download(source.url, descriptor, progress)
                     _verify(info, fetch, source.url)
-                    await to_thread.run_sync(workdir.rename, part, fetch.name)
+                    with translated(WORK_DIRECTORY):
+                        await to_thread.run_sync(workdir.rename, part, fetch.name)
                 except BaseException:
                     with anyio.move_on_after(10, shield=True):  # one unlink on a local disk
                         await to_thread.run_sync(workdir.remove, part)
@@ -247,22 +249,32 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
 
 @contextmanager
 def single_error() -> Iterator[None]:
-    """Out of a task group, the error that ended it rather than a group of one."""
+    """Out of a task group, the error that ended it rather than a group of one; a `RuntimeFault` before any other."""
     try:
         yield
     except ExceptionGroup as group:
-        raise group.exceptions[0] from group.exceptions[0].__cause__
+        error = next((each for each in group.exceptions if isinstance(each, RuntimeFault)), group.exceptions[0])
+        raise error from error.__cause__
 
 
 async def _first(places: Sequence[Replica], attempt: Callable[[Replica], Awaitable[StoredFile]]) -> StoredFile:
     """The first attempt that succeeds. Raises what the last one raised, with what the others had to say as notes."""
-    for number, place in enumerate(places, start=1):
+    earlier: list[str] = []
+    for place in places:
         try:
             return await attempt(place)
-        except StorageError:
-            if number == len(places):
+        except StorageError as exc:
+            if len(earlier) == len(places) - 1:
+                for said in earlier:
+                    exc.add_note(said)
                 raise
+            earlier.append(str(exc))
     raise AssertionError("a plan has at least one place for each file")
+
+
+def _told(exc: StorageError) -> str:
+    """An error, after those of the places that were tried before."""
+    return "; ".join([*getattr(exc, "__notes__", ()), str(exc)])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from loadmaster.errors import InvalidJob, StagingFailed
 from loadmaster.model import InputFile, JobDescription, OutputFile
-from loadmaster.names import SANDBOX_PREFIX, as_url, base_name, is_lfn, is_url, join_url, parse_lfn, user_lfn
+from loadmaster.names import SANDBOX_PREFIX, as_url, is_lfn, is_url, join_url, parse_lfn, user_lfn
 from loadmaster.site import Site
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
 
@@ -97,8 +97,7 @@ def _possible_lfn(source: str) -> str | None:
 def check_outputs(job: JobDescription, site: Site) -> None:
     """Raise `InvalidJob` now if an output has nowhere to go, rather than when it has been computed."""
     for file in job.output_data:
-        if file.pattern.strip("".join(MAGIC)):
-            plan_delivery(file, base_name(file.pattern), job, site)
+        plan_delivery(file, _last_part(file.pattern), job, site)
     if job.output_sandbox:
         sandbox_directory(job, site)
 
@@ -107,21 +106,26 @@ def plan_delivery(file: OutputFile, name: str, job: JobDescription, site: Site) 
     """Where one output file goes. Raises `InvalidJob` that names the field at fault."""
     several = bool(MAGIC & set(file.pattern)) or name != file.pattern
     if file.target is not None and not is_lfn(file.target):
-        url = as_url(file.target)
-        return Delivery(name, (Replica(join_url(url, base_name(name)) if several else url),))
+        url = join_url(as_url(_directory(file.target)), _last_part(name)) if several else as_url(file.target)
+        return Delivery(name, (Replica(url),))
     wanted = job.output_se or site.default_se
     if not wanted and file.target is None:
-        return Delivery(name, (Replica(join_url(_output_directory(job, site), base_name(name))),))
+        return Delivery(name, (Replica(join_url(_output_directory(job, site), _last_part(name))),))
     if not wanted:
         raise InvalidJob(f"output_data: {file.target}: no storage element: name one in output_se")
     if all(_is_place(element) for element in wanted) and file.target is None:
-        path = "/".join(filter(None, [(job.output_path or "").strip("/"), base_name(name)]))
+        path = _output_path(job, _last_part(name))
         return Delivery(name, tuple(Replica(join_url(as_url(element), path)) for element in wanted))
+    bases = [_base(element, site) for element in wanted]  # an unknown name is told before a missing owner
     lfn = _output_lfn(file, name, several, job, site)
     return Delivery(
         name,
-        tuple(_at(element, lfn, "output_se", site) for element in wanted),
-        tuple(_at(element, lfn, "failover_se", site) for element in site.failover_se if element not in wanted),
+        tuple(Replica(join_url(base.url, lfn), base.storage_element) for base in bases),
+        tuple(
+            Replica(join_url(site.storage_elements[element], lfn), element)
+            for element in site.failover_se
+            if element not in wanted
+        ),
         lfn,
     )
 
@@ -147,6 +151,10 @@ def refuse_collisions(deliveries: Sequence[Delivery]) -> None:
         raise StagingFailed("cannot deliver outputs", problems)
 
 
+def _last_part(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
 def _output_directory(job: JobDescription, site: Site) -> str:
     if job.output_path is not None and is_url(job.output_path):
         return job.output_path
@@ -155,10 +163,28 @@ def _output_directory(job: JobDescription, site: Site) -> str:
     return site.output_directory
 
 
+def _output_path(job: JobDescription, base: str) -> str:
+    """Where an output goes below a directory: under the job's output path, if it has one."""
+    path = job.output_path or ""
+    if is_url(path):
+        raise InvalidJob(f"output_path: {path}: a URL, and output_se names a place too: give one of them")
+    return "/".join(filter(None, [(parse_lfn(path) if is_lfn(path) else path).strip("/"), base]))
+
+
+def _directory(target: str) -> str:
+    """Where several files go that have one target: what is before the target's pattern, or below the target itself."""
+    above, _, last = target.rpartition("/")
+    return f"{above}/" if MAGIC & set(last) else target
+
+
 def _output_lfn(file: OutputFile, name: str, several: bool, job: JobDescription, site: Site) -> str:
     if file.target is not None:
         lfn = parse_lfn(file.target)
-        return f"{lfn.rpartition('/')[0]}/{base_name(name)}" if several else lfn
+        if not several:
+            return lfn
+        if lfn == f"/{file.pattern}":  # written as `LFN:/vo/...` alone: the files lie in the work directory as there
+            return parse_lfn(f"/{name}")
+        return parse_lfn(f"{_directory(lfn).rstrip('/')}/{_last_part(name)}")
     vo = job.vo or site.vo
     if job.owner is None or vo is None:
         missing = "owner" if job.owner is None else "vo"
@@ -171,13 +197,13 @@ def _output_lfn(file: OutputFile, name: str, several: bool, job: JobDescription,
         raise InvalidJob(f"output_path: {exc}") from exc
 
 
-def _at(element: str, lfn: str, field: str, site: Site) -> Replica:
+def _base(element: str, site: Site) -> Replica:
     if element in site.storage_elements:
-        return Replica(join_url(site.storage_elements[element], lfn), element)
+        return Replica(site.storage_elements[element], element)
     if _is_place(element):
-        return Replica(join_url(as_url(element), lfn))
+        return Replica(as_url(element))
     known = ", ".join(site.storage_elements) or "none is configured"
-    raise InvalidJob(f"{field}: no storage element {element!r} ({known}); a directory is given as an absolute path")
+    raise InvalidJob(f"output_se: no storage element {element!r} ({known}); a directory is given as an absolute path")
 
 
 def _is_place(element: str) -> bool:

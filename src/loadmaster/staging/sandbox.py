@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import stat
 import tarfile
+import zlib
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import BinaryIO
 
@@ -15,6 +18,9 @@ from loadmaster.workdir import NotDeliverable, Workdir
 
 COPY_BYTES = 1024 * 1024
 
+_BROKEN = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
+"""What reading a damaged archive may raise; the decompressors' errors have no common parent."""
+
 
 def unpack(workdir: Workdir, name: str) -> bool:
     """Unpack a tar archive of any compression into the work directory; False if the file is none.
@@ -22,14 +28,16 @@ def unpack(workdir: Workdir, name: str) -> bool:
     Files and directories only: a link, a device, or a name that leads out of the directory raises `StagingFailed`.
     """
     with os.fdopen(workdir.open_output(name), "rb") as file:
-        if not tarfile.is_tarfile(file):
-            return False
-        file.seek(0)
         try:
+            if not tarfile.is_tarfile(file):
+                return False
+            file.seek(0)
             with tarfile.open(fileobj=file, mode="r:*") as archive:
                 for member in archive:
                     _unpack_member(workdir, archive, member)
-        except (tarfile.TarError, EOFError, OSError, ValueError) as exc:
+                while archive.fileobj is not None and archive.fileobj.read(COPY_BYTES):
+                    continue  # to its very end: only there a decompressor compares checksums
+        except _BROKEN as exc:
             raise StagingFailed("cannot unpack", [f"{name}: {exc}"]) from exc
     return True
 
@@ -37,16 +45,24 @@ def unpack(workdir: Workdir, name: str) -> bool:
 def pack(workdir: Workdir, directory: str, archive: str) -> list[tuple[str, str]]:
     """Make a tar archive of a directory in the work directory. Returns what was left out, each with its reason.
 
-    What is left out is what may not leave: links out of the work directory, FIFOs, sockets, devices.
+    What is left out is what may not leave: links out of the work directory, FIFOs, sockets, devices. Raises
+    `StagingFailed`, and leaves no archive, when it cannot be written.
     """
     left_out = []
-    with os.fdopen(workdir.create(archive), "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
-        for name in workdir.files_below(directory):
-            try:
-                with os.fdopen(workdir.open_output(name), "rb") as file:
+    try:
+        with os.fdopen(workdir.create(archive), "wb") as out, tarfile.open(fileobj=out, mode="w") as tar:
+            for name in workdir.files_below(directory):
+                try:
+                    descriptor = workdir.open_output(name)
+                except OSError as exc:
+                    left_out.append((name, exc.strerror or str(exc)))
+                    continue
+                with os.fdopen(descriptor, "rb") as file:
                     tar.addfile(_header(name, directory, file), file)
-            except OSError as exc:
-                left_out.append((name, exc.strerror or str(exc)))
+    except OSError as exc:
+        with suppress(OSError):
+            workdir.remove(archive)
+        raise StagingFailed("cannot pack", [f"{directory}: {exc.strerror or exc}"]) from exc
     return left_out
 
 

@@ -42,6 +42,7 @@ class SqliteCatalog:
         """The entries of those that are known, replicas in the order of their registration's URL."""
 
         def ask(connection: sqlite3.Connection) -> dict[str, CatalogEntry]:
+            connection.execute("BEGIN")  # both questions see the same state
             found: dict[str, CatalogEntry] = {}
             for start in range(0, len(lfns), _BATCH):
                 batch = lfns[start : start + _BATCH]

@@ -23,6 +23,9 @@ T = TypeVar("T")
 BLOCK_BYTES: Final = 1024 * 1024
 """Large enough that the interpreter's share of a copy is small, small enough to stay in a core's cache."""
 
+WORK_DIRECTORY: Final = "the work directory"
+"""What an error names that is not the storage's fault."""
+
 _ERRORS: Final[dict[int, type[StorageError]]] = {
     errno.ENOENT: NotFound,
     errno.ENOTDIR: NotFound,
@@ -52,7 +55,7 @@ class LocalStorage:
             _stat_regular(path)
             source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
-                return _copy(source, url, target, "the work directory", progress)
+                return _copy(source, url, target, WORK_DIRECTORY, progress)
             finally:
                 os.close(source)
 
@@ -71,8 +74,6 @@ class LocalStorage:
                     os.fsync(target)
                 finally:
                     os.close(target)
-                if info.size_bytes != os.fstat(source).st_size:
-                    raise StorageUnavailable(url, "the output changed while it was copied")
                 part.replace(path)
             except BaseException:
                 part.unlink(missing_ok=True)
@@ -108,13 +109,15 @@ def translated(name: str) -> Iterator[None]:
 
 def _copy(source: int, source_name: str, target: int | None, target_name: str, progress: Progress) -> FileInfo:
     """Copy from the beginning to the end, the checksum computed as the bytes pass. Stops between blocks if cancelled."""
-    value, offset = zlib.adler32(b""), 0
-    block = memoryview(bytearray(min(BLOCK_BYTES, max(4096, os.fstat(source).st_size))))
+    value, offset, size = zlib.adler32(b""), 0, os.fstat(source).st_size
+    block = memoryview(bytearray(min(BLOCK_BYTES, max(4096, size))))
     while True:
         from_thread.check_cancelled()
         with translated(source_name):
             count = os.preadv(source, [block], offset)
         if count == 0:
+            if os.fstat(source).st_size != size:
+                raise StorageUnavailable(source_name, "changed while it was copied")
             return FileInfo(offset, f"{value:08x}")
         value = zlib.adler32(block[:count], value)
         if target is not None:

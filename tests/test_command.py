@@ -1,0 +1,116 @@
+"""What a payload is told to run, and what it sees of the pilot."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loadmaster import ComputingElement, JobDescription, Slot
+from loadmaster.errors import PayloadNotStarted
+from loadmaster.payload.command import default_command, default_environment, slot_environment
+from loadmaster.workdir import Workdir
+
+
+def job(**words: Any) -> JobDescription:
+    return JobDescription(**{"executable": "run.sh", "job_id": "7", **words})
+
+
+def program(path: Path, mode: int = 0o755) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("#!/bin/sh\n")
+    path.chmod(mode)
+    return path
+
+
+def test_the_pilots_secrets_and_python_paths_are_not_handed_on(
+    workdir: Workdir, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("X509_USER_PROXY", "PYTHONPATH", "LD_LIBRARY_PATH", "PYTHONHOME", "SECRET"):
+        monkeypatch.setenv(name, "the pilot's")
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    env = default_environment(job(), ComputingElement(site="LCG.Here.org"), workdir)
+    assert "the pilot's" not in env.values()
+    assert env["LANG"] == "C.UTF-8"
+    assert env["LOADMASTER_SITE"] == "LCG.Here.org"
+    assert env["JOBID"] == "7"
+    assert env["PWD"] == env["TMPDIR"] == str(workdir.path)
+
+
+def test_there_is_a_path_when_the_pilot_has_none(workdir: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PATH")
+    assert "/bin" in default_environment(job(), ComputingElement(), workdir)["PATH"].split(":")
+
+
+def test_the_description_has_the_last_word_on_the_environment(workdir: Workdir) -> None:
+    env = default_environment(job(environment={"PATH": "/mine", "TMPDIR": "/scratch"}), ComputingElement(), workdir)
+    assert (env["PATH"], env["TMPDIR"]) == ("/mine", "/scratch")
+
+
+def test_a_payload_is_told_how_many_cores_it_has() -> None:
+    assert slot_environment(Slot(cores=8, memory_mb=None)) == {"LOADMASTER_CORES": "8"}
+
+
+def test_a_file_of_the_job_comes_before_one_in_the_path(workdir: Workdir, tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "run.sh")
+    env = {"PATH": str(tmp_path / "bin")}
+    assert default_command(job(), env, workdir) == str(tmp_path / "bin" / "run.sh")
+    program(workdir.path / "run.sh")
+    assert default_command(job(), env, workdir) == str(workdir.path / "run.sh")
+
+
+def test_the_payloads_path_is_searched_not_the_pilots(
+    workdir: Workdir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path / "bin" / "run.sh")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(PayloadNotStarted, match="neither a file of the job nor in PATH"):
+        default_command(job(), {"PATH": "/nowhere"}, workdir)
+
+
+def test_a_file_of_the_job_is_made_executable(workdir: Workdir) -> None:
+    path = program(workdir.path / "run.sh", 0o600)
+    default_command(job(), {}, workdir)
+    assert path.stat().st_mode & 0o777 == 0o755
+
+
+def test_a_file_that_is_not_the_jobs_is_not_made_executable(workdir: Workdir, tmp_path: Path) -> None:
+    outside = program(tmp_path / "outside", 0o644)
+    (workdir.path / "run.sh").symlink_to(outside)
+    for executable in ("run.sh", str(outside)):
+        with pytest.raises(PayloadNotStarted, match="may not be executed"):
+            default_command(job(executable=executable), {}, workdir)
+    assert outside.stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize(
+    ("executable", "reason"), [("./nowhere", "no such file"), ("/nowhere", "no such file"), ("/", "is not a file")]
+)
+def test_what_is_no_program_is_refused_before_a_shell_sees_it(workdir: Workdir, executable: str, reason: str) -> None:
+    with pytest.raises(PayloadNotStarted, match=reason):
+        default_command(job(executable=executable), {}, workdir)
+
+
+def test_a_fifo_is_no_program(workdir: Workdir) -> None:
+    os.mkfifo(workdir.path / "run.sh")
+    with pytest.raises(PayloadNotStarted, match="is not a file"):
+        default_command(job(), {}, workdir)
+
+
+def test_the_executable_is_quoted_and_the_arguments_are_shell(workdir: Workdir, tmp_path: Path) -> None:
+    path = program(tmp_path / "it's mine; rm" / "run.sh")
+    command = default_command(job(executable=str(path), arguments="$A > log; true"), {}, workdir)
+    assert command == f"""'{tmp_path}/it'"'"'s mine; rm/run.sh' $A > log; true"""
+
+
+def test_variables_in_the_executable_are_the_payloads(
+    workdir: Workdir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UNKNOWN", "/the/pilots")
+    path = program(tmp_path / "v1" / "run.sh")
+    env = {"BASE": str(tmp_path), "V": "v1"}
+    assert default_command(job(executable="$BASE/${V}/run.sh"), env, workdir) == str(path)
+    with pytest.raises(PayloadNotStarted, match=r"\$UNKNOWN"):
+        default_command(job(executable="$UNKNOWN/run.sh"), env, workdir)

@@ -1,0 +1,493 @@
+"""What a community may change about a job, and what comes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from anyio import to_thread
+
+from conftest import BACKENDS, Fly, sh
+from following import Signpost, history, kinds
+from loadmaster import (
+    ComputingElement,
+    HoldJob,
+    JobDescription,
+    JobError,
+    JobExecutionCoordinator,
+    JobHandle,
+    JobInFlight,
+    JobResult,
+    PayloadSpec,
+    RescheduleJob,
+    RetryHook,
+    SkipPayload,
+    Status,
+)
+from loadmaster.hooks import BLOCKED_SECONDS
+from loadmaster.model import Failure, Phase
+
+PHASES = {
+    "stageIn": Phase.STAGE_IN,
+    "preProcess": Phase.PRE_PROCESS,
+    "postProcess": Phase.POST_PROCESS,
+    "stageOut": Phase.STAGE_OUT,
+}
+HOOKS = list(PHASES)
+
+WORDS: dict[str, Any] = {
+    **sh("echo printed; echo x > data"), "output_sandbox": ["std.out"], "output_data": ["data"]
+}  # fmt: skip
+
+
+def with_hook(name: str, hook: Callable[..., Any]) -> type[JobExecutionCoordinator]:
+    return type("Mine", (JobExecutionCoordinator,), {name: hook})
+
+
+def raising(name: str, make: Callable[[], BaseException]) -> type[JobExecutionCoordinator]:
+    """A coordinator that raises in one hook."""
+
+    async def hook(self: JobExecutionCoordinator, *_: Any) -> None:
+        raise make()
+
+    return with_hook(name, hook)
+
+
+def outputs(result: JobResult) -> set[str]:
+    return {file.name for file in result.outputs}
+
+
+# -- when a hook is called -----------------------------------------------------------------------------------------
+
+
+async def test_the_hooks_are_called_once_each_in_their_order_around_the_payload(fly: Fly) -> None:
+    class Told(JobExecutionCoordinator):
+        def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
+            super().__init__(jobArgs, ceArgs)
+            calls.append("__init__")
+
+        async def stageIn(self) -> None:
+            calls.append("stageIn")
+            await super().stageIn()
+
+        async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec:
+            calls.append("preProcess")
+            assert self.job.outcome is None
+            return PayloadSpec(command=command, env=exeEnv)
+
+        async def postProcess(self) -> None:
+            calls.append("postProcess")
+            assert self.job.outcome is not None
+            assert self.job.outcome.exit_code == 0
+
+        async def stageOut(self) -> None:
+            calls.append("stageOut")
+            await super().stageOut()
+
+    calls: list[str] = []
+    result = await fly({"coordinator": Told}, **WORDS)
+    assert result.status is Status.DONE
+    assert calls == ["__init__", *HOOKS]
+
+
+async def test_a_coordinator_gets_the_job_and_the_computing_element_it_is_for(fly: Fly) -> None:
+    class Curious(JobExecutionCoordinator):
+        async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec:
+            seen.append((self.jobArgs.job_id, self.ceArgs.site, command, exeEnv["MINE"]))
+            return PayloadSpec(command=f"{command} --site {self.ceArgs.site}", env=exeEnv)
+
+    seen: list[tuple[str, str, str, str]] = []
+    result = await fly(
+        {"coordinator": Curious, "ce": ComputingElement(site="LCG.Example.org")},
+        job_id="7", executable="echo", arguments="hello  world", environment={"MINE": "1"},
+    )  # fmt: skip
+    assert result.status is Status.DONE
+    ((job_id, site, command, mine),) = seen
+    assert (job_id, site, mine) == ("7", "LCG.Example.org", "1")
+    assert command.endswith("/echo hello  world")
+
+
+async def test_what_preprocess_does_to_the_environment_it_was_given_counts_only_when_returned(
+    fly: Fly, out: Path
+) -> None:
+    class Spoils(JobExecutionCoordinator):
+        async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec:
+            kept = dict(exeEnv)
+            exeEnv.clear()
+            return PayloadSpec(command="echo $JOBID", env=kept)
+
+    result = await fly({"coordinator": Spoils}, job_id="7", executable="true", output_sandbox=["std.out"])
+    assert result.status is Status.DONE
+    assert (out / "std.out").read_text() == "7\n"
+
+
+class Least:
+    """No more than the protocol asks for, and no place for a job."""
+
+    __slots__ = ("args",)
+
+    def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
+        self.args = jobArgs
+
+    async def preProcess(self, command: str, exeEnv: dict[str, str]) -> dict[str, Any]:
+        return {"command": command, "env": exeEnv}
+
+    async def postProcess(self) -> None:
+        pass
+
+
+async def test_a_coordinator_with_two_hooks_and_no_place_for_a_job_will_do(fly: Fly, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "input").write_text("cargo")
+    result = await fly(
+        {"coordinator": Least}, **sh("cat input > data"), input_data=[str(tmp_path / "input")], output_data=["data"]
+    )
+    assert result.status is Status.DONE
+    assert (out / "data").read_text() == "cargo"
+
+
+async def test_a_constructor_that_raises_fails_the_job_with_its_cause(fly: Fly) -> None:
+    class Picky(JobExecutionCoordinator):
+        def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
+            raise ValueError("I do not like this site")
+
+    handle = JobHandle()
+    result = await fly({"coordinator": Picky, "handle": handle}, **WORDS)
+    assert result.status is Status.FAILED
+    assert result.failure == Failure("HookFailed", "Picky raised ValueError: I do not like this site", Phase.STAGE_IN)
+    assert kinds(await history(handle))[:2] == ["JobAccepted", "ComputingEnded"]
+    assert result.missing_outputs == ("std.out",), "what is there of the sandbox is delivered by the standard steps"
+
+
+async def test_a_constructor_may_reschedule_the_job(fly: Fly) -> None:
+    class Picky(JobExecutionCoordinator):
+        def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
+            raise RescheduleJob("not on a Friday")
+
+    result = await fly({"coordinator": Picky})
+    assert (result.status, result.failure.message) == (Status.RESCHEDULED, "not on a Friday")
+
+
+# -- what a hook may say -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["stageIn", "preProcess"])
+async def test_a_hook_may_say_that_nothing_needs_to_be_computed(fly: Fly, hook: str) -> None:
+    async def skip(self: JobExecutionCoordinator, *_: Any) -> None:
+        await to_thread.run_sync((self.job.workdir / "data").write_text, "from a cache")
+        raise SkipPayload("the result is known")
+
+    handle = JobHandle()
+    result = await fly({"coordinator": with_hook(hook, skip), "handle": handle}, **WORDS)
+    assert (result.status, result.failure, result.outcome) == (Status.DONE, None, None)
+    assert outputs(result) == {"data"}
+    assert "SlotGranted" not in kinds(await history(handle))
+
+
+@pytest.mark.parametrize("hook", ["postProcess", "stageOut"])
+async def test_to_skip_a_payload_that_has_run_changes_nothing(fly: Fly, hook: str) -> None:
+    result = await fly({"coordinator": raising(hook, lambda: SkipPayload("done"))}, **WORDS)
+    assert (result.status, result.failure) == (Status.DONE, None)
+    assert result.outcome.exit_code == 0
+    assert outputs(result) == ({"std.out", "data"} if hook == "postProcess" else set())
+
+
+class Unreachable(RescheduleJob):
+    """A community's own word for it."""
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("make", "kind", "status"),
+    [
+        (lambda: RescheduleJob("why"), "RescheduleJob", Status.RESCHEDULED),
+        (lambda: Unreachable("why"), "RescheduleJob", Status.RESCHEDULED),
+        (lambda: HoldJob("why"), "HoldJob", Status.RESCHEDULED),
+        (lambda: JobError("why"), "JobError", Status.FAILED),
+        (lambda: ValueError("why"), "HookFailed", Status.FAILED),
+        (lambda: SystemExit("why"), "HookFailed", Status.FAILED),
+        (lambda: ExceptionGroup("g", [ExceptionGroup("h", [HoldJob("why")])]), "HoldJob", Status.RESCHEDULED),
+    ],
+    ids=["reschedule", "own reschedule", "hold", "job error", "value error", "system exit", "in groups"],
+)
+async def test_what_a_hook_raises_decides_the_job(
+    fly: Fly, hook: str, make: Callable[[], BaseException], kind: str, status: Status
+) -> None:
+    handle = JobHandle()
+    result = await fly({"coordinator": raising(hook, make), "handle": handle}, **WORDS)
+    assert result.status is status
+    cause = type(make()).__name__
+    message = f"Mine.{hook} raised {cause}: why" if kind == "HookFailed" else "why"
+    assert result.failure == Failure(kind, message, PHASES[hook])
+    delivered = {"stageIn": set(), "preProcess": set(), "postProcess": {"std.out"}, "stageOut": set()}
+    assert outputs(result) == delivered[hook], "the sandbox, as far as it is there, and never the data"
+    assert kinds(await history(handle))[-1] == "JobFinished"
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+async def test_a_hook_that_asks_to_be_called_again_is_and_the_job_succeeds(fly: Fly, hook: str) -> None:
+    async def twice(self: JobExecutionCoordinator, *args: Any) -> Any:
+        calls.append(hook)
+        if len(calls) == 1:
+            raise RetryHook(after=timedelta(milliseconds=1), reason="the conditions database is restarting")
+        return await getattr(JobExecutionCoordinator, hook)(self, *args)
+
+    calls: list[str] = []
+    result = await fly({"coordinator": with_hook(hook, twice)}, **WORDS)
+    assert result.status is Status.DONE
+    assert calls == [hook, hook]
+    assert outputs(result) == {"std.out", "data"}
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("anyio_backend", BACKENDS[:2])
+async def test_a_stray_cancellation_in_a_hook_fails_the_job_and_does_not_interrupt_it(
+    fly: Fly, hook: str, anyio_backend: Any
+) -> None:
+    result = await fly({"coordinator": raising(hook, asyncio.CancelledError)}, **WORDS)
+    assert (result.status, result.failure.kind) == (Status.FAILED, "HookFailed")
+    assert f"Mine.{hook} let a cancellation escape" in result.failure.message
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+async def test_a_synchronous_hook_fails_the_job_and_is_told_of_the_adapter(fly: Fly, hook: str) -> None:
+    def synchronous(self: JobExecutionCoordinator, *_: Any) -> Any:
+        return {"OK": True, "Value": {}}
+
+    result = await fly({"coordinator": with_hook(hook, synchronous)}, **WORDS)
+    assert result.status is Status.FAILED
+    assert result.failure.kind == "HookFailed"
+    assert f"Mine.{hook} is not awaitable (it returned dict)" in result.failure.message
+    assert "loadmaster.dirac.adapt" in result.failure.message
+
+
+async def test_a_hook_that_blocks_the_loop_is_named_in_the_log_and_the_job_goes_on(
+    fly: Fly, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def busy(_: JobExecutionCoordinator) -> None:
+        until = time.monotonic() + BLOCKED_SECONDS + 0.02
+        while time.monotonic() < until:
+            pass
+
+    result = await fly({"coordinator": with_hook("postProcess", busy)})
+    assert result.status is Status.DONE
+    assert [r.getMessage().split(" for ")[0] for r in caplog.records] == ["Mine.postProcess held the event loop"]
+
+
+async def test_a_crash_in_postprocess_does_not_hide_why_the_payload_failed(
+    fly: Fly, caplog: pytest.LogCaptureFixture
+) -> None:
+    """postProcess looks for a histogram the failed payload never made: that is not the story to tell."""
+    coordinator = raising("postProcess", lambda: FileNotFoundError("histograms.root"))
+    result = await fly({"coordinator": coordinator}, executable="/bin/false")
+    assert result.failure == Failure("PayloadFailed", "the payload failed: exit code 1", Phase.PAYLOAD)
+    assert "histograms.root" in caplog.text
+
+
+async def test_postprocess_may_reschedule_a_job_whose_payload_failed(fly: Fly) -> None:
+    class Judges(JobExecutionCoordinator):
+        async def postProcess(self) -> None:
+            assert self.job.outcome is not None
+            if self.job.outcome.exit_code == 42:
+                raise RescheduleJob("no conditions database from here")
+
+    result = await fly({"coordinator": Judges}, **sh("exit 42"))
+    assert (result.status, result.failure.message) == (Status.RESCHEDULED, "no conditions database from here")
+
+
+# -- what preProcess may return ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {"command": "echo $GREETING", "env": {"GREETING": "hello", "PATH": "/usr/bin:/bin"}},
+        {"command": ["sh", "-c", "echo $GREETING"], "env": {"GREETING": "hello", "PATH": "/usr/bin:/bin"}},
+        PayloadSpec(command="echo $GREETING", env={"GREETING": "hello"}),
+    ],
+    ids=["mapping", "mapping with a list", "spec"],
+)
+async def test_preprocess_may_return_a_spec_or_a_mapping_in_diracs_shape(fly: Fly, out: Path, returned: object) -> None:
+    async def decide(*_: Any) -> object:
+        return returned
+
+    result = await fly({"coordinator": with_hook("preProcess", decide)}, output_sandbox=["std.out"])
+    assert result.status is Status.DONE
+    assert (out / "std.out").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        (None, "preProcess returned None: return PayloadSpec(command=..., env=...)"),
+        ("echo", "preProcess returned 'echo': return PayloadSpec"),
+        (7, "preProcess returned 7: return PayloadSpec"),
+        ({}, "preProcess returned a payload that cannot be: command: is missing"),
+        ({"command": " "}, "command: the command is empty"),
+        ({"command": []}, "command: the command is empty"),
+        ({"command": 7}, "cannot be: command"),
+        ({"command": "a\0b"}, "NUL"),
+        ({"command": "true", "env": {"A=B": "c"}}, "'A=B' cannot be the name of an environment variable"),
+        ({"command": "true", "environment": {}}, "environment: there is no such field"),
+        ({"OK": True, "Value": {"command": "true", "env": {}}}, "command: is missing"),
+    ],
+    ids=repr,
+)
+async def test_nonsense_from_preprocess_fails_the_job_with_a_clear_message(
+    fly: Fly, returned: object, said: str
+) -> None:
+    async def decide(*_: Any) -> object:
+        return returned
+
+    handle = JobHandle()
+    result = await fly({"coordinator": with_hook("preProcess", decide), "handle": handle})
+    assert (result.status, result.failure.kind, result.failure.phase) == (
+        Status.FAILED, "HookFailed", Phase.PRE_PROCESS,
+    )  # fmt: skip
+    assert said in result.failure.message
+    assert "SlotGranted" not in kinds(await history(handle))
+
+
+# -- what a hook is offered ----------------------------------------------------------------------------------------
+
+
+async def test_a_coordinator_may_own_the_upload_and_reuse_the_standard_steps(fly: Fly, out: Path) -> None:
+    """The example of DIRAC issue 8307."""
+
+    class Merging(JobExecutionCoordinator):
+        async def stageOut(self) -> None:
+            await self.job.upload_output_sandbox()
+            assert await to_thread.run_sync(os.listdir, out) == ["std.out"]
+            await to_thread.run_sync(self.merge)
+            await self.job.upload_output_data()
+
+        def merge(self) -> None:
+            parts = sorted(self.job.workdir.glob("part-*"))
+            (self.job.workdir / "data").write_text("".join(part.read_text() for part in parts))
+
+    result = await fly(
+        {"coordinator": Merging}, **sh("echo 1 > part-1; echo 2 > part-2"),
+        output_sandbox=["std.out"], output_data=["data"],
+    )  # fmt: skip
+    assert result.status is Status.DONE
+    assert (out / "data").read_text() == "1\n2\n"
+
+
+async def test_a_coordinator_may_own_the_stage_in_and_reuse_the_standard_steps(
+    fly: Fly, out: Path, tmp_path: Path
+) -> None:
+    class Ordered(JobExecutionCoordinator):
+        async def stageIn(self) -> None:
+            await self.job.download_input_sandbox()
+            assert await to_thread.run_sync((self.job.workdir / "options").exists)
+            assert not await to_thread.run_sync((self.job.workdir / "events").exists)
+            await self.job.resolve_input_data()
+
+    for name in ("options", "events"):
+        (tmp_path / name).write_text(name)
+    handle = JobHandle()
+    result = await fly(
+        {"coordinator": Ordered, "handle": handle}, **sh("cat options events"),
+        input_sandbox=[str(tmp_path / "options")], input_data=[str(tmp_path / "events")], output_sandbox=["std.out"],
+    )  # fmt: skip
+    assert result.status is Status.DONE
+    assert (out / "std.out").read_text() == "optionsevents"
+    assert [file.name for file in result.inputs] == ["options", "events"]
+
+
+async def test_the_data_of_a_failed_job_stays_although_the_coordinator_asks(fly: Fly, out: Path) -> None:
+    class Eager(JobExecutionCoordinator):
+        async def stageOut(self) -> None:
+            assert self.job.failure is not None
+            await self.job.upload_output_data()
+
+    result = await fly({"coordinator": Eager}, **sh("touch data; exit 1"), output_data=["data"])
+    assert (result.status, outputs(result)) == (Status.FAILED, set())
+
+
+async def test_a_coordinator_that_hides_a_staging_failure_has_decided_so(fly: Fly) -> None:
+    class Lenient(JobExecutionCoordinator):
+        async def stageIn(self) -> None:
+            try:
+                await super().stageIn()
+            except JobError as error:
+                await self.job.report("InputProblem", error)
+
+    result = await fly({"coordinator": Lenient}, input_data=["/nowhere/a"])
+    assert result.status is Status.DONE
+    assert "/nowhere/a" in result.parameters["InputProblem"]
+
+
+async def test_what_a_coordinator_reports_is_in_the_result_the_latest_value_of_each_name(fly: Fly) -> None:
+    class Reports(JobExecutionCoordinator):
+        async def stageIn(self) -> None:
+            await self.job.report("Events", 0)
+
+        async def postProcess(self) -> None:
+            await self.job.report("Events", 17)
+
+        async def stageOut(self) -> None:
+            await self.job.report("Note", None)
+
+    result = await fly({"coordinator": Reports})
+    assert result.parameters == {"Events": "17", "Note": "None"}
+
+
+async def test_a_coordinator_may_look_at_the_last_lines_of_its_running_payload(fly: Fly, tmp_path: Path) -> None:
+    class Peeks(JobExecutionCoordinator):
+        async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec:
+            assert await self.job.peek() == []
+            self.job.start_soon(self.look)
+            return PayloadSpec(command=command, env=exeEnv)
+
+        async def look(self) -> None:
+            await post.reached()
+            seen.append(await self.job.peek(2))
+            await to_thread.run_sync((tmp_path / "seen").touch)
+
+        async def postProcess(self) -> None:
+            seen.append(await self.job.peek())
+
+    seen: list[list[str]] = []
+    post = Signpost(tmp_path / "post")
+    result = await fly(
+        {"coordinator": Peeks},
+        **sh(f"seq 100; echo > {post}; while [ ! -e {tmp_path}/seen ]; do sleep 0.01; done"),
+    )
+    assert result.status is Status.DONE
+    assert seen == [["99", "100"], []]
+
+
+async def test_a_job_in_flight_is_known_by_its_id(fly: Fly) -> None:
+    class Shown(JobExecutionCoordinator):
+        async def stageIn(self) -> None:
+            assert isinstance(self.job, JobInFlight)
+            await self.job.report("repr", repr(self.job))
+
+    result = await fly({"coordinator": Shown}, job_id="4711")
+    assert result.parameters["repr"] == "<JobInFlight 4711>"
+
+
+async def test_hooks_of_different_jobs_run_side_by_side(fly: Fly) -> None:
+    """Neither job gets further until both are in their hook."""
+
+    class Meets(JobExecutionCoordinator):
+        async def postProcess(self) -> None:
+            met.append(self.jobArgs.job_id)
+            if len(met) == 2:
+                both.set()
+            with anyio.fail_after(20):
+                await both.wait()
+
+    met: list[str] = []
+    both = anyio.Event()
+    async with anyio.create_task_group() as tg:
+        for _ in range(2):
+            tg.start_soon(fly, {"coordinator": Meets})
+    assert len(set(met)) == 2

@@ -1,0 +1,121 @@
+"""The house: a module imports only from lower floors."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import loadmaster
+
+SOURCE = Path(loadmaster.__file__).parent
+
+# A number after the point is a landing: still the same floor of the design, but above its neighbours there.
+FLOORS: dict[str, float] = {
+    # words
+    "errors": 0,
+    "names": 1,
+    "model": 1.5,
+    "events": 2,
+    # decisions
+    "lifecycle": 3,
+    "ledger": 3,
+    "limits": 3,
+    # mechanisms
+    "handle": 4,
+    "workdir": 4,
+    "site": 4,
+    "hooks": 4,
+    "storage": 4.5,
+    "payload": 5,
+    "staging": 5,
+    "companions": 5.5,
+    # one job
+    "coordinator": 6,
+    "runner": 7,
+    "reporter": 7,
+    # many jobs
+    "node": 8,
+    # the doors
+    "dirac": 9,
+    "diracx": 9,
+    "testing": 9,
+    "terminal": 9,
+    "cli": 9.5,
+    "__main__": 10,
+    "__init__": 10,
+}
+
+MODULES = sorted(SOURCE.rglob("*.py"))
+
+
+def place(path: Path) -> str:
+    """Where a module lives: its own name, or that of its folder."""
+    parts = path.relative_to(SOURCE).with_suffix("").parts
+    return parts[0]
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """The dotted names of this package's modules that a module imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "loadmaster")
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide which floor they come from"
+            if node.module == "loadmaster":
+                yield from (f"loadmaster.{alias.name}" for alias in node.names)
+            elif node.module is not None and node.module.startswith("loadmaster."):
+                yield node.module
+
+
+def floor(name: str) -> float:
+    assert name in FLOORS, f"loadmaster.{name} has no floor yet: add it to FLOORS in tests/test_floors.py"
+    return FLOORS[name]
+
+
+def offences(path: Path, text: str) -> list[str]:
+    """What a module imports that is not below it. A folder's own modules may import each other."""
+    own = place(path)
+    below = [name.split(".")[1] for name in imported(ast.parse(text)) if name != "loadmaster"]
+    return [f"{own} imports {name}" for name in below if name != own and not floor(name) < floor(own)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_module_imports_only_from_lower_floors(path: Path) -> None:
+    assert offences(path, path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_a_folders_modules_do_not_import_in_circles(path: Path) -> None:
+    """Within a folder the floors say nothing, so follow the imports: none leads back to where it began."""
+    start = ".".join(("loadmaster", *path.relative_to(SOURCE).with_suffix("").parts))
+    seen: set[str] = set()
+    ahead = [start]
+    while ahead:
+        file = SOURCE.parent.joinpath(*ahead.pop().split(".")).with_suffix(".py")
+        if file.is_file():
+            for name in imported(ast.parse(file.read_text(encoding="utf-8"))):
+                assert name != start, f"{start} imports itself, by way of {file.relative_to(SOURCE)}"
+                if name not in seen:
+                    seen.add(name)
+                    ahead.append(name)
+
+
+@pytest.mark.parametrize(
+    ("line", "offence"),
+    [
+        ("from loadmaster.runner import run_job", "model imports runner"),
+        ("import loadmaster.cli", "model imports cli"),
+        ("def f():\n    from loadmaster import node", "model imports node"),
+        ("from loadmaster.storage.base import Storage", "model imports storage"),
+    ],
+)
+def test_an_import_from_above_is_seen_wherever_it_stands(line: str, offence: str) -> None:
+    assert offences(SOURCE / "model.py", line) == [offence]
+
+
+def test_a_module_without_a_floor_is_told_where_to_go() -> None:
+    with pytest.raises(AssertionError, match=r"add it to FLOORS in tests/test_floors\.py"):
+        offences(SOURCE / "attic.py", "from loadmaster import errors")

@@ -1,0 +1,106 @@
+"""A site's configuration: what is read from it, and what is refused by file and field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from loadmaster import InvalidSite, Site
+
+FULL = """
+name = "LCG.Example.org"
+catalog = "catalog.sqlite"
+default_se = ["DISK"]
+failover_se = ["BUFFER"]
+sandbox_store = "sandboxes"
+vo = "example"
+
+[storage_elements]
+DISK = "se/disk"
+BUFFER = "root://buffer.example.org//data"
+"""
+
+
+def site(tmp_path: Path, text: str) -> Site:
+    path = tmp_path / "site.toml"
+    path.write_text(text, encoding="utf-8")
+    return Site.load(path)
+
+
+def test_the_example_of_the_documentation_is_read(tmp_path: Path) -> None:
+    found = site(tmp_path, FULL)
+    assert (found.name, found.vo, found.default_se, found.failover_se) == (
+        "LCG.Example.org",
+        "example",
+        ("DISK",),
+        ("BUFFER",),
+    )
+
+
+def test_relative_paths_are_taken_from_the_files_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    found = site(tmp_path, FULL)
+    assert found.catalog == f"file://{tmp_path}/catalog.sqlite"
+    assert found.sandbox_store == f"file://{tmp_path}/sandboxes"
+    assert found.storage_elements["DISK"] == f"file://{tmp_path}/se/disk"
+
+
+def test_urls_and_absolute_paths_are_taken_as_they_are(tmp_path: Path) -> None:
+    found = site(tmp_path, 'output_directory = "/data/a b"\n' + FULL)
+    assert found.output_directory == "file:///data/a%20b"
+    assert found.storage_elements["BUFFER"] == "root://buffer.example.org//data"
+
+
+def test_a_site_of_nothing_is_a_site() -> None:
+    assert Site().storage_elements == {}
+    assert Site().output_directory is None
+
+
+@pytest.mark.parametrize("place", ["out", "../out", ""])
+def test_a_relative_path_that_is_in_no_file_is_refused(place: str) -> None:
+    """It was taken from `/`: `Site(output_directory="out")` wrote to /out."""
+    with pytest.raises(ValidationError, match="neither a URL nor an absolute path"):
+        Site(output_directory=place)
+
+
+def test_a_list_may_be_written_as_a_string(tmp_path: Path) -> None:
+    assert site(tmp_path, FULL.replace('["DISK"]', '"BUFFER; DISK"')).default_se == ("BUFFER", "DISK")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("name = ", "not TOML"),
+        ('nmae = "x"', "nmae: there is no such field"),
+        ("streams = 0", "streams: Input should be greater than or equal to 1"),
+        ('streams = "many"', "streams: "),
+        ('default_se = ["TAPE"]', "default_se: 'TAPE' is not one of the storage_elements"),
+        ('failover_se = ["TAPE"]', "failover_se: 'TAPE' is not one of the storage_elements"),
+        ("storage_elements = 5", "storage_elements: "),
+        ("[storage_elements]\nDISK = 5", "storage_elements.DISK: "),
+        ('catalog = ""', "catalog: '': neither a URL nor an absolute path"),
+        ('vo = ".."', "vo: '..'"),
+        ('vo = "a/b"', "vo: 'a/b': may not have a '/' in it"),
+        ('user_prefix = "../x"', "user_prefix: '../x'"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_file_and_field(tmp_path: Path, text: str, complaint: str) -> None:
+    with pytest.raises(InvalidSite) as caught:
+        site(tmp_path, text)
+    assert str(caught.value).startswith(f"{tmp_path}/site.toml: ")
+    assert complaint in str(caught.value)
+
+
+def test_every_field_at_fault_is_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSite, match=r"streams: .*; nmae: "):
+        site(tmp_path, 'nmae = "x"\nstreams = 0')
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSite, match=r"nowhere\.toml: No such file"):
+        Site.load(tmp_path / "nowhere.toml")
+    (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
+    with pytest.raises(InvalidSite, match=r"latin\.toml: not TOML"):
+        Site.load(tmp_path / "latin.toml")
