@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+SUBCLASS = "from loadmaster import *\nclass C(JobExecutionCoordinator):"
+
 LOADMASTER = [sys.executable, "-W", "error", "-m", "loadmaster"]
 
 
@@ -24,7 +26,7 @@ class Shell:
     def start(self, job: dict[str, Any] | str, *options: str, command: str = "run") -> subprocess.Popen[str]:
         (self.directory / "job.json").write_text(job if isinstance(job, str) else json.dumps(job))
         return subprocess.Popen(
-            [*LOADMASTER, command, "job.json", "--root", "scratch", *options] if command == "run" else [*LOADMASTER, command, "job.json"],
+            [*LOADMASTER, command, "job.json", *(["--root", "scratch"] if command == "run" else []), *options],
             cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -124,9 +126,9 @@ def test_an_output_that_was_not_made_is_said_and_does_not_fail(shell: Shell) -> 
         ("x = 1", "has no 'C'"),
         ("C = 1", "is a int, not a class"),
         ("class C: pass", "has no preProcess"),
-        ("class C:\n def __init__(self, **_): raise KeyError('x')\n async def preProcess(self, c, e): ...\n async def postProcess(self): ...", "KeyError"),
-        ("from loadmaster import *\nclass C(JobExecutionCoordinator):\n async def preProcess(self, c, e): return 5", "preProcess returned 5"),
-        ("from loadmaster import *\nclass C(JobExecutionCoordinator):\n async def postProcess(self): 1 / 0", "ZeroDivisionError"),
+        (f"{SUBCLASS}\n def __init__(self, **_): raise KeyError('x')", "KeyError"),
+        (f"{SUBCLASS}\n async def preProcess(self, c, e): return 5", "preProcess returned 5"),
+        (f"{SUBCLASS}\n async def postProcess(self): 1 / 0", "ZeroDivisionError"),
     ],
 )  # fmt: skip
 def test_a_coordinator_that_cannot_be_used_is_named(shell: Shell, source: str | None, message: str) -> None:

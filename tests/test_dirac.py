@@ -8,8 +8,8 @@ from typing import Any
 
 import anyio
 import pytest
-from conftest import Fly, sh
 
+from conftest import Fly, sh
 from loadmaster import ComputingElement, InvalidJob, JobHandle, Status
 from loadmaster.dirac import adapt, is_synchronous, split_wrapper_file
 

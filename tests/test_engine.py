@@ -298,7 +298,7 @@ async def test_the_first_error_ends_all_lanes_and_is_raised_as_it_is() -> None:
 
     with anyio.fail_after(5), pytest.raises(LookupError, match="two"):
         await for_each(range(10), work, 3)
-    assert begun == [0, 1, 2]
+    assert sorted(begun) == [0, 1, 2]
 
 
 async def test_progress_is_told_while_files_move_and_only_to_those_who_want_it(workdir: Workdir, there: Path) -> None:
@@ -482,7 +482,7 @@ async def test_a_catalog_that_is_no_file_is_refused() -> None:
 
 
 async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
-    workdir: Workdir, there: Path, se: Path, told: Told, record_property: Callable[[str, object], None]
+    workdir: Workdir, there: Path, se: Path, told: Told
 ) -> None:
     """Both ways. The 99th percentile: a busy machine may take the processor from us once."""
     content = os.urandom(1024 * 1024)
@@ -504,8 +504,7 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
         group.cancel_scope.cancel()
     delays.sort()
     late = delays[int(len(delays) * 0.99)]
-    record_property("delay_p99_ms", round(late * 1000, 2))
-    record_property("delay_max_ms", round(delays[-1] * 1000, 2))
+    print(f"measured: delay p99 {late * 1000:.2f} ms, max {delays[-1] * 1000:.2f} ms")
     assert len(told.files) == 200
     assert len(delays) > 20
     assert late < 0.020

@@ -183,5 +183,12 @@ def test_sandboxes_go_to_the_store_or_else_to_the_output_directory() -> None:
 def test_two_files_that_would_become_one_are_refused() -> None:
     same = [plan("*/x", name, output_se="/data") for name in ("a/x", "b/x")]
     with pytest.raises(StagingFailed, match="a/x and b/x would both be file:///data/x"):
-        refuse_collisions(same)
-    refuse_collisions([same[0], same[0], plan("y", "y", output_se="/data")])
+        refuse_collisions(same, {})
+    refuse_collisions([same[0], same[0], plan("y", "y", output_se="/data")], {})
+
+
+def test_a_file_may_not_take_the_place_of_one_delivered_by_an_earlier_step() -> None:
+    delivered: dict[str, str] = {}
+    refuse_collisions([plan("a/x", "a/x", output_se="/data")], delivered)
+    with pytest.raises(StagingFailed, match="a/x and b/x"):
+        refuse_collisions([plan("b/x", "b/x", output_se="/data")], delivered)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -138,14 +139,43 @@ async def test_a_short_process_is_not_charged_with_our_own_memory(run: Run) -> N
     assert record.peak_bytes is None
 
 
-async def test_when_the_embedding_program_ignores_its_children_only_the_status_is_lost(run: Run) -> None:
+async def test_when_the_embedding_program_ignores_its_children_only_the_status_is_lost(
+    run: Run, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "go")
     before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     try:
-        process = await to_thread.run_sync(run, "exit 3")
+        process = await to_thread.run_sync(run, "read line < go; exit 3")
+        await to_thread.run_sync((tmp_path / "go").write_text, "\n")
         await process.wait()
         await until(lambda: process.gone)
         assert process.reap() == ExitRecord()
     finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+async def test_a_process_that_is_gone_before_we_look_has_ended_like_any_other(run: Run) -> None:
+    """With children ignored the kernel reaps at once: a payload of milliseconds was said never to have started."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    busy = True
+
+    def hold_the_interpreter() -> None:
+        while busy:
+            sum(range(1000))
+
+    others = [threading.Thread(target=hold_the_interpreter) for _ in range(2)]
+    for other in others:
+        other.start()
+    try:
+        for _ in range(10):
+            process = await to_thread.run_sync(run, "exit 3")
+            await process.wait()
+            await until(lambda process=process: process.gone)  # type: ignore[misc]
+            assert process.reap() == ExitRecord()
+    finally:
+        busy = False
+        for other in others:
+            other.join()
         signal.signal(signal.SIGCHLD, before)
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -209,7 +208,7 @@ async def test_the_wall_limit_ends_it_with_a_verdict(workdir: Workdir) -> None:
     assert outcome.verdict is not None
     assert (outcome.verdict.limit, outcome.verdict.threshold) == ("wall time", 0.3)
     assert (outcome.signal, outcome.ended_by) == (signal.SIGTERM, EndedBy.LIMIT)
-    assert 0.3 <= outcome.wall_seconds < 1.5
+    assert 0.3 <= outcome.wall_seconds < 5
 
 
 async def test_the_cpu_limit_counts_what_short_lived_children_burn(workdir: Workdir) -> None:
@@ -267,9 +266,7 @@ async def test_an_exit_is_noticed_at_once(workdir: Workdir) -> None:
     assert noticed - float((workdir.path / "std.out").read_text()) < 0.2
 
 
-async def test_what_a_payload_prints_costs_us_nothing(
-    workdir: Workdir, record_property: Callable[[str, object], None]
-) -> None:
+async def test_what_a_payload_prints_costs_us_nothing(workdir: Workdir) -> None:
     begun, looks = time.process_time(), list[list[str]]()
     payload = await start(f"yes 'a line of text' | head -c {PRINTED_BYTES}; exec sleep 0.2", workdir)
     async with anyio.create_task_group() as group:
@@ -284,7 +281,7 @@ async def test_what_a_payload_prints_costs_us_nothing(
         group.cancel_scope.cancel()
     outcome = await payload.end(EndedBy.LIMIT, grace_seconds=10)
     cost = time.process_time() - begun
-    record_property("cpu_seconds", cost)
+    print(f"measured: {cost:.3f} s of CPU for {PRINTED_BYTES} bytes")
     assert outcome.succeeded
     assert (workdir.path / "std.out").stat().st_size == PRINTED_BYTES
     assert looks[-1][-2] == "a line of text"

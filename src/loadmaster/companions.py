@@ -38,6 +38,10 @@ class Companions:
         else:
             self._group.start_soon(self._run, self._group, function, args)
 
+    def close(self) -> None:
+        """No payload comes any more: what was queued is forgotten, and nothing more is taken."""
+        self._over = True
+
     @asynccontextmanager
     async def alongside(self) -> AsyncIterator[None]:
         """Run the tasks for as long as the block lasts. The first error of one cancels the block, and is raised."""

@@ -34,7 +34,7 @@ from loadmaster.model import (
     PayloadSpec,
     StoredFile,
 )
-from loadmaster.names import base_name, join_url
+from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
 from loadmaster.staging.engine import NOT_MADE, Transfers, single_error
@@ -71,7 +71,7 @@ class JobExecutionCoordinator:
         with single_error():
             async with anyio.create_task_group() as both:
                 both.start_soon(self.job.download_input_sandbox)
-                both.start_soon(self.job.resolve_input_data)
+                await self.job.resolve_input_data()
 
     async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
         """Decide what is executed. `command` is a piece of shell; a mapping with `command` and `env` will do as well."""
@@ -88,7 +88,7 @@ class JobExecutionCoordinator:
         with single_error():
             async with anyio.create_task_group() as both:
                 both.start_soon(self.job.upload_output_sandbox)
-                both.start_soon(self.job.upload_output_data)
+                await self.job.upload_output_data()
 
 
 class JobInFlight:
@@ -112,6 +112,7 @@ class JobInFlight:
         """How the payload ended; None before that."""
         self.failure: Failure | None = None
         """Why the computing failed; None if it did not, or is not over."""
+        self._delivered: dict[str, str] = {}
         self._files = workdir
         self._transfers = transfers
         self._handle = handle
@@ -172,7 +173,7 @@ class JobInFlight:
             await self._transfers.fetch(fetches, self._files, _Recorder(self._handle, FileStagedIn))
 
     async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
-        refuse_collisions(deliveries)
+        refuse_collisions(deliveries, self._delivered)
         await self._transfers.deliver(deliveries, self._files, _Recorder(self._handle, FileStagedOut))
 
     async def _expand(
@@ -191,7 +192,10 @@ class JobInFlight:
                     inside, left_out = of_directory(name) if self._files.is_directory(name) else ([name], [])
                     missing += left_out
                     for each in inside:
-                        found.setdefault(each, file)
+                        try:
+                            found.setdefault(check_local_name(each), file)
+                        except ValueError as exc:  # the payload chose this name
+                            missing.append((ascii(each), str(exc)))
             return found, missing
 
         found, missing = await to_thread.run_sync(look)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.errors import HookFailed, InvalidJob, RescheduleJob
@@ -17,13 +17,6 @@ from loadmaster.model import ComputingElement, JobDescription, PayloadSpec
 
 EWMSRESC: Final = 1502
 """DErrno of "job to be rescheduled"."""
-
-
-class LegacyCoordinator(Protocol):
-    """A synchronous coordinator as DIRAC communities write them. Hooks take `(command, exeEnv)`, `(job)` or nothing."""
-
-    preProcess: Callable[..., Any]
-    postProcess: Callable[..., Any]
 
 
 def split_wrapper_file(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -55,8 +48,9 @@ def is_synchronous(coordinator: type[Any]) -> bool:
     return not any(inspect.iscoroutinefunction(getattr(coordinator, hook)) for hook in ("preProcess", "postProcess"))
 
 
-def adapt(legacy: type[LegacyCoordinator]) -> type[Coordinator]:
-    """An asynchronous coordinator around a synchronous one, which stays as it is.
+def adapt(legacy: type[Any]) -> type[Coordinator]:
+    """An asynchronous coordinator around a synchronous one, which stays as it is; hooks of any of the three spellings:
+    `(self, command, exeEnv)`, `(self, job)`, `(self)`.
 
     It is made with `jobArgs` and `ceArgs` as DIRAC's dictionaries, and made and called in worker threads, one instance
     for the whole job, so it may keep state between its hooks and may block. `S_ERROR` becomes `HookFailed` with its
@@ -65,17 +59,23 @@ def adapt(legacy: type[LegacyCoordinator]) -> type[Coordinator]:
     """
 
     class Adapted(JobExecutionCoordinator):
-        _inner: LegacyCoordinator | None = None
+        _inner: Any = None
+
+        def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
+            super().__init__(jobArgs, ceArgs)
+            self._threads = CapacityLimiter(1)  # one that blocks for ever must not take one of the host's threads
 
         async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
             env = {**environment(self.jobArgs, self.ceArgs), **exeEnv}
-            value = await to_thread.run_sync(self._pre_process, command, dict(env), abandon_on_cancel=True)
+            value = await to_thread.run_sync(
+                self._pre_process, command, dict(env), abandon_on_cancel=True, limiter=self._threads
+            )
             if value is None:
                 return PayloadSpec(command=command, env=env)
             return {"command": value.get("command", command), "env": value.get("env", env)}
 
         async def postProcess(self) -> None:
-            await to_thread.run_sync(self._post_process, abandon_on_cancel=True)
+            await to_thread.run_sync(self._post_process, abandon_on_cancel=True, limiter=self._threads)
 
         def _pre_process(self, command: str, env: dict[str, str]) -> Mapping[str, Any] | None:
             hook = self._made().preProcess
@@ -96,9 +96,9 @@ def adapt(legacy: type[LegacyCoordinator]) -> type[Coordinator]:
             arguments = [self.jobArgs.to_dirac() for _ in (_positional(hook) or [])[:1]]
             _value(hook(*arguments), f"{legacy.__name__}.postProcess")
 
-        def _made(self) -> LegacyCoordinator:
+        def _made(self) -> Any:
             if self._inner is None:
-                self._inner = legacy(jobArgs=self.jobArgs.to_dirac(), ceArgs=self.ceArgs.to_dirac())  # type: ignore[call-arg]
+                self._inner = legacy(jobArgs=self.jobArgs.to_dirac(), ceArgs=self.ceArgs.to_dirac())
             return self._inner
 
     Adapted.__name__ = legacy.__name__

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Concatenate, ParamSpec, Protocol
+from typing import Concatenate, Final, ParamSpec, Protocol
 from weakref import WeakSet
 
 import anyio
@@ -20,6 +20,10 @@ P = ParamSpec("P")
 
 TRANSIENT_EVENTS_KEPT = 256
 """For a follower that is slow: of heartbeats and progress only the latest matter."""
+
+
+JOURNAL_SECONDS: Final = 60.0
+"""A disk that does not take a line for that long will not take the next one either."""
 
 
 class Journal(Protocol):
@@ -128,12 +132,14 @@ class JobHandle:
         if self._journal is None:
             self._tell(self._new(kind, *args, **kw))
             return
-        with anyio.CancelScope(shield=True):
+        with anyio.move_on_after(JOURNAL_SECONDS, shield=True) as writing:
             async with self._writing:  # the journal has the events in the order in which they were told
                 event = self._new(kind, *args, **kw)
                 self._life.check(event)
                 await self._keep(self._journal, event)
                 self._tell(event)
+        if writing.cancelled_caught:
+            raise RuntimeFault(f"the journal has not answered for {JOURNAL_SECONDS:.0f} s")
 
     def offer(self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs) -> None:
         """Tell whoever follows right now; nothing is recorded."""

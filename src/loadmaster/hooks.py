@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 
 import anyio
 
-from loadmaster.errors import HookFailed, InvalidJob, JobError, RetryHook, RuntimeFault
+from loadmaster.errors import HookFailed, IllegalEvent, InvalidJob, JobError, RetryHook, RuntimeFault
 
 T = TypeVar("T")
 
@@ -70,7 +70,8 @@ def _meaning(name: str, exc: BaseException) -> BaseException:
     cancelled = anyio.get_cancelled_exc_class()
     errors = list(_leaves(exc))
     for error in errors:
-        if isinstance(error, RuntimeFault) or not isinstance(error, (Exception, SystemExit, cancelled)):
+        ours = isinstance(error, RuntimeFault) and not isinstance(error, IllegalEvent)  # that one is the hook's mistake
+        if ours or not isinstance(error, (Exception, SystemExit, cancelled)):
             return error
     if anyio.get_current_task().has_pending_cancellation():
         for error in errors:

@@ -22,6 +22,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    JsonValue,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -162,7 +163,7 @@ class Words(BaseModel):
         frozen=True, extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False, allow_inf_nan=False
     )
 
-    extra: dict[str, Any] = Field(default_factory=dict)
+    extra: dict[str, JsonValue] = Field(default_factory=dict)
     """DIRAC's keys that have no field here, as they came."""
 
     @classmethod

@@ -88,7 +88,8 @@ async def run_job(
     the work directory is `<root>/<job id>`. `handle` follows and kills the job.
 
     Raises `RuntimeFault` when the runtime cannot keep its promises. Cancellation stops the payload (TERM, grace, KILL),
-    removes the work directory, delivers nothing and claims no end: the last event is not `JobFinished`.
+    removes the work directory, delivers nothing and claims no end: the last event is not `JobFinished`. Await it to its
+    end also then: an event loop that is torn down under it (asyncio's, when `main` returns early) heeds no shield.
     """
     handle = handle or JobHandle()
     handle.open(job.job_id, attempt)
@@ -140,6 +141,7 @@ class _Flight:
     async def fly(self) -> None:
         await self.record(JobAccepted, self.job.description.model_dump(mode="json", exclude_defaults=True))
         self.job.failure = await self._compute()
+        self.job.companions.close()
         await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
         await self.record(ComputingEnded, self.job.failure)
         failure = await self._deliver()

@@ -26,6 +26,7 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
+from loadmaster.model import StoredFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -76,7 +77,7 @@ def describe(event: Event) -> str | None:
         case StageInStarted():
             return "staging in"
         case FileStagedIn(file=file):
-            return f"  in   {file.name}  {size(file.size_bytes)}  from {file.lfn or file.url}"
+            return f"  in   {file.name}  {size(file.size_bytes)}  from {place(file)}"
         case PayloadPrepared(command=command):
             return f"payload: {command if isinstance(command, str) else ' '.join(command)}"
         case PayloadStarted(pid=pid):
@@ -100,6 +101,11 @@ def describe(event: Event) -> str | None:
             return f"job {event.job_id}: {status}" + (f" ({failure})" if failure is not None else "")
         case _:
             return None
+
+
+def place(file: StoredFile) -> str:
+    """Where a file is, in a person's words."""
+    return f"LFN:{file.lfn} on {file.storage_element}" if file.lfn else file.url
 
 
 class Silent:

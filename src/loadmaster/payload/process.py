@@ -55,7 +55,7 @@ class Process:
         )  # fmt: skip
         self.pid = self._popen.pid
         try:
-            self._pidfd = os.pidfd_open(self.pid)
+            self._pidfd = self._open()
             own = read_stat(self.pid)
         except BaseException:
             self._signal_group(signal.SIGKILL)
@@ -73,7 +73,7 @@ class Process:
         """Whether the process, all its threads included, has ended. Its children may still be there."""
         try:
             return os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:
+        except OSError:  # somebody else has reaped it
             return True
 
     async def wait(self) -> None:
@@ -120,6 +120,13 @@ class Process:
             cpu_seconds=usage.ru_utime + usage.ru_stime,
             peak_bytes=usage.ru_maxrss * 1024 if usage.ru_maxrss > self._inherited_peak_kib else None,
         )
+
+    def _open(self) -> int:
+        """A descriptor that can be read from once the process has ended."""
+        try:
+            return os.pidfd_open(self.pid)
+        except ProcessLookupError:  # it has, and was reaped by a kernel whose embedding program ignores SIGCHLD
+            return os.eventfd(1)
 
     def _has_group(self) -> bool:
         """False when nobody is left, the leader reaped: known without a look at all of /proc."""

@@ -110,7 +110,7 @@ def plan_delivery(file: OutputFile, name: str, job: JobDescription, site: Site) 
         return Delivery(name, (Replica(url),))
     wanted = job.output_se or site.default_se
     if not wanted and file.target is None:
-        return Delivery(name, (Replica(join_url(_output_directory(job, site), _last_part(name))),))
+        return Delivery(name, (Replica(_in_output_directory(_last_part(name), job, site)),))
     if not wanted:
         raise InvalidJob(f"output_data: {file.target}: no storage element: name one in output_se")
     if all(_is_place(element) for element in wanted) and file.target is None:
@@ -139,13 +139,12 @@ def sandbox_directory(job: JobDescription, site: Site) -> str:
     raise InvalidJob("output_sandbox: nowhere to put it: give a site with a sandbox_store or an output_directory")
 
 
-def refuse_collisions(deliveries: Sequence[Delivery]) -> None:
-    """Raise `StagingFailed` when two files would become one at their target."""
-    first: dict[str, str] = {}
+def refuse_collisions(deliveries: Sequence[Delivery], taken: dict[str, str]) -> None:
+    """Raise `StagingFailed` when two files would become one at their target. `taken`, target to name, grows."""
     problems = [
         f"{other} and {delivery.name} would both be {delivery.targets[0].url}"
         for delivery in deliveries
-        if (other := first.setdefault(delivery.targets[0].url, delivery.name)) != delivery.name
+        if (other := taken.setdefault(delivery.targets[0].url, delivery.name)) != delivery.name
     ]
     if problems:
         raise StagingFailed("cannot deliver outputs", problems)
@@ -155,12 +154,13 @@ def _last_part(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-def _output_directory(job: JobDescription, site: Site) -> str:
-    if job.output_path is not None and is_url(job.output_path):
-        return job.output_path
+def _in_output_directory(base: str, job: JobDescription, site: Site) -> str:
+    """Where an output goes when no storage element is named anywhere: then an output path may be a place itself."""
+    if job.output_path is not None and _is_place(job.output_path):
+        return join_url(as_url(job.output_path), base)
     if site.output_directory is None:
         raise InvalidJob("output_data: nowhere to put it: name a storage element or a directory in output_se")
-    return site.output_directory
+    return join_url(site.output_directory, _output_path(job, base))
 
 
 def _output_path(job: JobDescription, base: str) -> str:
