@@ -453,10 +453,23 @@ async def test_what_an_earlier_attempt_delivered_is_not_sent_again(
     (workdir.path / "out").write_bytes(b"content")
     await deliver([Delivery("out", (replica(se / "a", "DISK"),), (), "/vo/a")], workdir, told, site)
     inode = (se / "a").stat().st_ino
-    await deliver([Delivery("out", (replica(se / "b", "TAPE"),), (), "/vo/a")], workdir, told, site)
+    wanted = (replica(se / "b", "TAPE"), replica(se / "a", "DISK"))
+    await deliver([Delivery("out", wanted, (), "/vo/a")], workdir, told, site)
     assert os.listdir(se) == ["a"]
     assert (se / "a").stat().st_ino == inode
     assert [file.storage_element for file in told.files] == ["DISK", "DISK"]
+
+
+async def test_a_replica_that_the_catalog_knows_but_storage_has_lost_is_sent_again(
+    workdir: Workdir, se: Path, told: Told, catalog: SqliteCatalog
+) -> None:
+    """The catalog was believed: the job said Done and its output was nowhere."""
+    delivery = Delivery("out", (replica(se / "a", "DISK"),), (), "/vo/a")
+    (workdir.path / "out").write_bytes(b"content")
+    await deliver([delivery], workdir, told, Site(catalog=str(catalog.path)))
+    (se / "a").unlink()
+    await deliver([delivery], workdir, told, Site(catalog=str(catalog.path)))
+    assert (se / "a").read_bytes() == b"content"
 
 
 async def test_a_catalog_that_cannot_be_asked_fails_the_staging_with_its_name(tmp_path: Path) -> None:

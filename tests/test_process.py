@@ -15,7 +15,9 @@ import pytest
 from anyio import to_thread
 
 from conftest import until
-from loadmaster.payload.process import ExitRecord, Process, shell_argv
+from loadmaster.model import PayloadSpec
+from loadmaster.payload.command import argv_of
+from loadmaster.payload.process import ExitRecord, Process
 from loadmaster.payload.usage import read_stat
 
 ENV = {"PATH": os.environ["PATH"]}
@@ -43,7 +45,11 @@ def run(tmp_path: Path, printed: Path) -> Iterator[Run]:
     """Start a piece of shell whose output goes to `printed`."""
     with printed.open("wb") as file:
         yield lambda script: Process(
-            shell_argv(script), env=ENV, cwd=tmp_path, stdout=file.fileno(), stderr=file.fileno()
+            argv_of(PayloadSpec(command=script, env=ENV), tmp_path),
+            env=ENV,
+            cwd=tmp_path,
+            stdout=file.fileno(),
+            stderr=file.fileno(),
         )
 
 
@@ -276,7 +282,13 @@ async def test_words_are_not_looked_at_by_the_shell(run: Run, tmp_path: Path, pr
     words = ("printf", "[%s]", "$HOME", "a b", "*", "'", "-x", "", "\\n", "ü")
     with printed.open("wb") as file:
         process = await to_thread.run_sync(
-            lambda: Process(shell_argv(words), env=ENV, cwd=tmp_path, stdout=file.fileno(), stderr=file.fileno())
+            lambda: Process(
+                argv_of(PayloadSpec(command=words, env=ENV), tmp_path),
+                env=ENV,
+                cwd=tmp_path,
+                stdout=file.fileno(),
+                stderr=file.fileno(),
+            )
         )
         assert (await ended(process)).exit_code == 0
     assert printed.read_text() == "[$HOME][a b][*]['][-x][][\\n][ü]"
@@ -284,4 +296,4 @@ async def test_words_are_not_looked_at_by_the_shell(run: Run, tmp_path: Path, pr
 
 def test_what_cannot_be_started_raises_and_leaves_nothing(tmp_path: Path) -> None:
     with open(os.devnull, "wb") as null, pytest.raises(OSError, match="No such file"):
-        Process(shell_argv("true"), env=ENV, cwd=tmp_path / "nowhere", stdout=null.fileno(), stderr=null.fileno())
+        Process(["true"], env=ENV, cwd=tmp_path / "nowhere", stdout=null.fileno(), stderr=null.fileno())

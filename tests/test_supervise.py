@@ -98,9 +98,9 @@ async def test_words_are_executed_as_they_stand(workdir: Workdir) -> None:
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
-        (("./nowhere",), "./nowhere: no such file"),
-        (("no-such-program",), "no-such-program: no such file"),
-        (("./plain",), "./plain: may not be executed"),
+        (("./nowhere",), "./nowhere': no such file"),
+        (("no-such-program",), "no-such-program': no such file"),
+        (("./plain",), "./plain': may not be executed"),
         ("x" * 3_000_000, "Argument list too long"),
     ],
 )

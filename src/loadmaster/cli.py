@@ -221,6 +221,8 @@ class Orders:
 
     def __init__(self, descriptor: int) -> None:
         self.seen: list[int] = []
+        self.interrupted = False
+        """Whether the event loop was interrupted; once, so that it can clean up."""
         self._descriptor = descriptor
         self._noticed = 0
 
@@ -248,7 +250,8 @@ def told_to_stop() -> Iterator[Orders]:
     def take(number: int, frame: FrameType | None) -> None:
         orders.seen.append(number)
         os.write(writer, b"!")
-        if orders.unnoticed > 1:
+        if orders.unnoticed > 1 and not orders.interrupted:
+            orders.interrupted = True
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -39,7 +39,6 @@ from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
 from loadmaster.staging.engine import NOT_MADE, Transfers, single_error
 from loadmaster.staging.plan import Delivery, lfns_of, plan_delivery, plan_fetches, refuse_collisions, sandbox_directory
-from loadmaster.staging.sandbox import pack, unpack
 from loadmaster.storage.base import Replica
 from loadmaster.workdir import Workdir
 
@@ -141,6 +140,10 @@ class JobInFlight:
     async def download_input_sandbox(self) -> None:
         """Bring in the files of the input sandbox and unpack the archives among them. Raises `StagingFailed`."""
         files = self.description.input_sandbox
+        if not files:
+            return
+        from loadmaster.staging.sandbox import unpack  # with tarfile and its compressors, loaded when used
+
         await self._fetch(files)
         for file in files:
             await to_thread.run_sync(unpack, self._files, file.name)
@@ -204,6 +207,8 @@ class JobInFlight:
         return [(file, name) for name, file in found.items()]
 
     def _pack(self, directory: str) -> tuple[list[str], list[tuple[str, str]]]:
+        from loadmaster.staging.sandbox import pack  # as above
+
         left_out = pack(self._files, directory, f"{directory}.tar")
         return [f"{directory}.tar"], left_out
 

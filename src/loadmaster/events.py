@@ -93,9 +93,10 @@ class PayloadStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class PayloadExited(Event):
-    """The payload and what was left of its process group are gone."""
+    """The payload and what was left of its process group are gone. One that did not succeed leaves its last lines."""
 
     outcome: PayloadOutcome
+    last_lines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

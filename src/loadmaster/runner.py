@@ -63,7 +63,7 @@ from loadmaster.payload.supervise import CONTAINMENT, HEARTBEAT_SECONDS, start, 
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers, single_error
 from loadmaster.staging.plan import check_outputs
-from loadmaster.workdir import Workdir, default_root, open_workdir
+from loadmaster.workdir import Workdir, open_workdir
 
 log = logging.getLogger(__name__)
 
@@ -100,9 +100,7 @@ async def run_job(
             moving = transfers
             if moving is None:
                 moving = await stack.enter_async_context(open_transfers(site or Site()))
-            workdir = await stack.enter_async_context(
-                open_workdir(root or default_root(), job.job_id, keep=keep_workdir)
-            )
+            workdir = await stack.enter_async_context(open_workdir(root, job.job_id, keep=keep_workdir))
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             await _Flight(
                 flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
@@ -206,7 +204,7 @@ class _Flight:
                 outcome = await payload.end(by, grace_seconds=self.limits.grace_seconds, verdict=verdict)
                 self.job.outcome = outcome
                 if self.handle.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
-                    await self.record(PayloadExited, outcome)
+                    await self.record(PayloadExited, outcome, payload.last_lines)
         return outcome
 
     async def _post_process(self, outcome: PayloadOutcome) -> None:

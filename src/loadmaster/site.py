@@ -15,7 +15,6 @@ of nothing but a directory for outputs.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -67,6 +66,8 @@ class Site(BaseModel):
     @classmethod
     def load(cls, path: Path) -> Self:
         """The site in a TOML file. Raises `InvalidSite` that names the file and every field at fault. Blocks."""
+        import tomllib  # loaded when used: most pilots hand their sites over ready made
+
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
             return cls.model_validate(data, context={"base": path.absolute().parent})

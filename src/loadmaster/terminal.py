@@ -82,9 +82,10 @@ def describe(event: Event) -> str | None:
             return f"payload: {command if isinstance(command, str) else ' '.join(command)}"
         case PayloadStarted(pid=pid):
             return f"payload runs (process {pid})"
-        case PayloadExited(outcome=outcome):
+        case PayloadExited(outcome=outcome, last_lines=last_lines):
             memory = f", {size(outcome.peak_memory_bytes)} at most" if outcome.peak_memory_bytes else ""
-            return f"payload ended: {outcome}, {outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s{memory}"
+            ended = f"payload ended: {outcome}, {outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s{memory}"
+            return "\n         | ".join([ended, *last_lines])
         case ParameterReported(name=name, value=value):
             return f"  {name}: {value}"
         case ComputingEnded(failure=failure) if failure is not None:

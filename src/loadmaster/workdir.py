@@ -58,9 +58,7 @@ class Workdir:
         """
         path = root / check_local_name(name)
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                path.mkdir(mode=0o700)
+            _make_directory(path)
             descriptor = _enter(root, name)
         except OSError as exc:
             raise WorkdirFault(f"{path}: cannot make the work directory: {exc.strerror}") from exc
@@ -84,13 +82,34 @@ class Workdir:
         try:
             if not keep:
                 _empty(self._fd)
-                self.path.rmdir()
+                self._remove_name()
         except FileNotFoundError:
             log.warning("%s: the payload removed its own work directory", self.path)
         except OSError as exc:
             raise WorkdirFault(f"{self.path}: cannot remove the work directory: {exc.strerror}") from exc
         finally:
             os.close(self._fd)
+
+    def _remove_name(self) -> None:
+        """Remove the directory itself, and first what a payload may have put in its place."""
+        try:
+            self.path.rmdir()
+        except OSError as exc:
+            if exc.errno not in {errno.ENOTEMPTY, errno.ENOTDIR}:
+                raise
+            log.warning("%s: the payload put something else in place of its work directory", self.path)
+            parent = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                if _unlink(self.path.name, parent):
+                    return
+                other = _enter(self.path.parent, self.path.name)
+                try:
+                    _empty(other)
+                finally:
+                    os.close(other)
+                os.rmdir(self.path.name, dir_fd=parent)
+            finally:
+                os.close(parent)
 
     def create(self, name: str) -> int:
         """A descriptor of a new, empty file for reading and appending. Parents are made; links are not followed.
@@ -181,12 +200,12 @@ class Workdir:
 
 
 @asynccontextmanager
-async def open_workdir(root: Path, name: str, *, keep: bool = False) -> AsyncIterator[Workdir]:
-    """A job's directory below `root`, removed on leaving, however one leaves, unless it is to be kept.
+async def open_workdir(root: Path | None, name: str, *, keep: bool = False) -> AsyncIterator[Workdir]:
+    """A job's directory below `root`, or below `default_root()`; removed however one leaves, unless it is to be kept.
 
     Raises `WorkdirFault` when it cannot be made, is another live job's, or cannot be removed.
     """
-    workdir = await to_thread.run_sync(Workdir.make, root, name)
+    workdir = await to_thread.run_sync(lambda: Workdir.make(root or default_root(), name))
     try:
         yield workdir
     finally:
@@ -197,13 +216,31 @@ async def open_workdir(root: Path, name: str, *, keep: bool = False) -> AsyncIte
 
 
 def default_root() -> Path:
-    """Where work directories go when nobody said: a directory of this user's in the temporary one."""
-    return Path(tempfile.gettempdir()) / f"loadmaster-{os.getuid()}"
+    """Where work directories go when nobody said: a directory of this user's in the temporary one, made if need be.
+
+    Raises `WorkdirFault` when somebody else could write to it: everybody may make things there. Blocks.
+    """
+    path = Path(tempfile.gettempdir()) / f"loadmaster-{os.geteuid()}"
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise WorkdirFault(f"{path}: is not a directory that only this user can write to; name another root")
+    return path
 
 
 def _what(mode: int) -> str:
     kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}
     return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def _make_directory(path: Path) -> None:
+    with suppress(FileExistsError):
+        try:
+            path.mkdir(mode=0o700)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700)
 
 
 def _enter(root: Path, name: str) -> int:

@@ -1,4 +1,4 @@
-"""What a payload is told to run: its default command and environment."""
+"""What a payload is told to run: its default command and environment, and what is executed for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Final
 
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.ledger import Slot
-from loadmaster.model import ComputingElement, JobDescription
+from loadmaster.model import ComputingElement, JobDescription, PayloadSpec
 from loadmaster.workdir import Workdir
 
 INHERITED: Final = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
@@ -21,6 +21,13 @@ INHERITED: Final = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL"
 
 DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 
+SHELL: Final = "/bin/sh"
+
+LONG_COMMAND: Final = 4096
+"""Characters of a command that are not looked at for what they are: shlex takes time by the square (3 MB: hours)."""
+
+_PLAIN = re.compile(r"[\w@%+=:,./ '\"-]+", re.ASCII)
+_EXPANDED = frozenset("$*?[~")
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -50,6 +57,77 @@ def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdi
     """
     found = shlex.quote(str(_find_executable(_expand(job.executable, env), env, workdir)))
     return f"{found} {job.arguments}".strip()
+
+
+def argv_of(spec: PayloadSpec, cwd: Path) -> list[str]:
+    """What is executed for a command. Blocks.
+
+    A program of a local disk with plain arguments is executed as it stands. Everything else goes through the shell,
+    sequences too, as words it does not look at: while a file is being executed the whole interpreter waits, and of a
+    file on CVMFS or NFS nobody knows for how long. Raises `PayloadNotStarted` when the program it names is not there,
+    before a shell turns that into exit code 127.
+    """
+    command, path = spec.command, spec.env.get("PATH", DEFAULT_PATH)
+    program = command[0] if isinstance(command, tuple) else program_of(command)
+    if program is not None:
+        _check(program, path, cwd)
+    words = list(command) if isinstance(command, tuple) else _plain_words(command)
+    if words is not None and "/" in words[0] and _is_local_program(cwd / words[0], cwd):
+        return words
+    if isinstance(command, tuple):
+        return [SHELL, "-c", 'exec "$@"', SHELL, *command]
+    return [SHELL, "-c", f"exec {command}" if program is not None else command]
+
+
+def program_of(command: str) -> str | None:
+    """The program a piece of shell runs, if it is only that: one program named by its path, arguments, redirections.
+
+    The shell can then become that program instead of waiting for it, which saves a process and keeps the kernel's word
+    on how it ended: a shell turns death by a signal into an exit code that a program might have chosen itself.
+    """
+    if len(command) > LONG_COMMAND or "\n" in command:
+        return None
+    words = shlex.shlex(command, posix=True, punctuation_chars=";&|()`")
+    words.whitespace_split, words.commenters = True, ""
+    try:
+        found = list(words)
+    except ValueError:  # an open quote: the shell says it better
+        return None
+    if not found or "/" not in found[0] or "=" in found[0] or any(word[0] in ";&|()`" for word in found if word):
+        return None
+    return None if _EXPANDED & set(found[0]) else found[0]
+
+
+def _plain_words(command: str) -> list[str] | None:
+    """The words of a command in which the shell would find nothing to expand, or None."""
+    if len(command) > LONG_COMMAND or not _PLAIN.fullmatch(command):
+        return None
+    try:
+        words = shlex.split(command)
+    except ValueError:  # as above
+        return None
+    return words if words and "=" not in words[0] else None
+
+
+def _check(program: str, path: str, cwd: Path) -> None:
+    found = str(cwd / program) if "/" in program else shutil.which(program, path=path)
+    if found is None or not os.path.exists(found):
+        raise PayloadNotStarted(f"executable {program!r}: no such file")
+    if os.path.isdir(found) or not os.access(found, os.X_OK):
+        raise PayloadNotStarted(f"executable {program!r}: may not be executed")
+
+
+def _is_local_program(file: Path, cwd: Path) -> bool:
+    """Whether a file is a binary on the disk of the shell or of the work directory; a script's interpreter may be far."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        local = {os.stat(SHELL).st_dev, os.stat(cwd).st_dev}
+        return os.fstat(descriptor).st_dev in local and os.read(descriptor, 4) == b"\x7fELF"
+    finally:
+        os.close(descriptor)
 
 
 def _find_executable(executable: str, env: Mapping[str, str], workdir: Workdir) -> Path:

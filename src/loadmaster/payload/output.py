@@ -40,6 +40,10 @@ class Output:
         """The last lines of standard output, at the same cost whatever its size."""
         return last_lines(self.stdout, lines)
 
+    def last_words(self, lines: int = PEEK_LINES) -> list[str]:
+        """The last lines of standard error, or of standard output when there are none."""
+        return last_lines(self.stderr, lines) or last_lines(self.stdout, lines)
+
 
 def last_lines(descriptor: int, lines: int) -> list[str]:
     """The last lines of an open file, of at most the last 64 KiB; bytes that are not UTF-8 are replaced."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shlex
 import signal
 import subprocess
 import time
@@ -23,11 +22,6 @@ import anyio
 from anyio import to_thread
 
 from loadmaster.payload.usage import open_group, read_stat
-
-SHELL: Final = "/bin/sh"
-
-LONG_COMMAND: Final = 4096
-"""Characters of a command that are not looked at for what they are: shlex takes time by the square (3 MB: hours)."""
 
 UMASK: Final = 0o022
 """Outputs can be read by the site's other accounts, as DIRAC's wrapper has it."""
@@ -141,33 +135,3 @@ class Process:
     def _signal_group(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):  # a set-uid payload: containment is more than a group
             os.killpg(self.pid, number)
-
-
-def shell_argv(command: str | tuple[str, ...]) -> list[str]:
-    """What is executed for a command.
-
-    A sequence goes through the shell too, as words it does not look at: while a file is being executed the whole
-    interpreter waits, and only the shell is sure to be on a local disk.
-    """
-    if isinstance(command, str):
-        return [SHELL, "-c", f"exec {command}" if is_simple(command) else command]
-    return [SHELL, "-c", 'exec "$@"', SHELL, *command]
-
-
-def is_simple(command: str) -> bool:
-    """Whether a piece of shell is one program, named by its path, with arguments and redirections.
-
-    The shell can then become that program instead of waiting for it, which saves a process and keeps the kernel's word
-    on how it ended: a shell turns death by a signal into an exit code that a program might have chosen itself.
-    """
-    if len(command) > LONG_COMMAND:
-        return False
-    words = shlex.shlex(command, posix=True, punctuation_chars=";&|()`")
-    words.whitespace_split, words.commenters = True, ""
-    try:
-        found = list(words)
-    except ValueError:  # an open quote: the shell says it better
-        return False
-    if not found or "/" not in found[0] or "=" in found[0] or "\n" in command:
-        return False
-    return not any(word[0] in ";&|()`" for word in found if word)

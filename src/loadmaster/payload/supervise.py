@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final
 
 import anyio
@@ -16,8 +14,9 @@ from anyio import to_thread
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import Usage, judge, seconds_until_look
 from loadmaster.model import EndedBy, Limits, PayloadOutcome, PayloadSpec, Verdict
+from loadmaster.payload.command import argv_of
 from loadmaster.payload.output import PEEK_LINES, Output
-from loadmaster.payload.process import Process, shell_argv
+from loadmaster.payload.process import Process
 from loadmaster.payload.usage import read_session
 from loadmaster.workdir import Workdir
 
@@ -37,6 +36,8 @@ class Payload:
     def __init__(self, process: Process, output: Output) -> None:
         self.process = process
         self._output = output
+        self.last_lines: tuple[str, ...] = ()
+        """What a payload that did not succeed had to say at the end."""
         self._peak_bytes = 0
         self._cpu_seconds = 0.0
 
@@ -81,11 +82,13 @@ class Payload:
             await self.process.wait_rest()
         if scope.cancelled_caught or rest.cancelled_caught:
             log.error("process %d: still there %.0f s after it was killed; left behind", self.process.pid, KILL_SECONDS)
+        if not outcome.succeeded:
+            self.last_lines = tuple(await to_thread.run_sync(self._output.last_words))
+        self._output.close()
         return outcome
 
     def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
         wall = self.wall_seconds
-        self._output.close()
         record = self.process.reap()
         peak = max(self._peak_bytes, record.peak_bytes or 0)
         return PayloadOutcome(
@@ -106,12 +109,10 @@ async def start(spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str
     """
 
     def begin() -> Payload:
-        _check_executable(spec, workdir.path)
+        argv = argv_of(spec, workdir.path)
         output = Output(workdir, stdout, stderr)
         try:
-            process = Process(
-                shell_argv(spec.command), env=spec.env, cwd=workdir.path, stdout=output.stdout, stderr=output.stderr
-            )
+            process = Process(argv, env=spec.env, cwd=workdir.path, stdout=output.stdout, stderr=output.stderr)
         except BaseException:
             output.close()
             raise
@@ -142,18 +143,6 @@ async def watch(
         on_sample(usage)
         if verdict := judge(usage, limits):
             return verdict
-
-
-def _check_executable(spec: PayloadSpec, cwd: Path) -> None:
-    """Refuse a command that names a file which is not there, before a shell turns that into exit code 127."""
-    if isinstance(spec.command, str):
-        return
-    executable = spec.command[0]
-    found = str(cwd / executable) if "/" in executable else shutil.which(executable, path=spec.env.get("PATH"))
-    if found is None or not os.path.exists(found):
-        raise PayloadNotStarted(f"{executable}: no such file")
-    if not os.access(found, os.X_OK):
-        raise PayloadNotStarted(f"{executable}: may not be executed")
 
 
 def _shown(spec: PayloadSpec) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,6 @@ from loadmaster.names import local_path
 from loadmaster.site import Site
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.storage.base import Catalog, CatalogEntry, FileInfo, Progress, Replica, Storage
-from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, translated
 from loadmaster.workdir import Workdir
 
@@ -137,7 +135,7 @@ class Transfers:
         """The first replica that gives the right bytes. Raises what the last one raised."""
 
         async def attempt(source: Replica) -> StoredFile:
-            part = f".{secrets.token_hex(8)}.part"
+            part = f".{os.urandom(8).hex()}.part"
             with _progress(moving, fetch.name, source.url, fetch.size_bytes) as progress:
                 with translated(WORK_DIRECTORY):
                     descriptor = await to_thread.run_sync(workdir.create, part)
@@ -160,18 +158,18 @@ class Transfers:
         """The first storage that takes it; else the first failover one. Raises what the last wanted one raised."""
 
         async def attempt(target: Replica) -> StoredFile:
-            with _progress(moving, delivery.name, target.url, os.fstat(source).st_size) as progress:
+            size = os.fstat(source).st_size
+            with _progress(moving, delivery.name, target.url, size) as progress:
                 info = await self._storage(target.url).upload(source, target.url, progress)
-            file = _stored(delivery.name, target, info, delivery.lfn)
-            if delivery.lfn is not None and self.catalog is not None:
-                await self.catalog.register(CatalogEntry(delivery.lfn, info, (target,)))
-            return file
+            if info.size_bytes != size:
+                raise ChecksumMismatch(target.url, f"took {info.size_bytes} bytes of {size}")
+            return _stored(delivery.name, target, info, delivery.lfn)
 
         if file := await self._already_there(delivery, source):
             await listener.staged(file)
             return
         try:
-            await listener.staged(await _first(delivery.targets, attempt))
+            file = await _first(delivery.targets, attempt)
         except StorageError as exc:
             if not delivery.failover:
                 raise
@@ -179,14 +177,23 @@ class Transfers:
                 file = await _first(delivery.failover, attempt)
             except StorageError:
                 raise exc from None  # what went wrong where it was wanted tells more
+            await self._register(file)
             await listener.failed_over(file, delivery.targets[0].url)
+        else:
+            await self._register(file)
+            await listener.staged(file)
+
+    async def _register(self, file: StoredFile) -> None:
+        if file.lfn is not None and self.catalog is not None:
+            replica = Replica(file.url, file.storage_element)
+            await self.catalog.register(CatalogEntry(file.lfn, FileInfo(file.size_bytes, file.adler32), (replica,)))
 
     async def _already_there(self, delivery: Delivery, source: int) -> StoredFile | None:
-        """The file, if the catalog has it with this content: an earlier attempt got so far. Other content is not touched."""
+        """The file, if an earlier attempt has brought it where it is wanted. Other content is never written over."""
         if delivery.lfn is None or self.catalog is None:
             return None
         entry = (await self.catalog.lookup([delivery.lfn])).get(delivery.lfn)
-        if entry is None or not entry.replicas:
+        if entry is None:
             return None
         info = await to_thread.run_sync(checksum, source)
         if info != entry.info:
@@ -195,7 +202,17 @@ class Transfers:
                 f"is in the catalog with other content ({entry.info.size_bytes} bytes, adler32 {entry.info.adler32}; "
                 f"this one has {info.size_bytes}, {info.adler32})",
             )
-        return _stored(delivery.name, entry.replicas[0], info, delivery.lfn)
+        for target in delivery.targets:
+            if target in entry.replicas and await self._has(target, info.size_bytes):
+                return _stored(delivery.name, target, info, delivery.lfn)
+        return None
+
+    async def _has(self, place: Replica, size_bytes: int) -> bool:
+        """Whether a replica is really there: a catalog may know of files that storage has lost."""
+        try:
+            return (await self._storage(place.url).stat(place.url)).size_bytes == size_bytes
+        except StorageError:
+            return False
 
     async def _all(
         self, items: Sequence[T], work: Callable[[T], Awaitable[None]], moving: set[_Moving], listener: Listener
@@ -228,6 +245,8 @@ async def open_transfers(
     if catalog is None and site.catalog is not None:
         if not site.catalog.startswith("file://"):
             raise InvalidSite(f"catalog: {site.catalog}: only a local file can be one")
+        from loadmaster.storage.catalog import SqliteCatalog  # with sqlite3, loaded when used
+
         catalog = SqliteCatalog(local_path(site.catalog))
     yield Transfers(site, {"file": LocalStorage(), **(storages or {})}, catalog)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import zlib
 from collections.abc import Callable, Iterator
@@ -66,7 +65,7 @@ class LocalStorage:
 
         def copy(path: Path) -> FileInfo:
             path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.parent / f".{secrets.token_hex(8)}.part"
+            part = path.parent / f".{os.urandom(8).hex()}.part"
             target = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             try:
                 try:
