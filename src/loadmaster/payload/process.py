@@ -76,7 +76,7 @@ class Process:
 
     async def wait_rest(self) -> None:
         """Return when nobody is left of the group but the leader; what has ended and was not reaped counts as gone."""
-        while self._has_group() and (rest := await to_thread.run_sync(open_group, self.pid)):
+        while self.has_group() and (rest := await to_thread.run_sync(open_group, self.pid)):
             try:
                 for pidfd in rest:
                     await anyio.wait_readable(pidfd)
@@ -122,7 +122,7 @@ class Process:
         except ProcessLookupError:  # it has, and was reaped by a kernel whose embedding program ignores SIGCHLD
             return os.eventfd(1)
 
-    def _has_group(self) -> bool:
+    def has_group(self) -> bool:
         """False when nobody is left, the leader reaped: known without a look at all of /proc."""
         try:
             os.killpg(self.pid, 0)

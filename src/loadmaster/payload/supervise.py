@@ -75,12 +75,14 @@ class Payload:
                 await self.process.wait()
                 await self.process.wait_rest()
         self.process.kill()
-        with anyio.move_on_after(KILL_SECONDS) as scope:
-            await self.process.wait()
+        with anyio.move_on_after(KILL_SECONDS) as leader:
+            if not self.process.gone:
+                await self.process.wait()
         outcome = self._outcome(by, verdict)
-        with anyio.CancelScope(deadline=scope.deadline) as rest:
-            await self.process.wait_rest()
-        if scope.cancelled_caught or rest.cancelled_caught:
+        with anyio.CancelScope(deadline=leader.deadline) as rest:
+            if self.process.has_group():
+                await self.process.wait_rest()
+        if leader.cancelled_caught or rest.cancelled_caught:
             log.error("process %d: still there %.0f s after it was killed; left behind", self.process.pid, KILL_SECONDS)
         if not outcome.succeeded:
             self.last_lines = tuple(await to_thread.run_sync(self._output.last_words))

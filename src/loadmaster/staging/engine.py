@@ -260,10 +260,16 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
         for item in queue:
             await work(item)
 
+    lanes = list(islice(queue, at_once))
+    if len(lanes) <= 1:
+        for first in lanes:
+            await lane(first)
+        return
     with single_error():
-        async with anyio.create_task_group() as lanes:
-            for first in islice(queue, at_once):
-                lanes.start_soon(lane, first)
+        async with anyio.create_task_group() as group:
+            for first in lanes[1:]:
+                group.start_soon(lane, first)
+            await lane(lanes[0])
 
 
 @contextmanager
