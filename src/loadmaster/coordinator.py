@@ -70,7 +70,7 @@ class JobExecutionCoordinator:
         with single_error():
             async with anyio.create_task_group() as both:
                 both.start_soon(self.job.download_input_sandbox)
-                await self.job.resolve_input_data()
+                both.start_soon(self.job.resolve_input_data)
 
     async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
         """Decide what is executed. `command` is a piece of shell; a mapping with `command` and `env` will do as well."""
@@ -87,7 +87,7 @@ class JobExecutionCoordinator:
         with single_error():
             async with anyio.create_task_group() as both:
                 both.start_soon(self.job.upload_output_sandbox)
-                await self.job.upload_output_data()
+                both.start_soon(self.job.upload_output_data)
 
 
 class JobInFlight:

@@ -143,8 +143,7 @@ class _Flight:
         await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
         await self.record(ComputingEnded, self.job.failure)
         failure = await self._deliver()
-        if failure is not None:
-            await lowlevel.checkpoint_if_cancelled()  # likewise
+        await lowlevel.checkpoint_if_cancelled()  # likewise; and a hook may have lost a cancelled task unawares
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
 
     async def _compute(self) -> Failure | None:

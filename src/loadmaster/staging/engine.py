@@ -267,9 +267,9 @@ async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_
         return
     with single_error():
         async with anyio.create_task_group() as group:
-            for first in lanes[1:]:
+            # None of them in this task: on asyncio it would not hear that a cancellation ended the others.
+            for first in lanes:
                 group.start_soon(lane, first)
-            await lane(lanes[0])
 
 
 @contextmanager
