@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def test_what_went_wrong_is_told_by_the_exit_code_and_by_name(
 def test_an_output_that_was_not_made_is_said_and_does_not_fail(shell: Shell) -> None:
     done = shell.run(sh("true", OutputData="o", OutputSE="./r"))
     assert done.returncode == 0
-    assert "o  missing" in done.stdout
+    assert "o  not delivered" in done.stdout
     assert "the payload did not make it" in done.stderr
 
 
@@ -125,7 +126,7 @@ def test_an_output_that_was_not_made_is_said_and_does_not_fail(shell: Shell) -> 
         ("def f(:", "SyntaxError"),
         ("import nothing_of_the_kind", "ModuleNotFoundError"),
         ("x = 1", "has no 'C'"),
-        ("C = 1", "is a int, not a class"),
+        ("C = 1", "is not a class but 1"),
         ("class C: pass", "has no preProcess"),
         (f"{SUBCLASS}\n def __init__(self, **_): raise KeyError('x')", "KeyError"),
         (f"{SUBCLASS}\n async def preProcess(self, c, e): return 5", "preProcess returned 5"),
@@ -241,6 +242,57 @@ def test_a_live_display_works_on_a_terminal(shell: Shell) -> None:
     assert done.returncode == 0, done.stdout
     assert "payload  CPU" in done.stdout
     assert "Done" in done.stdout
+
+
+@pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "2>&1 | head -n 1 >/dev/null; exit ${PIPESTATUS[0]}"])
+def test_a_display_that_is_gone_stops_no_job(shell: Shell, stderr: str) -> None:
+    (shell.directory / "job.json").write_text(json.dumps(sh("echo hi; sleep 0.2")))
+    command = " ".join([*LOADMASTER, "run", "job.json", "--root", "scratch", stderr])
+    done = subprocess.run(["bash", "-c", command], cwd=shell.directory, capture_output=True, timeout=30)
+    assert done.returncode == 0
+    assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "hi\n"
+
+
+def test_events_that_cannot_be_written_stop_no_job(shell: Shell) -> None:
+    done = shell.run(sh("true"), "--events", "/dev/full")
+    assert done.returncode == 0
+    assert "/dev/full: no more events are written" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--events", "/nowhere/../proc/x/e"], "--events /nowhere/../proc/x/e: "),
+        (["--result", "."], "--result .: cannot be written"),
+        (["--root", "/proc/nowhere"], "/proc/nowhere/7: cannot make the work directory"),
+        (["--coordinator", "mine.py"], "which class? mine.py:CLASS"),
+    ],
+)
+def test_a_place_that_cannot_be_used_is_told_in_one_line_before_anything_runs(
+    shell: Shell, options: list[str], message: str
+) -> None:
+    done = shell.run(sh("touch ran"), *options)
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
+def test_a_result_goes_through_a_link_and_not_in_place_of_it(shell: Shell) -> None:
+    (shell.directory / "link").symlink_to("real")
+    shell.run(sh("true"), "--result", "link")
+    assert (shell.directory / "link").is_symlink()
+    assert json.loads((shell.directory / "real").read_text())["status"] == "Done"
+
+
+def test_a_second_signal_does_not_wait_for_the_grace(shell: Shell) -> None:
+    with shell.start(sh('trap "" TERM; while :; do sleep 1; done')) as process:
+        _read_until(process, "payload runs")
+        process.send_signal(signal.SIGINT)
+        _read_until(process, "stopping the payload")
+        begun = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - begun < 5  # the grace is ten
 
 
 def _read_until(process: subprocess.Popen[str], words: str) -> None:

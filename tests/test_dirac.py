@@ -177,7 +177,7 @@ async def test_a_failed_payload_is_still_post_processed(fly: Fly) -> None:
 def test_a_wrapper_file_has_two_dictionaries_and_a_bare_description_one() -> None:
     assert split_wrapper_file({"Job": {"JobID": 1}, "CE": {"Site": "S"}}) == ({"JobID": 1}, {"Site": "S"})
     assert split_wrapper_file({"Executable": "x"}) == ({"Executable": "x"}, {})
-    with pytest.raises(InvalidJob, match="Job: is a list"):
+    with pytest.raises(InvalidJob, match="Job: list where an object"):
         split_wrapper_file({"Job": []})
 
 

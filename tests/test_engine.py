@@ -15,11 +15,11 @@ from anyio import to_thread
 from conftest import until
 from loadmaster import InvalidSite, Site, StagingFailed, StoredFile, open_transfers
 from loadmaster.names import file_url
-from loadmaster.staging.engine import for_each
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.storage.base import CatalogEntry, FileInfo, Progress, Replica
 from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.storage.local import LocalStorage
+from loadmaster.tasks import for_each
 from loadmaster.workdir import Workdir
 
 LARGE_BYTES = 8 * 1024**3
@@ -157,7 +157,7 @@ async def test_all_inputs_are_tried_and_those_that_fail_are_named_together(
 
 
 async def test_a_kind_of_url_nobody_serves_is_named(workdir: Workdir, told: Told) -> None:
-    with pytest.raises(StagingFailed, match=r"no storage for gopher:// URLs \(file are there\)"):
+    with pytest.raises(StagingFailed, match=r"no storage for gopher://; there is file://"):
         await fetch([Fetch("a", (Replica("gopher://host/a"),))], workdir, told)
 
 

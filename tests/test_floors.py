@@ -27,6 +27,7 @@ FLOORS: dict[str, float] = {
     "handle": 4,
     "workdir": 4,
     "site": 4,
+    "tasks": 3,
     "hooks": 4,
     "storage": 4.5,
     "payload": 5,

@@ -62,7 +62,7 @@ async def test_a_verdict_comes_out_as_it_was_raised(verdict: Exception) -> None:
         (ValueError("no such run"), "ValueError: no such run"),
         (KeyError("x"), "KeyError: 'x'"),
         (SystemExit(3), "SystemExit: 3"),
-        (TimeoutError(), "TimeoutError: "),
+        (TimeoutError(), "TimeoutError"),
         (ExceptionGroup("two", [ValueError("first"), OSError("second")]), "ValueError: first"),
     ],
     ids=repr,
@@ -70,7 +70,7 @@ async def test_a_verdict_comes_out_as_it_was_raised(verdict: Exception) -> None:
 async def test_any_other_error_is_a_failed_hook_that_names_its_cause(error: BaseException, named: str) -> None:
     with pytest.raises(HookFailed, match=r"^hook raised ") as caught:
         await call_hook("hook", raising(error))
-    assert str(caught.value) == f"hook raised {named}"
+    assert str(caught.value).startswith(f"hook raised {named}")
     assert caught.value.__cause__ is error
 
 
@@ -306,7 +306,7 @@ def test_a_coordinator_is_found_by_the_name_of_an_entry_point(tmp_path: Path, mo
     ("reference", "said"),
     [
         ("{file}:Absent", "has no 'Absent'"),
-        ("{file}:function", "is a builtin_function_or_method, not a class"),
+        ("{file}:function", "is not a class but <built-in function"),
         ("{file}:Half", "has no postProcess"),
         ("{folder}/none.py:Mine", "no such file"),
         ("{folder}/broken.py:Mine", "cannot import it: ZeroDivisionError"),
@@ -321,3 +321,11 @@ def test_a_coordinator_that_cannot_be_found_is_said_to_be_so(file: Path, referen
     with pytest.raises(InvalidJob, match=r"^coordinator ") as caught:
         find_coordinator(reference.format(file=file, folder=file.parent))
     assert said in str(caught.value)
+
+
+async def test_a_failed_hook_says_where_its_author_will_look() -> None:
+    async def hook() -> None:
+        raise ValueError("no such run")
+
+    with pytest.raises(HookFailed, match=r"hook raised ValueError: no such run \(test_hooks.py:\d+\)"):
+        await call_hook("hook", hook)

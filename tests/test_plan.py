@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loadmaster import InputFile, InvalidJob, JobDescription, Site, StagingFailed
+from loadmaster import InputFile, InvalidJob, JobDescription, OutputFile, Site, StagingFailed
 from loadmaster.staging.plan import (
     Delivery,
     Fetch,
@@ -14,8 +14,8 @@ from loadmaster.staging.plan import (
     lfns_of,
     plan_delivery,
     plan_fetches,
-    refuse_collisions,
     sandbox_directory,
+    without_collisions,
 )
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
 
@@ -180,15 +180,29 @@ def test_sandboxes_go_to_the_store_or_else_to_the_output_directory() -> None:
     assert sandbox_directory(job(), Site(output_directory="/out")) == "file:///out"
 
 
-def test_two_files_that_would_become_one_are_refused() -> None:
-    same = [plan("*/x", name, output_se="/data") for name in ("a/x", "b/x")]
-    with pytest.raises(StagingFailed, match="a/x and b/x would both be file:///data/x"):
-        refuse_collisions(same, {})
-    refuse_collisions([same[0], same[0], plan("y", "y", output_se="/data")], {})
+def test_of_two_files_that_would_become_one_the_second_is_refused_and_the_rest_goes() -> None:
+    a, b, y = (plan("*/x", name, output_se="/data") for name in ("a/x", "b/x", "c/y"))
+    assert without_collisions([a, b, y], {}) == ([a, y], {"b/x": "would take the place of a/x at file:///data/x"})
+    assert without_collisions([a, a, y], {}) == ([a, a, y], {})
 
 
 def test_a_file_may_not_take_the_place_of_one_delivered_by_an_earlier_step() -> None:
     delivered: dict[str, str] = {}
-    refuse_collisions([plan("a/x", "a/x", output_se="/data")], delivered)
-    with pytest.raises(StagingFailed, match="a/x and b/x"):
-        refuse_collisions([plan("b/x", "b/x", output_se="/data")], delivered)
+    without_collisions([plan("a/x", "a/x", output_se="/data")], delivered)
+    assert "b/x" in without_collisions([plan("b/x", "b/x", output_se="/data")], delivered)[1]
+
+
+def test_an_output_directory_may_be_each_jobs_own() -> None:
+    site = Site(output_directory="/out/{job_id}")
+    assert sandbox_directory(job(), site) == "file:///out/1234"
+    assert plan_delivery(OutputFile(pattern="x"), "x", job(), site).targets[0].url == "file:///out/1234/x"
+
+
+def test_a_target_that_ends_in_a_slash_is_a_directory() -> None:
+    file = OutputFile(pattern="x", target="file:///data/")
+    assert plan_delivery(file, "x", job(), SITE).targets[0].url == "file:///data/x"
+
+
+def test_a_name_that_is_too_long_for_its_place_is_refused_by_its_field() -> None:
+    with pytest.raises(InvalidJob, match="output_data: x: "):
+        plan_delivery(OutputFile(pattern="x"), "x", job(output_path="a/" * 511 + "a", output_se="/data"), SITE)

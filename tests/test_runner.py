@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -99,7 +100,7 @@ async def test_a_job_that_succeeds_tells_its_life_in_this_order(fly: Fly, out: P
 
 @pytest.mark.parametrize(
     ("script", "said"),
-    [("exit 3", "exit code 3"), ("kill -9 $$", "ended by signal 9")],
+    [("exit 3", "exit code 3"), ("kill -9 $$", "ended by signal 9 (SIGKILL)")],
     ids=["exit code", "signal"],
 )
 async def test_a_failing_payload_delivers_its_logs_and_not_its_data(
@@ -826,3 +827,69 @@ def test_a_killed_job_raises_its_reason() -> None:
     result = JobResult("1", 1, Status.KILLED, Failure("JobWasKilled", "why not", Phase.PAYLOAD), None)
     with pytest.raises(JobWasKilled, match="why not"):
         result.raise_for_status()
+
+
+# -- one bad output keeps no other from being delivered ------------------------------------------------------------
+
+
+async def test_a_sandbox_that_cannot_leave_does_not_keep_the_data_back(fly: Fly, out: Path) -> None:
+    result = await fly(**sh("ln -s /etc/passwd l; echo x > o"), output_sandbox=["l", "std.out"], output_data=["o"])
+    assert (result.status, phase(result)) == (Status.FAILED, Phase.STAGE_OUT)
+    assert sorted(path.name for path in out.iterdir()) == ["o", "std.out"]
+
+
+async def test_a_name_the_payload_chose_with_malice_does_not_keep_the_others_back(fly: Fly, out: Path) -> None:
+    script = """touch "$(printf 'a\\nb.root')" "$(printf 'a\\377.root')" c.root"""
+    result = await fly(**sh(script), output_data=["*.root"])
+    assert (result.status, result.failure.kind) == (Status.FAILED, "StagingFailed")
+    assert "a\\nb.root" in result.failure.message
+    assert [path.name for path in out.iterdir()] == ["c.root"]
+
+
+async def test_of_two_outputs_for_one_place_the_first_and_all_others_are_delivered(fly: Fly, out: Path) -> None:
+    result = await fly(**sh("mkdir a b; echo 1 > a/x; echo 2 > b/x; echo 3 > good"), output_data=["a/x", "b/x", "good"])
+    assert "b/x: would take the place of a/x" in result.failure.message
+    assert sorted(path.name for path in out.iterdir()) == ["good", "x"]
+
+
+async def test_an_archive_of_ours_never_replaces_a_file_of_the_payloads(fly: Fly, out: Path) -> None:
+    """The payload's own `logs.tar` was delivered with our archive's content, and the job said Done."""
+    script = "mkdir logs; echo a > logs/a; echo mine > logs.tar"
+    result = await fly(**sh(script), output_sandbox=["logs"], output_data=["logs.tar"])
+    assert (out / "logs.tar").read_text() == "mine\n"
+    assert result.status is Status.FAILED
+
+
+async def test_patterns_do_not_follow_links_out_of_the_work_directory(fly: Fly, out: Path) -> None:
+    result = await fly(**sh("ln -s /etc link; echo x > o"), output_data=["link/*", "o"])
+    assert result.missing_outputs == ("link/*",)
+    assert [path.name for path in out.iterdir()] == ["o"]
+
+
+async def test_an_lfn_of_an_output_is_found_by_its_path_or_by_its_last_part(fly: Fly, tmp_path: Path) -> None:
+    site = Site(storage_elements={"D": str(tmp_path / "se")}, default_se="D")
+    words = {"output_data": ["LFN:/vo/user/a/x.dat", "LFN:/vo/user/b/y.dat"]}
+    result = await fly({"site": site}, **sh("mkdir -p vo/user/a; echo 1 > vo/user/a/x.dat; echo 2 > y.dat"), **words)
+    assert result.status is Status.DONE
+    assert sorted(file.lfn for file in result.outputs) == ["/vo/user/a/x.dat", "/vo/user/b/y.dat"]
+
+
+async def test_an_archive_may_not_replace_another_input(fly: Fly, tmp_path: Path) -> None:
+    (tmp_path / "ev.dat").write_text("verified")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "ev.dat").write_text("other")
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        tar.add(tmp_path / "in" / "ev.dat", "ev.dat")
+    result = await fly(input_sandbox=[str(tmp_path / "s.tar")], input_data=[str(tmp_path / "ev.dat")])
+    assert "'ev.dat' is the name of another input" in result.failure.message
+
+
+async def test_a_script_among_the_inputs_stays_executable(fly: Fly, tmp_path: Path) -> None:
+    (tmp_path / "h.sh").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "h.sh").chmod(0o755)
+    assert (await fly(**sh("./h.sh"), input_sandbox=[str(tmp_path / "h.sh")])).status is Status.DONE
+
+
+@pytest.mark.parametrize("executable", ["a" * 300, "/root/" + "b" * 300, "x\ny"])
+async def test_an_executable_that_cannot_even_be_looked_for_fails_the_job(fly: Fly, executable: str) -> None:
+    assert (await fly(executable=executable)).failure.kind == "PayloadNotStarted"

@@ -43,7 +43,7 @@ def archive(path: Path, members: Members, mode: str = "w:gz") -> Path:
 def test_an_archive_of_any_compression_is_unpacked(workdir: Workdir, mode: str) -> None:
     members: Members = {"run.sh": b"#!/bin/sh", "d": member("d", tarfile.DIRTYPE), "./a/b/c": b"x"}
     archive(workdir.path / "in", members, mode)
-    assert unpack(workdir, "in")
+    unpack(workdir, "in")
     assert (workdir.path / "run.sh").read_bytes() == b"#!/bin/sh"
     assert (workdir.path / "a" / "b" / "c").read_bytes() == b"x"
     assert (workdir.path / "d").is_dir()
@@ -53,7 +53,7 @@ def test_an_archive_of_any_compression_is_unpacked(workdir: Workdir, mode: str) 
 @pytest.mark.parametrize("content", [b"", b"plain text\n" * 1000, gzip.compress(b"no archive")])
 def test_what_is_no_archive_is_left_as_it_is(workdir: Workdir, content: bytes) -> None:
     (workdir.path / "in").write_bytes(content)
-    assert not unpack(workdir, "in")
+    unpack(workdir, "in")
     assert (workdir.path / "in").read_bytes() == content
     assert [path.name for path in workdir.path.iterdir()] == ["in"]
 
@@ -82,7 +82,7 @@ def test_a_file_is_not_written_through_a_link_that_is_there(workdir: Workdir, tm
     (workdir.path / "link").symlink_to(tmp_path / "precious")
     (workdir.path / "d").symlink_to(tmp_path)
     archive(workdir.path / "in", {"link": b"x"})
-    assert unpack(workdir, "in")
+    unpack(workdir, "in")
     archive(workdir.path / "in", {"d/precious": b"x"})
     with pytest.raises(StagingFailed):
         unpack(workdir, "in")
@@ -92,7 +92,7 @@ def test_a_file_is_not_written_through_a_link_that_is_there(workdir: Workdir, tm
 def test_an_archive_that_contains_its_own_name_is_unpacked_whole(workdir: Workdir) -> None:
     """The file was truncated while it was read."""
     archive(workdir.path / "in", {"in": b"new", "after": os.urandom(100_000)})
-    assert unpack(workdir, "in")
+    unpack(workdir, "in")
     assert (workdir.path / "in").read_bytes() == b"new"
     assert (workdir.path / "after").stat().st_size == 100_000
 
@@ -206,5 +206,5 @@ def test_what_was_packed_is_unpacked_the_same(workdir: Workdir) -> None:
     pack(workdir, "d", "d.tar")
     for name in content:
         (workdir.path / "d" / name).unlink()
-    assert unpack(workdir, "d.tar")
+    unpack(workdir, "d.tar")
     assert {path.name: path.read_bytes() for path in (workdir.path / "d").iterdir()} == content

@@ -72,7 +72,7 @@ async def test_exit_143_is_not_sigterm(workdir: Workdir) -> None:
     exited = await run("exit 143", workdir)
     killed = await run("kill -TERM $$", workdir)
     assert (exited.exit_code, exited.signal, str(exited)) == (143, None, "exit code 143")
-    assert (killed.exit_code, killed.signal, str(killed)) == (None, 15, "ended by signal 15")
+    assert (killed.exit_code, killed.signal, str(killed)) == (None, 15, "ended by signal 15 (SIGTERM)")
 
 
 async def test_a_child_left_in_the_background_is_gone_when_the_payload_is_over(workdir: Workdir) -> None:

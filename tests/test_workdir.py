@@ -367,3 +367,12 @@ def test_the_files_below_a_directory_are_named_without_following_links(workdir: 
     assert workdir.is_directory("d")
     assert not workdir.is_directory("d/out")
     assert not workdir.is_directory("nowhere")
+
+
+def test_a_directory_that_is_not_ours_is_never_emptied(tmp_path: Path) -> None:
+    """A job called `docs` removed everything in <root>/docs."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "thesis.tex").touch()
+    with pytest.raises(WorkdirFault, match="it is not empty, and loadmaster did not make it"):
+        Workdir.make(tmp_path, "docs")
+    assert (tmp_path / "docs" / "thesis.tex").exists()

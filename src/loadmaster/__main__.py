@@ -1,7 +1,5 @@
 """`python -m loadmaster`."""
 
-import sys
+from loadmaster.cli import command
 
-from loadmaster.cli import main
-
-sys.exit(main())
+command()

@@ -13,12 +13,12 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import anyio
 
@@ -34,6 +34,7 @@ from loadmaster.reporter import write_events
 from loadmaster.runner import run_job
 from loadmaster.site import Site
 from loadmaster.staging.plan import check_outputs
+from loadmaster.tasks import single_error
 from loadmaster.terminal import Display, follow, printable, size, stderr_display
 from loadmaster.workdir import default_root
 
@@ -53,12 +54,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command(options)
     except (LoadmasterError, OSError) as exc:
-        print(f"loadmaster: {exc}", file=sys.stderr)
+        stderr_display(quiet=True).say(f"loadmaster: {exc}")
         return NOT_PREPARED
     except KeyboardInterrupt:  # the second Ctrl-C while a coordinator blocks the loop
-        print("loadmaster: interrupted; the payload was stopped, nothing was delivered", file=sys.stderr)
+        stderr_display(quiet=True).say("loadmaster: interrupted; the payload was stopped, nothing was delivered")
         return 128 + signal.SIGINT
     return code
+
+
+def command() -> None:
+    """The console script: run a command and leave with its exit code, without waiting for a hook that blocks a thread."""
+    code = main()
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)  # every file has been closed by now; threads that still run are somebody's blocking calls
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -115,7 +125,7 @@ def _check(options: argparse.Namespace) -> int:
     print(json.dumps(words | {"computing_element": ce.model_dump(mode="json", exclude_defaults=True)}, indent=2))
     if job.extra:
         print(f"kept for the coordinator, not understood: {', '.join(sorted(job.extra))}", file=sys.stderr)
-    print(f"{options.job}: job {job.job_id} can be run", file=sys.stderr)
+    print(f"{options.job}: the description of job {job.job_id} is valid", file=sys.stderr)
     return OK
 
 
@@ -127,15 +137,17 @@ def _run(options: argparse.Namespace) -> int:
     coordinator = _read_coordinator(options)
     root = (options.root or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
-    for path in filter(None, (options.events, options.result)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    site = _read_site(options, job)
+    check_outputs(job, site)
+    _check_writable(options.result)
+    events = _open_new(options.events)
     with told_to_stop() as orders, _log_to(display):
         run = partial(
-            run_job, job, ce=ce, coordinator=coordinator, site=_read_site(options, job), root=root,
-            keep_workdir=options.keep_workdir, heartbeat_seconds=LIVE_SECONDS if sys.stderr.isatty() else HEARTBEAT_SECONDS,
+            run_job, job, ce=ce, coordinator=coordinator, site=site, root=root,
+            keep_workdir=options.keep_workdir, heartbeat_seconds=LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS,
         )  # fmt: skip
         try:
-            result = anyio.run(_fly, run, orders, display, options.events)
+            result = anyio.run(_fly, run, orders, display, events)
         finally:
             display.close()
     if result is None:
@@ -151,19 +163,20 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _fly(
-    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: Path | None
+    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None
 ) -> JobResult | None:
     """The job's result; None when it was abandoned."""
     handle = JobHandle()
     result = None
-    async with anyio.create_task_group() as listening:
-        listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
-        async with anyio.create_task_group() as followers:
-            followers.start_soon(follow, handle, display)
-            if events is not None:
-                followers.start_soon(write_events, handle, events)
-            result = await run(handle=handle)
-        listening.cancel_scope.cancel()
+    with single_error():
+        async with anyio.create_task_group() as listening:
+            listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
+            async with anyio.create_task_group() as followers:
+                followers.start_soon(follow, handle, display)
+                if events is not None:
+                    followers.start_soon(write_events, handle, events)
+                result = await run(handle=handle)
+            listening.cancel_scope.cancel()
     return result
 
 
@@ -175,7 +188,8 @@ async def _obey(orders: Orders, handle: JobHandle, display: Display, everything:
     else:
         display.say(f"{name}: the payload has ended, its outputs are being delivered (once more: leave at once)")
     name = await orders.next()
-    display.say(f"{name}: leaving; the payload is stopped, nothing more is delivered")
+    display.say(f"{name}: leaving; the payload is killed, nothing more is delivered")
+    handle.hurry()
     everything.cancel()
 
 
@@ -195,17 +209,16 @@ def exit_code(result: JobResult) -> int:
 
 
 def _print_result(result: JobResult, kept: Path | None) -> None:
-    """The result for people, on standard output."""
+    """The result for people, on standard output; one that cannot be printed has still happened."""
     failure = f": {result.failure}" if result.failure is not None else ""
-    print(printable(f"{result.status}{failure}"))
-    for file in result.outputs:
-        print(printable(f"  {file.name}  {size(file.size_bytes)}  {_shown(file.url)}"))
-    for name in result.missing_outputs:
-        print(printable(f"  {name}  missing"))
-    for line in result.pending:
-        print(printable(f"  pending: {line}"))
+    lines = [f"{result.status}{failure}"]
+    lines += [f"  {file.name}  {size(file.size_bytes)}  {_shown(file.url)}" for file in result.outputs]
+    lines += [f"  {name}  not delivered" for name in result.missing_outputs]
+    lines += [f"  pending: {line}" for line in result.pending]
     if kept is not None:
-        print(f"  work directory: {kept}")
+        lines.append(f"  work directory: {kept}")
+    with suppress(OSError, ValueError):
+        print("\n".join(map(printable, lines)), flush=True)
 
 
 def _shown(url: str) -> str:
@@ -217,7 +230,7 @@ def _shown(url: str) -> str:
 
 
 class Orders:
-    """SIGINT and SIGTERM, as something to wait for."""
+    """SIGINT, SIGTERM and SIGHUP, as something to wait for."""
 
     def __init__(self, descriptor: int) -> None:
         self.seen: list[int] = []
@@ -242,8 +255,11 @@ class Orders:
 
 @contextmanager
 def told_to_stop() -> Iterator[Orders]:
-    """SIGINT and SIGTERM become orders. If the last one has not been noticed, because a coordinator blocks the event
-    loop, the next one interrupts it where it is, with KeyboardInterrupt."""
+    """SIGINT, SIGTERM and SIGHUP (not under nohup) become orders.
+
+    If the last one has not been noticed, because a coordinator blocks the event loop, the next one interrupts it where it
+    is, with KeyboardInterrupt.
+    """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     orders = Orders(reader)
 
@@ -254,7 +270,10 @@ def told_to_stop() -> Iterator[Orders]:
             orders.interrupted = True
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, take) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, take) for number in numbers}
     try:
         yield orders
     finally:
@@ -280,10 +299,10 @@ def _read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingEle
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as exc:
         raise InvalidJob(f"{path}: {exc.strerror}") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InvalidJob(f"{path}: not JSON: {exc}") from exc
     if not isinstance(data, dict):
         raise InvalidJob(f"{path}: an object {{...}} is expected, not {type(data).__name__}")
@@ -304,7 +323,30 @@ def _read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     return dirac.adapt(found) if dirac.is_synchronous(found) else found
 
 
+def _check_writable(path: Path | None) -> None:
+    """Refuse a place for the result now, rather than when there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InvalidJob(f"--result {path}: cannot be written")
+
+
+def _open_new(path: Path | None) -> TextIO | None:
+    """The file for the events, empty. Raises `InvalidJob`."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as exc:
+        raise InvalidJob(f"--events {path}: {exc.strerror}") from exc
+
+
 def _write_whole(path: Path, text: str) -> None:
+    """Write a file beside its name and rename it; what is no file of its own (a link, /dev/stdout) is written to."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
     beside = path.with_name(f".{path.name}.part")
     try:
         beside.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ from anyio.abc import TaskGroup
 
 from loadmaster.errors import JobError
 from loadmaster.hooks import call_hook
-from loadmaster.staging.engine import single_error
+from loadmaster.tasks import single_error
 
 Task = tuple[Callable[..., Awaitable[Any]], tuple[Any, ...]]
 

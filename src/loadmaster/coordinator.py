@@ -8,13 +8,13 @@ raises fails the job as `HookFailed`, with its cause.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-import anyio
 from anyio import to_thread
 
 from loadmaster.companions import Companions
+from loadmaster.errors import StagingFailed
 from loadmaster.events import (
     FailoverRequested,
     FileStagedIn,
@@ -37,10 +37,18 @@ from loadmaster.model import (
 from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
-from loadmaster.staging.engine import NOT_MADE, Transfers, single_error
-from loadmaster.staging.plan import Delivery, lfns_of, plan_delivery, plan_fetches, refuse_collisions, sandbox_directory
+from loadmaster.staging.engine import NOT_MADE, Transfers
+from loadmaster.staging.plan import (
+    Delivery,
+    lfns_of,
+    plan_delivery,
+    plan_fetches,
+    sandbox_directory,
+    without_collisions,
+)
 from loadmaster.storage.base import Replica
-from loadmaster.workdir import Workdir
+from loadmaster.tasks import all_to_their_end
+from loadmaster.workdir import NotDeliverable, Workdir
 
 
 class Coordinator(Protocol):
@@ -67,10 +75,7 @@ class JobExecutionCoordinator:
 
     async def stageIn(self) -> None:
         """Bring in the input sandbox and the input data, side by side."""
-        with single_error():
-            async with anyio.create_task_group() as both:
-                both.start_soon(self.job.download_input_sandbox)
-                both.start_soon(self.job.resolve_input_data)
+        await all_to_their_end(self.job.download_input_sandbox, self.job.resolve_input_data)
 
     async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
         """Decide what is executed. `command` is a piece of shell; a mapping with `command` and `env` will do as well."""
@@ -84,10 +89,7 @@ class JobExecutionCoordinator:
 
     async def stageOut(self) -> None:
         """Take out the output sandbox and, if the job has not failed, the output data."""
-        with single_error():
-            async with anyio.create_task_group() as both:
-                both.start_soon(self.job.upload_output_sandbox)
-                both.start_soon(self.job.upload_output_data)
+        await all_to_their_end(self.job.upload_output_sandbox, self.job.upload_output_data)
 
 
 class JobInFlight:
@@ -145,8 +147,10 @@ class JobInFlight:
         from loadmaster.staging.sandbox import unpack  # with tarfile and its compressors, loaded when used
 
         await self._fetch(files)
+        job = self.description
+        taken = {file.name for file in (*files, *job.input_data)} | {job.std_output, job.std_error}
         for file in files:
-            await to_thread.run_sync(unpack, self._files, file.name)
+            await to_thread.run_sync(unpack, self._files, file.name, taken - {file.name})
 
     async def resolve_input_data(self) -> None:
         """Find the input data in the catalog and bring it in. Raises `StagingFailed`."""
@@ -156,8 +160,11 @@ class JobInFlight:
         """Take out the output sandbox: files flat, a directory as `<directory>.tar`. Raises `StagingFailed`."""
         if self.description.output_sandbox:
             place = sandbox_directory(self.description, self._transfers.site)
-            names = await self._expand(self.description.output_sandbox, self._pack)
-            await self._deliver([Delivery(name, (Replica(join_url(place, base_name(name))),)) for _, name in names])
+
+            def delivery(file: OutputFile, name: str) -> Delivery:
+                return Delivery(name, (Replica(join_url(place, base_name(name))),))
+
+            await self._take_out(self.description.output_sandbox, self._pack, delivery)
 
     async def upload_output_data(self) -> None:
         """Take out the output data, and register what has a logical name. Does nothing for a job that has failed.
@@ -165,9 +172,11 @@ class JobInFlight:
         A directory means all files in it. Raises `StagingFailed`.
         """
         if self.description.output_data and self.failure is None:
-            names = await self._expand(self.description.output_data, self._walk)
-            site = self._transfers.site
-            await self._deliver([plan_delivery(file, name, self.description, site) for file, name in names])
+
+            def delivery(file: OutputFile, name: str) -> Delivery:
+                return plan_delivery(file, name, self.description, self._transfers.site)
+
+            await self._take_out(self.description.output_data, self._files.files_below, delivery)
 
     async def _fetch(self, files: Sequence[InputFile]) -> None:
         if files:
@@ -175,45 +184,68 @@ class JobInFlight:
             fetches = plan_fetches(files, known, self._transfers.site)
             await self._transfers.fetch(fetches, self._files, _Recorder(self._handle, FileStagedIn))
 
-    async def _deliver(self, deliveries: Sequence[Delivery]) -> None:
-        refuse_collisions(deliveries, self._delivered)
-        await self._transfers.deliver(deliveries, self._files, _Recorder(self._handle, FileStagedOut))
-
-    async def _expand(
-        self, files: Sequence[OutputFile], of_directory: Callable[[str], tuple[list[str], list[tuple[str, str]]]]
-    ) -> list[tuple[OutputFile, str]]:
-        """The names that patterns stand for, each once. What was left out is recorded as missing."""
-
-        def look() -> tuple[dict[str, OutputFile], list[tuple[str, str]]]:
-            found: dict[str, OutputFile] = {}
-            missing = []
-            for file in files:
-                names = self._files.matches(file.pattern)
-                if not names:
-                    missing.append((file.pattern, NOT_MADE))
-                for name in names:
-                    inside, left_out = of_directory(name) if self._files.is_directory(name) else ([name], [])
-                    missing += left_out
-                    for each in inside:
-                        try:
-                            found.setdefault(check_local_name(each), file)
-                        except ValueError as exc:  # the payload chose this name
-                            missing.append((ascii(each), str(exc)))
-            return found, missing
-
-        found, missing = await to_thread.run_sync(look)
-        for name, reason in missing:
+    async def _take_out(
+        self,
+        files: Sequence[OutputFile],
+        of_directory: Callable[[str], Iterable[str]],
+        delivery: Callable[[OutputFile, str], Delivery],
+    ) -> None:
+        """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
+        found, missing, refused = await to_thread.run_sync(self._expand, files, of_directory)
+        planned = [delivery(file, name) for name, file in found.items()]
+        deliveries, colliding = without_collisions(planned, self._delivered)
+        refused |= colliding
+        for name, reason in (*missing.items(), *refused.items()):
             await self._handle.record(OutputMissing, name, reason)
-        return [(file, name) for name, file in found.items()]
+        problems = [f"{name}: {reason}" for name, reason in refused.items()]
+        try:
+            await self._transfers.deliver(deliveries, self._files, _Recorder(self._handle, FileStagedOut))
+        except StagingFailed as exc:
+            problems += exc.problems
+        if problems:
+            raise StagingFailed("cannot deliver", problems)
 
-    def _pack(self, directory: str) -> tuple[list[str], list[tuple[str, str]]]:
+    def _expand(
+        self, files: Sequence[OutputFile], of_directory: Callable[[str], Iterable[str]]
+    ) -> tuple[dict[str, OutputFile], dict[str, str], dict[str, str]]:
+        """The names that patterns stand for; the patterns without any; what may not leave. The last two with reasons."""
+        self._files.reopen()
+        found: dict[str, OutputFile] = {}
+        missing: dict[str, str] = {}
+        refused: dict[str, str] = {}
+        for file, name in self._matches(files, missing):
+            try:
+                inside = of_directory(name) if self._files.is_directory(check_local_name(name)) else (name,)
+                for each in inside:
+                    found.setdefault(check_local_name(each), file)
+            except OSError as exc:
+                refused[ascii(name)[1:-1]] = exc.strerror or str(exc)
+            except StagingFailed as exc:
+                refused[name] = str(exc)
+            except ValueError as exc:  # the payload chose this name
+                refused[ascii(name)[1:-1]] = str(exc)
+        return found, missing, refused
+
+    def _matches(self, files: Sequence[OutputFile], missing: dict[str, str]) -> Iterator[tuple[OutputFile, str]]:
+        for file in files:
+            names = self._files.matches(file.pattern)
+            if not names and file.target == f"LFN:/{file.pattern}":  # payloads make it by its last part, too
+                file = file.model_copy(update={"pattern": file.pattern.rpartition("/")[2]})
+                names = self._files.matches(file.pattern)
+            if not names:
+                missing[file.pattern] = NOT_MADE if self.outcome is not None else "no payload has run"
+            for name in names:
+                yield file, name
+
+    def _pack(self, directory: str) -> Iterable[str]:
         from loadmaster.staging.sandbox import pack  # as above
 
+        if self._files.matches(f"{directory}.tar"):
+            raise NotDeliverable(f"the payload has made a file {directory}.tar too")
         left_out = pack(self._files, directory, f"{directory}.tar")
-        return [f"{directory}.tar"], left_out
-
-    def _walk(self, directory: str) -> tuple[list[str], list[tuple[str, str]]]:
-        return list(self._files.files_below(directory)), []
+        yield f"{directory}.tar"
+        if left_out:
+            raise NotDeliverable("; ".join(f"{name}: {reason}" for name, reason in left_out))
 
 
 class _Recorder:

@@ -29,7 +29,7 @@ def split_wrapper_file(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapp
     job, ce = data["Job"], data.get("CE") or {}
     for name, part in (("Job", job), ("CE", ce)):
         if not isinstance(part, Mapping):
-            raise InvalidJob(f"{name}: is a {type(part).__name__}, not an object with a job's keys")
+            raise InvalidJob(f"{name}: {type(part).__name__} where an object {{...}} is expected")
     return job, ce
 
 
@@ -120,7 +120,8 @@ def _value(returned: object, hook: str) -> Any:
     if returned is None:
         return None
     if not isinstance(returned, Mapping) or not ({"OK", "command"} & returned.keys()):
-        raise HookFailed(f"{hook} returned {returned!r:.80}: S_OK(...) or S_ERROR(...) is expected")
+        said = 'S_OK({"command": ..., "env": ...}), S_OK() or S_ERROR(...) is expected'
+        raise HookFailed(f"{hook} returned a {type(returned).__name__}: {said}")
     if "OK" not in returned:
         return returned
     if returned["OK"]:

@@ -4,7 +4,7 @@ LoadmasterError
 ├── JobError            the job ends; never leaves `run_job`, it becomes `JobResult.failure`
 │   ├── InvalidJob, StagingFailed, HookFailed, PayloadNotStarted, PayloadFailed, LimitExceeded, JobWasKilled
 │   └── HookVerdict     what a hook may say: SkipPayload, RescheduleJob, HoldJob, RetryHook
-├── StorageError        one transfer failed; staging decides from `retryable` what comes next
+├── StorageError        one transfer failed; `retryable` says whether the same may succeed later
 │   └── NotFound, AccessDenied, NoSpace, AlreadyExists, ChecksumMismatch, StorageUnavailable
 ├── InvalidSite         the site's configuration cannot be used
 └── RuntimeFault        we can no longer keep our promises; `run_job` raises it
@@ -34,6 +34,7 @@ class StagingFailed(JobError):
 
     def __init__(self, what: str, problems: Sequence[str] = ()) -> None:
         super().__init__(f"{what}: " + "; ".join(problems) if problems else what)
+        self.what = what
         self.problems = tuple(problems)
 
 
@@ -80,10 +81,11 @@ class RetryHook(HookVerdict):
     """Call the same hook again after a while; the wait holds no slot."""
 
     def __init__(
-        self, after: timedelta = timedelta(seconds=10), reason: str = "the hook asked to be called again"
+        self, after: timedelta | float = timedelta(seconds=10), reason: str = "the hook asked to be called again"
     ) -> None:
+        """`after`: a timedelta, or seconds."""
         super().__init__(reason)
-        self.after = after
+        self.after = after if isinstance(after, timedelta) else timedelta(seconds=after)
 
 
 class StorageError(LoadmasterError):

@@ -8,7 +8,8 @@
 | `SlotGranted`                     | the lease began; carries cores and memory                         | yes  |
 | `PayloadStarted`                  | process id, start time, containment                               | yes  |
 | `FileStagedIn`*, `FileStagedOut`* | also beside the payload and in postProcess                        | yes  |
-| `Heartbeat`*, `TransferProgress`* | any time                                                          | no   |
+| `Heartbeat`*                      | while the payload runs                                            | no   |
+| `TransferProgress`*               | while files move                                                  | no   |
 | `PayloadExited`                   | exactly once if PayloadStarted, whatever the cause                | yes  |
 | `ParameterReported`*              | a coordinator had something to say                                | yes  |
 | `ComputingEnded`                  | exactly once, with a failure or none; then only outputs move      | yes  |

@@ -47,6 +47,7 @@ class JobHandle:
         self._computing: anyio.CancelScope | None = None
         self._computed = False
         self._closed = False
+        self._hurry: Callable[[], None] | None = None
         self.kill_reason: str | None = None
 
     def __repr__(self) -> str:
@@ -79,6 +80,11 @@ class JobHandle:
         if self._computing is not None:
             self._computing.cancel()
         return True
+
+    def hurry(self) -> None:
+        """Whoever is being asked to end is made to, at once: what is left of a grace is not kept."""
+        if self._hurry is not None:
+            self._hurry()
 
     def events(self) -> AsyncIterator[Event]:
         """Every event of the job from its first, then as they come; ends when the job is over. Blocks nobody."""
@@ -148,6 +154,15 @@ class JobHandle:
             if follower.transient:
                 follower.offers.append(event)
                 follower.wake()
+
+    @contextmanager
+    def hurried_by(self, end_at_once: Callable[[], None]) -> Iterator[None]:
+        """While a payload runs: what ends it at once."""
+        self._hurry = end_at_once
+        try:
+            yield
+        finally:
+            self._hurry = None
 
     def close(self) -> None:
         """The job is over, finished or interrupted: followers see what is left and end."""

@@ -8,15 +8,19 @@ import inspect
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator
+from collections.abc import Awaitable, Callable, Generator
 from importlib.metadata import entry_points
 from pathlib import Path
+from traceback import extract_tb
 from types import ModuleType
 from typing import Any, Final, Generic, TypeVar
 
 import anyio
+from pydantic import ValidationError
 
 from loadmaster.errors import HookFailed, IllegalEvent, InvalidJob, JobError, RetryHook, RuntimeFault
+from loadmaster.model import complaints
+from loadmaster.tasks import leaves
 
 T = TypeVar("T")
 
@@ -68,10 +72,10 @@ def _meaning(name: str, exc: BaseException) -> BaseException:
     A fault of the runtime or of the interpreter comes first, then a cancellation somebody ordered, then a verdict.
     """
     cancelled = anyio.get_cancelled_exc_class()
-    errors = list(_leaves(exc))
+    errors = list(leaves(exc))
     for error in errors:
         ours = isinstance(error, RuntimeFault) and not isinstance(error, IllegalEvent)  # that one is the hook's mistake
-        if ours or not isinstance(error, (Exception, SystemExit, cancelled)):
+        if ours or isinstance(error, (KeyboardInterrupt, GeneratorExit)):
             return error
     if anyio.get_current_task().has_pending_cancellation():
         for error in errors:
@@ -83,15 +87,14 @@ def _meaning(name: str, exc: BaseException) -> BaseException:
     first = errors[0]
     if isinstance(first, cancelled):
         return HookFailed(f"{name} let a cancellation escape that nobody had asked for")
-    return HookFailed(f"{name} raised {type(first).__name__}: {first}")
+    said = "; ".join(complaints(first)) if isinstance(first, ValidationError) else str(first)
+    return HookFailed(f"{name} raised {type(first).__name__}{': ' if said else ''}{said}{_place(first)}")
 
 
-def _leaves(exc: BaseException) -> Iterator[BaseException]:
-    if isinstance(exc, BaseExceptionGroup):
-        for inner in exc.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield exc
+def _place(error: BaseException) -> str:
+    """Where an error was raised, as its author would look for it."""
+    frames = extract_tb(error.__traceback__)
+    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
 
 
 class _Stepwise(Generic[T]):
@@ -145,10 +148,12 @@ def find_coordinator(reference: str) -> type[Any]:
     """
     place, separator, name = reference.rpartition(":")
     if not separator:
+        if reference.endswith(".py"):
+            raise InvalidJob(f"coordinator {reference}: which class? {reference}:CLASS")
         return _class(_from_entry_points(reference), reference)
     try:
         module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as exc:  # community code again: its module may raise anything
+    except (Exception, SystemExit) as exc:  # community code again: its module may raise anything
         raise InvalidJob(f"coordinator {reference}: cannot import it: {type(exc).__name__}: {exc}") from exc
     if not hasattr(module, name):
         raise InvalidJob(f"coordinator {reference}: {place} has no {name!r}")
@@ -180,7 +185,7 @@ def _from_file(path: Path) -> ModuleType:
 
 def _class(found: object, reference: str) -> type[Any]:
     if not isinstance(found, type):
-        raise InvalidJob(f"coordinator {reference}: is a {type(found).__name__}, not a class")
+        raise InvalidJob(f"coordinator {reference}: is not a class but {found!r:.60}")
     for hook in ("preProcess", "postProcess"):
         if not callable(getattr(found, hook, None)):
             raise InvalidJob(f"coordinator {reference}: has no {hook}")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
+from signal import Signals
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Self, TypeVar
 from urllib.parse import quote, unquote
@@ -274,8 +275,8 @@ class OutputFile(BaseModel):
             return None
         if is_lfn(target):
             return f"LFN:{parse_lfn(target)}"
-        if not is_url(target) and not target.startswith("/"):
-            raise ValueError(f"{target!r} is neither an LFN, nor a URL, nor an absolute path")
+        if not is_url(target) and not target.startswith(("/", "./", "../")):
+            raise ValueError(f"{target!r} is neither an LFN, nor a URL, nor a path (./{target} would be one)")
         return target
 
 
@@ -293,8 +294,8 @@ class Limits(BaseModel):
     wall_seconds: float | None = Field(default=None, gt=0)
     cpu_seconds: float | None = Field(default=None, gt=0)
     """Of all its processes together."""
-    grace_seconds: float = Field(default=10.0, ge=0)
-    """Between the polite signal (TERM) and the one that cannot be refused (KILL)."""
+    grace_seconds: float = Field(default=10.0, ge=0, le=600)
+    """Between the polite signal (TERM) and the one that cannot be refused (KILL); bounded, for a pilot keeps it too."""
 
 
 def _refuse_collisions(names: Iterable[str]) -> None:
@@ -391,11 +392,24 @@ class JobDescription(Words):
             plain = not (is_lfn(file.source) or is_url(file.source) or file.source.startswith(("/", SANDBOX_PREFIX)))
             return file.model_copy(update={"source": str(directory / file.source)}) if plain else file
 
+        def placed(target: str) -> str:
+            """Of a path that ends in a slash, which stands for a directory, the slash is kept."""
+            slash = "/" if target.endswith("/") else ""
+            return (
+                os.path.normpath(outputs / target) + slash
+                if target.startswith(("./", "../")) or target == "."
+                else target
+            )
+
         return self.model_copy(
             update={
                 "input_sandbox": tuple(map(anchored, self.input_sandbox)),
                 "input_data": tuple(map(anchored, self.input_data)),
-                "output_se": tuple(str(outputs / name) if name.startswith(".") else name for name in self.output_se),
+                "output_se": tuple(map(placed, self.output_se)),
+                "output_data": tuple(
+                    file.model_copy(update={"target": placed(file.target)}) if file.target else file
+                    for file in self.output_data
+                ),
             }
         )
 
@@ -591,8 +605,15 @@ class PayloadOutcome:
 
     def __str__(self) -> str:
         if self.signal is not None:
-            return f"ended by signal {self.signal}"
+            return f"ended by signal {self.signal}{_signal_name(self.signal)}"
         return "exit status unknown" if self.exit_code is None else f"exit code {self.exit_code}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f" ({Signals(number).name})"
+    except ValueError:  # a real-time signal has no name
+        return ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -84,7 +84,7 @@ def is_url(text: str) -> bool:
 
 def file_url(path: str | Path) -> str:
     """The `file://` URL of an absolute path."""
-    return "file://" + quote(str(path), safe="/!$&'()*+,;=:@~", errors="surrogateescape")
+    return "file://" + quote(str(path), safe="/!$&'()*+,;=:@~{}", errors="surrogateescape")
 
 
 def local_path(url: str) -> Path:

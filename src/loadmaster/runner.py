@@ -61,8 +61,9 @@ from loadmaster.model import (
 from loadmaster.payload.command import default_command, default_environment, slot_environment
 from loadmaster.payload.supervise import CONTAINMENT, HEARTBEAT_SECONDS, start, watch
 from loadmaster.site import Site
-from loadmaster.staging.engine import Transfers, open_transfers, single_error
+from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs
+from loadmaster.tasks import single_error
 from loadmaster.workdir import Workdir, open_workdir
 
 log = logging.getLogger(__name__)
@@ -91,10 +92,16 @@ async def run_job(
     removes the work directory, delivers nothing and claims no end: the last event is not `JobFinished`. Await it to its
     end also then: an event loop that is torn down under it (asyncio's, when `main` returns early) heeds no shield.
     """
+    if not isinstance(job, JobDescription):
+        raise TypeError(
+            f"run_job takes a JobDescription, not a {type(job).__name__}; JobDescription.load reads a dictionary"
+        )
+    if site is not None and transfers is not None:
+        raise TypeError("run_job takes a site or transfers, which have one, not both")
     handle = handle or JobHandle()
     handle.open(job.job_id, attempt)
 
-    async def fly() -> None:
+    async def in_its_own_task() -> None:
         async with AsyncExitStack() as stack:
             stack.callback(handle.close)
             moving = transfers
@@ -109,7 +116,7 @@ async def run_job(
     # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
     with single_error():
         async with anyio.create_task_group() as own:
-            own.start_soon(fly)
+            own.start_soon(in_its_own_task)
     if handle.result is None:
         raise RuntimeFault(f"job {job.job_id} ended without a result")
     return handle.result
@@ -131,9 +138,9 @@ class _Flight:
         self.record = handle.record
         self.heartbeat_seconds = heartbeat_seconds
         self.limits = limits_of(job.description, job.ce)
-        self.coordinator: Coordinator
         self.standard = JobExecutionCoordinator(job.description, job.ce)
         self.standard.job = job
+        self.coordinator: Coordinator = self.standard
         self.phase = Phase.STAGE_IN
 
     async def fly(self) -> None:
@@ -164,7 +171,9 @@ class _Flight:
 
     async def _stage_in(self) -> None:
         check_outputs(self.job.description, self.site)
-        self.coordinator = await call_hook(self.coordinator_class.__name__, self._make_coordinator)
+        self.coordinator = await call_hook(
+            f"{self.coordinator_class.__name__}(jobArgs=..., ceArgs=...)", self._make_coordinator
+        )
         await self.record(StageInStarted)
         await self._hook("stageIn")
 
@@ -197,7 +206,7 @@ class _Flight:
                     payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._heartbeat
                 )
         finally:
-            with anyio.CancelScope(shield=True):  # `end` is bounded: the grace and 30 s
+            with anyio.CancelScope(shield=True), self.handle.hurried_by(payload.hurry):  # bounded: the grace and 30 s
                 self.job.payload = None
                 by = self._who_ends_it(verdict)
                 outcome = await payload.end(by, grace_seconds=self.limits.grace_seconds, verdict=verdict)
@@ -213,10 +222,10 @@ class _Flight:
         self.phase = Phase.POST_PROCESS
         try:
             await self._hook("postProcess")
-        except HookFailed as crash:
+        except (HookFailed, SkipPayload) as said:
             if error is None:
                 raise
-            log.warning("job %s: %s", self.job.description.job_id, crash)
+            log.warning("job %s: postProcess: %s", self.job.description.job_id, said)
         if error is not None:
             self.phase = Phase.PAYLOAD  # where it went wrong, although postProcess has been asked meanwhile
             raise error
@@ -243,8 +252,7 @@ class _Flight:
 
     async def _hook(self, name: str, *args: Any) -> Any:
         """Call a hook of the coordinator, or the standard one where it has none."""
-        owner = self.coordinator if hasattr(self, "coordinator") else self.standard
-        hook = getattr(owner, name, None) or getattr(self.standard, name)
+        hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
         return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
 
     def _heartbeat(self, usage: Usage) -> None:
@@ -265,11 +273,16 @@ def _as_spec(returned: object) -> PayloadSpec:
     if isinstance(returned, PayloadSpec):
         return returned
     if not isinstance(returned, Mapping):
-        raise HookFailed(f"preProcess returned {returned!r:.80}: return PayloadSpec(command=..., env=...)")
+        raise HookFailed(f"preProcess returned {_short(returned)}: return PayloadSpec(command=..., env=...)")
     try:
         return PayloadSpec.model_validate(dict(returned))
     except ValidationError as exc:
         raise HookFailed("preProcess returned a payload that cannot be: " + "; ".join(complaints(exc))) from exc
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _error_of(outcome: PayloadOutcome) -> JobError | None:

@@ -51,9 +51,10 @@ class Site(BaseModel):
     failover_se: Names = ()
     sandbox_store: Place | None = None
     output_directory: Place | None = None
-    """Where outputs go that have no other target, and sandboxes if there is no store for them."""
+    """Where outputs go that have no other target, and sandboxes if there is no store for them. Jobs that share it
+    overwrite each other's, unless it has `{job_id}` in it."""
     streams: int = Field(default=8, ge=1, le=256)
-    """Files of one job under way at once, in each direction."""
+    """Files under way at once, of all jobs that share the transfers, in each direction."""
 
     @model_validator(mode="after")
     def _known_elements(self) -> Self:

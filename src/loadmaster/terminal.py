@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from io import StringIO
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
@@ -69,8 +71,14 @@ def open_display(stream: TextIO, *, quiet: bool) -> Display:
     return Lines(stream)
 
 
-def describe(event: Event) -> str | None:
-    """One line about an event, or None when it says nothing to a person."""
+def describe(event: Event) -> list[str]:
+    """What an event says to a person: a line, and below it what the payload said; nothing if it says nothing."""
+    line = _line(event)
+    said = [f"         | {text}" for text in event.last_lines] if isinstance(event, PayloadExited) else []
+    return [printable(text) for text in ([line] if line else []) + said]
+
+
+def _line(event: Event) -> str | None:
     match event:
         case JobAccepted():
             return f"job {event.job_id}, attempt {event.attempt}"
@@ -82,14 +90,13 @@ def describe(event: Event) -> str | None:
             return f"payload: {command if isinstance(command, str) else ' '.join(command)}"
         case PayloadStarted(pid=pid):
             return f"payload runs (process {pid})"
-        case PayloadExited(outcome=outcome, last_lines=last_lines):
+        case PayloadExited(outcome=outcome):
             memory = f", {size(outcome.peak_memory_bytes)} at most" if outcome.peak_memory_bytes else ""
-            ended = f"payload ended: {outcome}, {outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s{memory}"
-            return "\n         | ".join([ended, *last_lines])
+            return f"payload ended: {outcome}, {outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s{memory}"
         case ParameterReported(name=name, value=value):
             return f"  {name}: {value}"
         case ComputingEnded(failure=failure) if failure is not None:
-            return f"computing failed in {failure.phase}: {failure}"
+            return f"failed in {failure.phase}: {failure}"
         case StageOutStarted():
             return "staging out"
         case FileStagedOut(file=file):
@@ -119,8 +126,9 @@ class Silent:
         """Nothing."""
 
     def say(self, line: str) -> None:
-        """Print a line."""
-        print(printable(line), file=self._stream, flush=True)
+        """Print a line. A terminal or a pipe that is gone, or a full disk, is no reason to stop a job: it is left out."""
+        with suppress(OSError, ValueError):
+            print(printable(line), file=self._stream, flush=True)
 
     def close(self) -> None:
         """Nothing to give back."""
@@ -131,7 +139,7 @@ class Lines(Silent):
 
     def show(self, event: Event) -> None:
         """Print what the event says, with its time (UTC)."""
-        if line := describe(event):
+        for line in describe(event):
             self.say(f"{event.time:%H:%M:%S} {line}")
 
 
@@ -160,7 +168,7 @@ class Live:
 
     def show(self, event: Event) -> None:
         """Print what the event says, and move the bars."""
-        if line := describe(event):
+        for line in describe(event):
             self.say(f"{event.time:%H:%M:%S} {line}")
         match event:
             case StageInStarted():
@@ -175,16 +183,18 @@ class Live:
                 self._enter("staging out")
             case TransferProgress(name=name, done_bytes=done, size_bytes=total):
                 self._move(name, done, total)
-            case FileStagedIn(file=file) | FileStagedOut(file=file):
+            case FileStagedIn(file=file) | FileStagedOut(file=file) | FailoverRequested(file=file):
                 self._drop(file.name)
 
     def say(self, line: str) -> None:
         """Print a line above the bars."""
-        self._console.print(printable(line), markup=False, soft_wrap=True)
+        with suppress(OSError, ValueError):  # as in `Silent`
+            self._console.print(printable(line), markup=False, soft_wrap=True)
 
     def close(self) -> None:
         """Take the bars away."""
-        self._live()
+        with suppress(OSError, ValueError):
+            self._live()
 
     def _enter(self, phase: str) -> None:
         if self._phase_task is not None:
@@ -228,9 +238,9 @@ def size(count: int | None) -> str:
 
 def printable(text: str) -> str:
     """The text without anything a terminal would obey: names and messages come from payloads."""
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def stderr_display(*, quiet: bool) -> Display:
     """The display of a command: on standard error, so that standard output has only results."""
-    return open_display(sys.stderr, quiet=quiet)
+    return open_display(sys.stderr or StringIO(), quiet=quiet)  # there is none when it was closed (2>&-)

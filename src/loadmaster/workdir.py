@@ -27,6 +27,11 @@ from loadmaster.names import check_local_name
 
 log = logging.getLogger(__name__)
 
+OURS: Final = 0o1700
+MARK: Final = "user.loadmaster"
+"""The mode of a work directory, and an attribute of it. Either the sticky bit or the attribute says that we made it, for
+a payload may change the mode and some file systems have no attributes. Of what is not ours nothing is ever removed."""
+
 REMOVAL_SECONDS: Final = 60.0
 """How long a cancelled job may take to remove its directory before it is left behind, with a warning."""
 
@@ -66,6 +71,10 @@ class Workdir:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
                 raise BlockingIOError(errno.EAGAIN, "was removed meanwhile")
+            if os.listdir(descriptor) and not _is_ours(descriptor):
+                raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
+            with suppress(OSError):
+                os.setxattr(descriptor, MARK, b"")
             _empty(descriptor)
         except BlockingIOError as exc:
             os.close(descriptor)
@@ -162,10 +171,21 @@ class Workdir:
         return descriptor
 
     def matches(self, pattern: str) -> list[str]:
-        """The names a pattern stands for: what is called exactly so, else what matches it as in a shell; sorted."""
+        """The names a pattern stands for: what is called exactly so, else what matches it as in a shell; sorted.
+
+        What a link of the payload's leads to outside of the directory is not among them.
+        """
         if os.path.lexists(self.path / check_local_name(pattern)):
             return [pattern]
-        return sorted(name.rstrip("/") for name in glob.glob(pattern, root_dir=self.path))
+        top = os.path.realpath(self.path)
+        names = sorted(name.rstrip("/") for name in glob.glob(pattern, root_dir=self.path))
+        folders = {os.path.dirname(name) for name in names}
+        inside = {folder for folder in folders if f"{os.path.realpath(self.path / folder)}/".startswith(f"{top}/")}
+        return [name for name in names if os.path.dirname(name) in inside]
+
+    def reopen(self) -> None:
+        """Let us in again, should the payload have closed the directory to everybody."""
+        os.fchmod(self._fd, OURS)
 
     def is_directory(self, name: str) -> bool:
         """Whether the name is a directory itself, not a link to one."""
@@ -174,12 +194,17 @@ class Workdir:
         return False
 
     def files_below(self, directory: str) -> Iterator[str]:
-        """The names of everything below a directory that is not a directory, without following links."""
-        for folder, folders, files in os.walk(self.path / check_local_name(directory)):
-            folders.sort()
-            links = [name for name in folders if Path(folder, name).is_symlink()]
-            for name in sorted([*files, *links]):
-                yield str(Path(folder, name).relative_to(self.path))
+        """The names of everything below a directory that is not a directory, without following links, sorted by folder.
+
+        Raises OSError when a part of it cannot be looked into. A list of folders, not recursion: payloads nest deeply.
+        """
+        folders = [check_local_name(directory)]
+        while folders:
+            folder = folders.pop()
+            with os.scandir(self.path / folder) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+            yield from (f"{folder}/{entry.name}" for entry in entries if not entry.is_dir(follow_symlinks=False))
+            folders += [f"{folder}/{entry.name}" for entry in reversed(entries) if entry.is_dir(follow_symlinks=False)]
 
     @contextmanager
     def _parent(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
@@ -203,16 +228,24 @@ class Workdir:
 async def open_workdir(root: Path | None, name: str, *, keep: bool = False) -> AsyncIterator[Workdir]:
     """A job's directory below `root`, or below `default_root()`; removed however one leaves, unless it is to be kept.
 
-    Raises `WorkdirFault` when it cannot be made, is another live job's, or cannot be removed.
+    Raises `WorkdirFault` when it cannot be made, is another live job's, or has something in it that is not ours.
     """
     workdir = await to_thread.run_sync(lambda: Workdir.make(root or default_root(), name))
     try:
         yield workdir
     finally:
         with anyio.move_on_after(REMOVAL_SECONDS, shield=True) as scope:
-            await to_thread.run_sync(lambda: workdir.close(keep=keep), abandon_on_cancel=True)
+            await to_thread.run_sync(_close, workdir, keep, abandon_on_cancel=True)
         if scope.cancelled_caught:
             log.error("%s: not removed within %.0f s, left behind", workdir.path, REMOVAL_SECONDS)
+
+
+def _close(workdir: Workdir, keep: bool) -> None:
+    """What came of the job is known by now, so a directory that cannot be removed is left behind, and said."""
+    try:
+        workdir.close(keep=keep)
+    except WorkdirFault as exc:
+        log.error("%s; left behind", exc)  # noqa: TRY400 - a sentence, no traceback
 
 
 def default_root() -> Path:
@@ -237,10 +270,19 @@ def _what(mode: int) -> str:
 def _make_directory(path: Path) -> None:
     with suppress(FileExistsError):
         try:
-            path.mkdir(mode=0o700)
+            path.mkdir(mode=OURS)
         except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.mkdir(mode=0o700)
+            path.mkdir(mode=OURS)
+
+
+def _is_ours(descriptor: int) -> bool:
+    if os.fstat(descriptor).st_mode & stat.S_ISVTX:
+        return True
+    try:
+        return MARK in os.listxattr(descriptor)
+    except OSError:
+        return False
 
 
 def _enter(root: Path, name: str) -> int:
@@ -255,7 +297,7 @@ def _enter(root: Path, name: str) -> int:
 
 def _empty(top: int) -> None:
     """Remove everything in a directory. What is deep is first moved up, so no depth is too deep."""
-    os.fchmod(top, 0o700)  # the payload may have closed its own directory
+    os.fchmod(top, OURS)  # the payload may have closed its own directory
     for _ in range(REMOVAL_PASSES):
         names = os.listdir(top)
         if not names:

@@ -27,7 +27,7 @@ LONG_COMMAND: Final = 4096
 """Characters of a command that are not looked at for what they are: shlex takes time by the square (3 MB: hours)."""
 
 _PLAIN = re.compile(r"[\w@%+=:,./ '\"-]+", re.ASCII)
-_EXPANDED = frozenset("$*?[~")
+_EXPANDED = frozenset("$*?[~<>{")
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -55,7 +55,7 @@ def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdi
     A name without `/` is a file of the work directory, or else looked up in the payload's PATH. Raises
     `PayloadNotStarted` when there is no such thing, or it cannot be executed.
     """
-    found = shlex.quote(str(_find_executable(_expand(job.executable, env), env, workdir)))
+    found = shlex.quote(_find_executable(_expand(job.executable, env), env, workdir))
     return f"{found} {job.arguments}".strip()
 
 
@@ -130,21 +130,23 @@ def _is_local_program(file: Path, cwd: Path) -> bool:
         os.close(descriptor)
 
 
-def _find_executable(executable: str, env: Mapping[str, str], workdir: Workdir) -> Path:
-    local = workdir.path / executable  # an absolute path stays what it is
-    if "/" not in executable and not local.exists():
+def _find_executable(executable: str, env: Mapping[str, str], workdir: Workdir) -> str:
+    local = os.path.join(workdir.path, executable)  # an absolute path stays what it is
+    if "/" not in executable and not os.path.exists(local):
         on_path = shutil.which(executable, path=env.get("PATH", DEFAULT_PATH))
         if on_path is None:
             raise PayloadNotStarted(
                 f"executable {executable!r}: neither a file of the job nor in PATH ({env.get('PATH')})"
             )
-        return Path(on_path)
-    if not local.is_file():
-        raise PayloadNotStarted(f"executable {executable!r}: {'is not a file' if local.exists() else 'no such file'}")
+        return on_path
+    if not os.path.isfile(local):
+        raise PayloadNotStarted(
+            f"executable {executable!r}: {'is not a file' if os.path.exists(local) else 'no such file'}"
+        )
     if not os.access(local, os.X_OK):
-        if local.resolve().is_relative_to(workdir.path.resolve()):
+        if f"{os.path.realpath(local)}/".startswith(f"{os.path.realpath(workdir.path)}/"):
             with suppress(PermissionError):
-                local.chmod(local.stat().st_mode | 0o755)
+                os.chmod(local, os.stat(local).st_mode | 0o755)  # noqa: S103 - as DIRAC does
         if not os.access(local, os.X_OK):
             raise PayloadNotStarted(f"executable {executable!r}: may not be executed")
     return local

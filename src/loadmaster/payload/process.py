@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from loadmaster.payload.usage import open_group, read_stat
 
@@ -76,7 +76,7 @@ class Process:
 
     async def wait_rest(self) -> None:
         """Return when nobody is left of the group but the leader; what has ended and was not reaped counts as gone."""
-        while self.has_group() and (rest := await to_thread.run_sync(open_group, self.pid)):
+        while self.has_group() and (rest := await to_thread.run_sync(open_group, self.pid, limiter=CapacityLimiter(1))):
             try:
                 for pidfd in rest:
                     await anyio.wait_readable(pidfd)

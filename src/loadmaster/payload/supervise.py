@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import anyio
@@ -38,6 +39,7 @@ class Payload:
         self._output = output
         self.last_lines: tuple[str, ...] = ()
         """What a payload that did not succeed had to say at the end."""
+        self._threads = anyio.CapacityLimiter(2)  # its own: limits hold also when the host's threads are all taken
         self._peak_bytes = 0
         self._cpu_seconds = 0.0
 
@@ -51,14 +53,18 @@ class Payload:
 
     async def usage(self) -> Usage:
         """What it uses now, all processes of its session together."""
-        found = await to_thread.run_sync(read_session, self.process.pid)
+        found = await to_thread.run_sync(read_session, self.process.pid, limiter=self._threads)
         self._cpu_seconds = max(self._cpu_seconds, found.cpu_seconds)
         self._peak_bytes = max(self._peak_bytes, found.memory_bytes)
         return Usage(self.wall_seconds, self._cpu_seconds, found.memory_bytes, found.processes)
 
     async def peek(self, lines: int = PEEK_LINES) -> list[str]:
         """The last lines it printed."""
-        return await to_thread.run_sync(self._output.peek, lines)
+        return await to_thread.run_sync(self._output.peek, lines, limiter=self._threads)
+
+    def hurry(self) -> None:
+        """End it now: an `end` that keeps a grace returns soon."""
+        self.process.kill()
 
     async def end(self, by: EndedBy, *, grace_seconds: float, verdict: Verdict | None = None) -> PayloadOutcome:
         """Make sure it has ended, and say how.
@@ -73,21 +79,27 @@ class Payload:
             self.process.terminate()
             with anyio.move_on_after(grace_seconds):  # for all: a shell script dies at once, what it runs tidies up
                 await self.process.wait()
-                await self.process.wait_rest()
+                await self._wait_rest()
         self.process.kill()
         with anyio.move_on_after(KILL_SECONDS) as leader:
             if not self.process.gone:
                 await self.process.wait()
         outcome = self._outcome(by, verdict)
         with anyio.CancelScope(deadline=leader.deadline) as rest:
-            if self.process.has_group():
-                await self.process.wait_rest()
+            await self._wait_rest()
         if leader.cancelled_caught or rest.cancelled_caught:
             log.error("process %d: still there %.0f s after it was killed; left behind", self.process.pid, KILL_SECONDS)
         if not outcome.succeeded:
-            self.last_lines = tuple(await to_thread.run_sync(self._output.last_words))
+            self.last_lines = tuple(await to_thread.run_sync(self._output.last_words, limiter=self._threads))
         self._output.close()
         return outcome
+
+    async def _wait_rest(self) -> None:
+        try:
+            if self.process.has_group():
+                await self.process.wait_rest()
+        except OSError as exc:  # no descriptor is free, say: the kill must not depend on it
+            log.warning("process %d: cannot look for what is left of its group: %s", self.process.pid, exc)
 
     def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
         wall = self.wall_seconds
@@ -141,6 +153,8 @@ async def watch(
         with anyio.move_on_after(seconds_until_look(usage, limits, cores=cores, heartbeat_seconds=beat)):
             await payload.process.wait()
             return None
+        if verdict := judge(replace(usage, wall_seconds=payload.wall_seconds), limits):
+            return verdict  # the clock alone says so: nothing needs to be looked at
         usage = await payload.usage()
         on_sample(usage)
         if verdict := judge(usage, limits):

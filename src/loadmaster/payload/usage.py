@@ -61,10 +61,15 @@ def read_session(session: int) -> SessionUsage:
 
 
 def open_group(group: int) -> list[int]:
-    """A pidfd of every process of a group that has not ended. Reads all of /proc."""
-    found = []
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and (stat := read_stat(int(name))) and stat.group == group and stat.state not in "ZX":
-            with suppress(ProcessLookupError):
-                found.append(os.pidfd_open(int(name)))
+    """A pidfd of every process of a group that has not ended. Reads all of /proc; raises OSError, with none open."""
+    found: list[int] = []
+    try:
+        for name in os.listdir("/proc"):
+            if name.isdecimal() and (stat := read_stat(int(name))) and stat.group == group and stat.state not in "ZX":
+                with suppress(ProcessLookupError):
+                    found.append(os.pidfd_open(int(name)))
+    except OSError:
+        for pidfd in found:
+            os.close(pidfd)
+        raise
     return found

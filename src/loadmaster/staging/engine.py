@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import Final, Protocol, TypeVar
 
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import AlreadyExists, ChecksumMismatch, InvalidSite, RuntimeFault, StagingFailed, StorageError
+from loadmaster.errors import AlreadyExists, ChecksumMismatch, InvalidSite, StagingFailed, StorageError
 from loadmaster.model import StoredFile
 from loadmaster.names import local_path
 from loadmaster.site import Site
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.storage.base import Catalog, CatalogEntry, FileInfo, Progress, Replica, Storage
 from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, translated
+from loadmaster.tasks import for_each, single_error
 from loadmaster.workdir import Workdir
 
 T = TypeVar("T")
@@ -68,6 +68,7 @@ class Transfers:
         self.site = site
         self.catalog = catalog
         self._storages = storages
+        self._incoming, self._outgoing = anyio.Semaphore(site.streams), anyio.Semaphore(site.streams)
 
     def __repr__(self) -> str:
         return f"<Transfers {self.site.name or 'local'}: {', '.join(sorted(self._storages))}>"
@@ -92,7 +93,9 @@ class Transfers:
 
         async def one(fetch: Fetch) -> None:
             try:
-                await listener.staged(await self._fetch(fetch, workdir, moving))
+                async with self._incoming:
+                    file = await self._fetch(fetch, workdir, moving)
+                await listener.staged(file)
             except StorageError as exc:
                 problems.append(f"{fetch.name}: {_told(exc)}")
 
@@ -121,7 +124,8 @@ class Transfers:
                 problems.append(f"{delivery.name}: {reason}")
                 return
             try:
-                await self._deliver(delivery, source, moving, listener)
+                async with self._outgoing:
+                    await self._deliver(delivery, source, moving, listener)
             except StorageError as exc:
                 problems.append(f"{delivery.name}: {_told(exc)}")
             finally:
@@ -230,7 +234,7 @@ class Transfers:
     def _storage(self, url: str) -> Storage:
         scheme = url.partition("://")[0]
         if scheme not in self._storages:
-            raise StorageError(url, f"no storage for {scheme}:// URLs ({', '.join(sorted(self._storages))} are there)")
+            raise StorageError(url, f"no storage for {scheme}://; there is {'://, '.join(sorted(self._storages))}://")
         return self._storages[scheme]
 
 
@@ -248,38 +252,7 @@ async def open_transfers(
         from loadmaster.storage.catalog import SqliteCatalog  # with sqlite3, loaded when used
 
         catalog = SqliteCatalog(local_path(site.catalog))
-    yield Transfers(site, {"file": LocalStorage(), **(storages or {})}, catalog)
-
-
-async def for_each(items: Iterable[T], work: Callable[[T], Awaitable[None]], at_once: int) -> None:
-    """Work on every item, at most so many at a time, in their order. The first error ends the rest and is raised bare."""
-    queue = iter(items)
-
-    async def lane(first: T) -> None:
-        await work(first)
-        for item in queue:
-            await work(item)
-
-    lanes = list(islice(queue, at_once))
-    if len(lanes) <= 1:
-        for first in lanes:
-            await lane(first)
-        return
-    with single_error():
-        async with anyio.create_task_group() as group:
-            # None of them in this task: on asyncio it would not hear that a cancellation ended the others.
-            for first in lanes:
-                group.start_soon(lane, first)
-
-
-@contextmanager
-def single_error() -> Iterator[None]:
-    """Out of a task group, the error that ended it rather than a group of one; a `RuntimeFault` before any other."""
-    try:
-        yield
-    except ExceptionGroup as group:
-        error = next((each for each in group.exceptions if isinstance(each, RuntimeFault)), group.exceptions[0])
-        raise error from error.__cause__
+    yield Transfers(site, {"file": LocalStorage(2 * site.streams), **(storages or {})}, catalog)
 
 
 async def _first(places: Sequence[Replica], attempt: Callable[[Replica], Awaitable[StoredFile]]) -> StoredFile:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from loadmaster.errors import InvalidJob, StagingFailed
@@ -104,8 +104,18 @@ def check_outputs(job: JobDescription, site: Site) -> None:
 
 def plan_delivery(file: OutputFile, name: str, job: JobDescription, site: Site) -> Delivery:
     """Where one output file goes. Raises `InvalidJob` that names the field at fault."""
+    try:
+        return _plan_delivery(file, name, job, site)
+    except ValueError as exc:  # a name that is too long, as a rule
+        raise InvalidJob(f"output_data: {name}: {exc}") from exc
+
+
+def _plan_delivery(file: OutputFile, name: str, job: JobDescription, site: Site) -> Delivery:
     several = bool(MAGIC & set(file.pattern)) or name != file.pattern
     if file.target is not None and not is_lfn(file.target):
+        if file.target.startswith("."):
+            raise InvalidJob(f"output_data: {file.target}: a relative target; see JobDescription.relative_to")
+        several = several or file.target.endswith("/")
         url = join_url(as_url(_directory(file.target)), _last_part(name)) if several else as_url(file.target)
         return Delivery(name, (Replica(url),))
     wanted = job.output_se or site.default_se
@@ -135,19 +145,20 @@ def sandbox_directory(job: JobDescription, site: Site) -> str:
     if site.sandbox_store is not None:
         return join_url(site.sandbox_store, job.job_id)
     if site.output_directory is not None:
-        return site.output_directory
+        return _of_job(site.output_directory, job)
     raise InvalidJob("output_sandbox: nowhere to put it: give a site with a sandbox_store or an output_directory")
 
 
-def refuse_collisions(deliveries: Sequence[Delivery], taken: dict[str, str]) -> None:
-    """Raise `StagingFailed` when two files would become one at their target. `taken`, target to name, grows."""
-    problems = [
-        f"{other} and {delivery.name} would both be {delivery.targets[0].url}"
-        for delivery in deliveries
-        if (other := taken.setdefault(delivery.targets[0].url, delivery.name)) != delivery.name
-    ]
-    if problems:
-        raise StagingFailed("cannot deliver outputs", problems)
+def without_collisions(deliveries: Iterable[Delivery], taken: dict[str, str]) -> tuple[list[Delivery], dict[str, str]]:
+    """The deliveries that take nobody's place, and why the others do, by name. `taken`, target to name, grows."""
+    alone, refused = [], {}
+    for delivery in deliveries:
+        target = delivery.targets[0].url
+        if (other := taken.setdefault(target, delivery.name)) == delivery.name:
+            alone.append(delivery)
+        else:
+            refused[delivery.name] = f"would take the place of {other} at {target}"
+    return alone, refused
 
 
 def _last_part(name: str) -> str:
@@ -160,7 +171,11 @@ def _in_output_directory(base: str, job: JobDescription, site: Site) -> str:
         return join_url(as_url(job.output_path), base)
     if site.output_directory is None:
         raise InvalidJob("output_data: nowhere to put it: name a storage element or a directory in output_se")
-    return join_url(site.output_directory, _output_path(job, base))
+    return join_url(_of_job(site.output_directory, job), _output_path(job, base))
+
+
+def _of_job(directory: str, job: JobDescription) -> str:
+    return directory.replace("{job_id}", job.job_id)
 
 
 def _output_path(job: JobDescription, base: str) -> str:
@@ -203,7 +218,10 @@ def _base(element: str, site: Site) -> Replica:
     if _is_place(element):
         return Replica(as_url(element))
     known = ", ".join(site.storage_elements) or "none is configured"
-    raise InvalidJob(f"output_se: no storage element {element!r} ({known}); a directory is given as an absolute path")
+    raise InvalidJob(
+        f"output_se: no storage element {element!r} ({known}); "
+        "a directory is written as a path: ./results or /data/results"
+    )
 
 
 def _is_place(element: str) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import lzma
 import os
-import shutil
 import stat
 import tarfile
 import zlib
+from collections.abc import Container
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import BinaryIO
+
+from anyio import from_thread
 
 from loadmaster.errors import StagingFailed
 from loadmaster.names import check_local_name
@@ -22,24 +24,24 @@ _BROKEN = (tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, Valu
 """What reading a damaged archive may raise; the decompressors' errors have no common parent."""
 
 
-def unpack(workdir: Workdir, name: str) -> bool:
-    """Unpack a tar archive of any compression into the work directory; False if the file is none.
+def unpack(workdir: Workdir, name: str, taken: Container[str] = ()) -> None:
+    """Unpack a tar archive of any compression into the work directory; a file that is none stays as it is.
 
-    Files and directories only: a link, a device, or a name that leads out of the directory raises `StagingFailed`.
+    Files and directories only: a link, a device, a file with holes, a name that is `taken` or leads out of the directory
+    raises `StagingFailed`. In a worker thread it stops between blocks when the job is killed or cancelled.
     """
     with os.fdopen(workdir.open_output(name), "rb") as file:
         try:
             if not tarfile.is_tarfile(file):
-                return False
+                return
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:*") as archive:
                 for member in archive:
-                    _unpack_member(workdir, archive, member)
+                    _unpack_member(workdir, archive, member, taken)
                 while archive.fileobj is not None and archive.fileobj.read(COPY_BYTES):
                     continue  # to its very end: only there a decompressor compares checksums
         except _BROKEN as exc:
             raise StagingFailed("cannot unpack", [f"{name}: {exc}"]) from exc
-    return True
 
 
 def pack(workdir: Workdir, directory: str, archive: str) -> list[tuple[str, str]]:
@@ -73,15 +75,22 @@ def _header(name: str, directory: str, file: BinaryIO) -> tarfile.TarInfo:
     return header
 
 
-def _unpack_member(workdir: Workdir, archive: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+def _unpack_member(workdir: Workdir, archive: tarfile.TarFile, member: tarfile.TarInfo, taken: Container[str]) -> None:
     name = member.name.removeprefix("./").rstrip("/")
     if member.isdir():
         if name not in {"", "."}:
             workdir.make_directory(check_local_name(name))
         return
+    if name in taken:
+        raise NotDeliverable(f"{member.name!r} is the name of another input, or of a log")
+    if member.issparse():
+        raise NotDeliverable(f"{member.name!r} is a file with holes: a few bytes can stand for terabytes")
     content = archive.extractfile(member) if member.isreg() else None
     if content is None:
         raise NotDeliverable(f"{member.name!r} is neither a file nor a directory")
     with os.fdopen(workdir.create(check_local_name(name)), "wb") as target:
-        shutil.copyfileobj(content, target, COPY_BYTES)
+        while block := content.read(COPY_BYTES):
+            with suppress(RuntimeError):  # not in a worker thread: nobody can cancel it
+                from_thread.check_cancelled()
+            target.write(block)
         os.fchmod(target.fileno(), stat.S_IMODE(member.mode) & 0o755 | 0o600)

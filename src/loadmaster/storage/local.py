@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
-from anyio import from_thread, to_thread
+from anyio import CapacityLimiter, from_thread, to_thread
 
 from loadmaster.errors import AccessDenied, NoSpace, NotFound, StorageError, StorageUnavailable
 from loadmaster.names import local_path
@@ -43,6 +43,10 @@ _ERRORS: Final[dict[int, type[StorageError]]] = {
 class LocalStorage:
     """Files by path. Written beside the target, synced, renamed: a name never holds half a file."""
 
+    def __init__(self, threads: int = 16) -> None:
+        """`threads`: so many calls at once, each in a thread; none of them is taken from the host's."""
+        self._threads = CapacityLimiter(threads)
+
     async def stat(self, url: str) -> FileInfo:
         """The size of the file; its checksum is not known without reading it."""
         return await self._in_thread(url, lambda path: FileInfo(_stat_regular(path).st_size))
@@ -51,7 +55,8 @@ class LocalStorage:
         """Copy the file to the descriptor. `NoSpace` names the work directory when that is what is full."""
 
         def copy(path: Path) -> FileInfo:
-            _stat_regular(path)
+            mode = _stat_regular(path).st_mode
+            os.fchmod(target, 0o644 | mode & 0o111)  # a script stays one
             source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 return _copy(source, url, target, WORK_DIRECTORY, progress)
@@ -91,7 +96,7 @@ class LocalStorage:
             with translated(url):
                 return work(local_path(url))
 
-        return await to_thread.run_sync(job)
+        return await to_thread.run_sync(job, limiter=self._threads)
 
 
 @contextmanager
