@@ -138,13 +138,14 @@ def _run(options: argparse.Namespace) -> int:
     root = (options.root or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
     site = _read_site(options, job)
+    heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
     check_outputs(job, site)
     _check_writable(options.result)
     events = _open_new(options.events)
     with told_to_stop() as orders, _log_to(display):
         run = partial(
             run_job, job, ce=ce, coordinator=coordinator, site=site, root=root,
-            keep_workdir=options.keep_workdir, heartbeat_seconds=LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS,
+            keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
         )  # fmt: skip
         try:
             result = anyio.run(_fly, run, orders, display, events)
