@@ -262,7 +262,7 @@ def test_events_that_cannot_be_written_stop_no_job(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--events", "/nowhere/../proc/x/e"], "--events /nowhere/../proc/x/e: "),
+        (["--events", "job.json/e"], "--events job.json/e: "),
         (["--result", "."], "--result .: cannot be written"),
         (["--root", "/proc/nowhere"], "/proc/nowhere/7: cannot make the work directory"),
         (["--coordinator", "mine.py"], "which class? mine.py:CLASS"),

@@ -56,7 +56,8 @@ class LocalStorage:
 
         def copy(path: Path) -> FileInfo:
             mode = _stat_regular(path).st_mode
-            os.fchmod(target, 0o644 | mode & 0o111)  # a script stays one
+            if mode & 0o111 and stat.S_ISREG(os.fstat(target).st_mode):
+                os.fchmod(target, 0o644 | mode & 0o111)  # a script stays one
             source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 return _copy(source, url, target, WORK_DIRECTORY, progress)
