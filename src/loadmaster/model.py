@@ -276,7 +276,7 @@ class OutputFile(BaseModel):
         if is_lfn(target):
             return f"LFN:{parse_lfn(target)}"
         if not is_url(target) and not target.startswith(("/", "./", "../")):
-            raise ValueError(f"{target!r} is neither an LFN, nor a URL, nor a path (./{target} would be one)")
+            raise ValueError(f"{target!r} is neither an LFN, nor a URL, nor a path ({'./' + target!r} would be)")
         return target
 
 
