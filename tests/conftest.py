@@ -19,10 +19,16 @@ from typing import Any
 import anyio
 import pytest
 from blockbuster import blockbuster_ctx
+from hypothesis import settings
 
 import loadmaster
 from loadmaster import JobDescription, JobResult, Site, run_job
 from loadmaster.workdir import Workdir
+
+# What CI says of a change does not depend on chance; everybody else's runs go on looking.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 BACKENDS = [
     pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
