@@ -45,7 +45,7 @@ def run(tmp_path: Path, printed: Path) -> Iterator[Run]:
     """Start a piece of shell whose output goes to `printed`."""
     with printed.open("wb") as file:
         yield lambda script: Process(
-            argv_of(PayloadSpec(command=script, env=ENV), tmp_path),
+            argv_of(PayloadSpec(command=script, env=ENV), tmp_path, near=True),
             env=ENV,
             cwd=tmp_path,
             stdout=file.fileno(),
@@ -283,7 +283,7 @@ async def test_words_are_not_looked_at_by_the_shell(run: Run, tmp_path: Path, pr
     with printed.open("wb") as file:
         process = await to_thread.run_sync(
             lambda: Process(
-                argv_of(PayloadSpec(command=words, env=ENV), tmp_path),
+                argv_of(PayloadSpec(command=words, env=ENV), tmp_path, near=True),
                 env=ENV,
                 cwd=tmp_path,
                 stdout=file.fileno(),

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
-from anyio import to_thread
+from anyio import lowlevel, to_thread
 
 from conftest import until
 from loadmaster import Limits, PayloadOutcome, PayloadSpec, Verdict
 from loadmaster.errors import PayloadNotStarted
-from loadmaster.limits import Usage
+from loadmaster.limits import UNCHECKED, Usage
 from loadmaster.model import EndedBy
 from loadmaster.payload import supervise
+from loadmaster.payload.containment import BEST_FIRST, Containment
 from loadmaster.payload.supervise import Payload, watch
 from loadmaster.payload.usage import read_stat
-from loadmaster.workdir import Workdir
+from loadmaster.workdir import Workdir, open_workdir
 
 PRINTED_BYTES = 200_000_000
 
 
-async def start(command: str | tuple[str, ...], workdir: Workdir, **env: str) -> Payload:
+async def start(
+    command: str | tuple[str, ...], workdir: Workdir, *, containment: Sequence[Containment] = BEST_FIRST, **env: str
+) -> Payload:
     spec = PayloadSpec(command=command, env={"PATH": os.environ["PATH"], **env})
-    return await supervise.start(spec, workdir, stdout="std.out", stderr="std.err")
+    return await supervise.start(spec, workdir, stdout="std.out", stderr="std.err", containment=containment)
 
 
 async def run(
@@ -37,11 +45,12 @@ async def run(
     *,
     heartbeat_seconds: float = 10,
     looks: list[Usage] | None = None,
+    containment: Sequence[Containment] = BEST_FIRST,
     **limits: Any,
 ) -> PayloadOutcome:
     """From start to end, as the runner does it."""
     found = Limits(**limits)
-    payload = await start(command, workdir)
+    payload = await start(command, workdir, containment=containment)
     samples = [] if looks is None else looks
     verdict = await watch(payload, found, heartbeat_seconds=heartbeat_seconds, on_sample=samples.append)
     return await payload.end(EndedBy.LIMIT, grace_seconds=found.grace_seconds, verdict=verdict)
@@ -75,15 +84,22 @@ async def test_exit_143_is_not_sigterm(workdir: Workdir) -> None:
     assert (killed.exit_code, killed.signal, str(killed)) == (None, 15, "ended by signal 15 (SIGTERM)")
 
 
-async def test_a_child_left_in_the_background_is_gone_when_the_payload_is_over(workdir: Workdir) -> None:
-    outcome = await run("trap '' TERM HUP; sleep 1000 & echo $!", workdir)
+@pytest.mark.parametrize("kind", Containment)
+async def test_a_child_left_in_the_background_is_gone_when_the_payload_is_over(
+    workdir: Workdir, kind: Containment
+) -> None:
+    """The child is known by the end of a FIFO that it holds open: its number is its namespace's own."""
+    os.mkfifo(workdir.path / "held")
+    held = os.open(workdir.path / "held", os.O_RDONLY | os.O_NONBLOCK)
+    outcome = await run("trap '' TERM HUP; exec 3> held; sleep 1000 &", workdir, containment=[kind])
     assert outcome.succeeded
-    assert gone(int((workdir.path / "std.out").read_text()))
+    assert os.read(held, 1) == b""  # the end of the file: nobody has it open for writing
+    os.close(held)
 
 
 async def test_a_payload_that_had_ended_before_the_order_ended_by_itself(workdir: Workdir) -> None:
     payload = await start("exit 0", workdir)
-    await payload.process.wait()
+    await payload.tree.wait()
     verdict = Verdict("wall time", 2, 1, "s")
     outcome = await payload.end(EndedBy.KILL, grace_seconds=10, verdict=verdict)
     assert outcome.succeeded
@@ -113,20 +129,27 @@ async def test_what_cannot_be_started_says_why_and_leaves_nothing(
 
 
 async def test_a_cancelled_start_is_a_payload_to_end_or_none(workdir: Workdir) -> None:
-    """Whoever is cancelled gets the payload, or the fixture that looks for processes complains."""
-    started: list[Payload] = []
+    """Whoever is cancelled gets the payload, or the fixture that looks for processes and descriptors complains.
 
-    async def begin() -> None:
-        started.append(await start("exec sleep 1000", workdir))
+    Cancelled after each number of turns of the loop in its turn, until the start is quicker.
+    """
+    for turns in range(200):
+        started: list[Payload] = []
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(begin)
-        await anyio.wait_all_tasks_blocked()  # in the thread
-        group.cancel_scope.cancel()
-    for payload in started:
-        outcome = await payload.end(EndedBy.CANCELLATION, grace_seconds=10)
-        assert (outcome.signal, outcome.ended_by) == (signal.SIGTERM, EndedBy.CANCELLATION)
-    assert len(started) == 1
+        async def begin(started: list[Payload]) -> None:
+            started.append(await start("exec sleep 1000", workdir))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(begin, started)
+            for _ in range(turns):
+                await lowlevel.checkpoint()
+            quicker = bool(started)
+            group.cancel_scope.cancel()
+        for payload in started:
+            outcome = await payload.end(EndedBy.CANCELLATION, grace_seconds=10)
+            assert (outcome.signal, outcome.ended_by) == (signal.SIGTERM, EndedBy.CANCELLATION)
+        if quicker:
+            break
 
 
 # -- by order ----------------------------------------------------------------------------------------------------
@@ -162,11 +185,13 @@ async def test_a_payload_that_ignores_the_request_is_killed_after_the_grace(work
 
 
 async def test_a_child_that_ignores_the_request_is_gone_after_the_grace(workdir: Workdir) -> None:
-    payload = await start("(trap '' TERM; echo ready; sleep 1000; true) & wait", workdir)
+    payload = await start(
+        "(trap '' TERM; echo ready; sleep 1000; true) & wait", workdir, containment=[Containment.SESSION]
+    )
     await says(workdir, "ready")
     outcome = await payload.end(EndedBy.KILL, grace_seconds=0.3)
     assert outcome.signal == signal.SIGTERM
-    assert all(gone(pid) for pid in group_of(payload.process.pid))
+    assert all(gone(pid) for pid in group_of(payload.tree.pid))
 
 
 def group_of(leader: int) -> list[int]:
@@ -177,15 +202,16 @@ def group_of(leader: int) -> list[int]:
 @pytest.mark.parametrize(("script", "ends_by"), [("", signal.SIGTERM), ("trap '' TERM; ", signal.SIGKILL)])
 async def test_a_payload_that_stopped_itself_is_ended(workdir: Workdir, script: str, ends_by: int) -> None:
     payload = await start(script + "while :; do kill -STOP $$; done", workdir)
-    await until(lambda: getattr(read_stat(payload.process.pid), "state", "") == "T")
+    await until(lambda: getattr(read_stat(payload.tree.pid), "state", "") == "T")
     outcome = await payload.end(EndedBy.KILL, grace_seconds=0.3)
     assert outcome.signal == ends_by
 
 
 async def test_the_whole_group_is_gone_after_the_end(workdir: Workdir) -> None:
-    payload = await start("for i in 1 2 3 4 5; do sleep 1000 & done; echo ready; wait", workdir)
+    script = "for i in 1 2 3 4 5; do sleep 1000 & done; echo ready; wait"
+    payload = await start(script, workdir, containment=[Containment.SESSION])
     await says(workdir, "ready")
-    group = group_of(payload.process.pid)
+    group = group_of(payload.tree.pid)
     assert len(group) == 6
     await payload.end(EndedBy.KILL, grace_seconds=10)
     assert all(gone(pid) for pid in group)
@@ -229,6 +255,170 @@ async def test_memory_is_the_most_that_was_seen_of_all_processes_together(workdi
     outcome = await run(f"{hold} & {hold} & wait", workdir)
     assert outcome.peak_memory_bytes is not None
     assert 120_000_000 < outcome.peak_memory_bytes < 300_000_000
+
+
+LIMITS: dict[str, Any] = {
+    "memory": {"memory_bytes": 60_000_000},
+    "processes": {"processes": 10},
+    "work directory": {"workdir_bytes": 10_000_000},
+    "output": {"output_bytes": 1_000_000},
+}
+
+
+def using(what: str, fraction: float) -> str:
+    """A payload that uses this part of its limit, says so, and stays."""
+    match what:
+        case "memory":
+            script = f"import signal; x = bytearray(int({60e6 * fraction} - 10e6)); print('there'); signal.pause()"
+            return f"exec {sys.executable} -S -u -c {shlex.quote(script)}"
+        case "processes":
+            sleepers = round(10 * fraction) - 1
+            return f"for i in $(seq {sleepers}); do sleep 1000 & done; echo there; exec sleep 1000"
+        case "work directory":
+            return f"mkdir d; head -c {int(1e7 * fraction)} /dev/urandom > d/f; sync d/f; echo there; exec sleep 1000"
+        case _:
+            return f"yes | head -c {int(1e6 * fraction)} >&2; echo there; exec sleep 1000"
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("memory", r"memory of [6-9]\d.* MB is over the limit of 60 MB"),
+        ("processes", r"number of processes of 1\d is over the limit of 10"),
+        ("work directory", r"work directory size of 1[0-3].* MB is over the limit of 10 MB"),
+        ("output", r"output size of 1.2 MB is over the limit of 1 MB"),
+    ],
+)
+async def test_a_payload_over_a_limit_is_ended_and_told_why(workdir: Workdir, what: str, text: str) -> None:
+    with anyio.fail_after(20):
+        outcome = await run(using(what, 1.2), workdir, **LIMITS[what])
+    assert re.fullmatch(text, str(outcome.verdict))
+    assert outcome.ended_by is EndedBy.LIMIT
+
+
+@pytest.mark.parametrize("what", LIMITS)
+async def test_a_payload_just_under_a_limit_is_left_alone(workdir: Workdir, what: str) -> None:
+    """Until it has been looked at five times since it was there."""
+    payload = await start(using(what, 0.9), workdir)
+    looks: list[Usage] = []
+
+    async with anyio.create_task_group() as group:
+
+        async def watching() -> None:
+            verdict = await watch(payload, Limits(**LIMITS[what]), heartbeat_seconds=10, on_sample=looks.append)
+            assert verdict is None
+
+        group.start_soon(watching)
+        await says(workdir, "there")
+        before = len(looks)
+        await until(lambda: len(looks) >= before + 5, seconds=20)
+        group.cancel_scope.cancel()
+    await payload.end(EndedBy.KILL, grace_seconds=10)
+
+
+async def test_children_that_share_their_memory_are_not_stopped_for_its_sum(workdir: Workdir) -> None:
+    """Ten children and their parent share 50 MB: 550 MB of resident size, under a limit of 200 MB."""
+    script = (
+        "import os, time\nx = b'x' * 50_000_000\n"
+        "for _ in range(10):\n    if os.fork() == 0: time.sleep(0.8); os._exit(0)\n"
+        "for _ in range(10): os.wait()"
+    )
+    command = f"exec {sys.executable} -S -c {shlex.quote(script)}"
+    outcome = await run(command, workdir, memory_bytes=200_000_000)
+    assert outcome.succeeded
+    assert outcome.peak_memory_bytes is not None
+    assert outcome.peak_memory_bytes > 500_000_000
+    assert outcome.peak_pss_bytes is not None
+    assert 50_000_000 < outcome.peak_pss_bytes < 200_000_000
+
+
+async def test_children_that_share_too_much_are_stopped_for_what_they_share(workdir: Workdir) -> None:
+    script = (
+        "import os, signal\nx = b'x' * 50_000_000\n"
+        "for _ in range(3):\n    if os.fork() == 0: signal.pause()\nsignal.pause()"
+    )
+    command = f"exec {sys.executable} -S -c {shlex.quote(script)}"
+    outcome = await run(command, workdir, memory_bytes=40_000_000)
+    assert re.fullmatch(r"memory of [4-9]\d.* MB is over the limit of 40 MB", str(outcome.verdict))
+
+
+async def test_a_disk_that_fills_up_ends_the_payload_whatever_its_files_are_called(small_disk: Path) -> None:
+    """Even an open file without a name, which no walk over the work directory sees."""
+    script = "exec 3> f; rm f; head -c 700000 /dev/zero >&3; exec sleep 1000"
+    async with open_workdir(small_disk, "job") as workdir:
+        outcome = await run(script, workdir, free_disk_bytes=500_000, workdir_bytes=500_000)
+    assert re.fullmatch(r"free disk of 3\d\d.* kB is under the minimum of 500 kB", str(outcome.verdict))
+
+
+async def test_a_payload_that_idles_is_ended(workdir: Workdir) -> None:
+    outcome = await run("exec sleep 1000", workdir, cpu_ratio=0.05, cpu_ratio_window_seconds=0.6)
+    assert re.fullmatch(r"CPU ratio of [0-4].* % is under the minimum of 5 %", str(outcome.verdict))
+    assert 0.6 <= outcome.wall_seconds < 5
+
+
+async def test_a_payload_that_computes_is_not_idle(workdir: Workdir) -> None:
+    burn = "import time\nwhile time.process_time() < 1: pass"
+    command = f"exec {sys.executable} -S -c {shlex.quote(burn)}"
+    outcome = await run(command, workdir, cpu_ratio=0.05, cpu_ratio_window_seconds=0.5)
+    assert outcome.succeeded
+
+
+async def test_a_payload_may_idle_when_it_says_so_in_a_file(workdir: Workdir) -> None:
+    """DIRAC's switch: a file in the work directory, made at any time."""
+    command = f"touch {UNCHECKED}; exec sleep 1"
+    outcome = await run(command, workdir, cpu_ratio=0.05, cpu_ratio_window_seconds=0.3)
+    assert outcome.succeeded
+
+
+async def test_a_deadline_ends_it_when_it_comes(workdir: Workdir) -> None:
+    deadline = datetime.now(UTC) + timedelta(seconds=0.5)
+    outcome = await run("exec sleep 1000", workdir, deadline=deadline)
+    assert str(outcome.verdict).startswith(f"deadline of {deadline:%Y-%m-%d %H:%M:%S} UTC was over at ")
+    assert datetime.now(UTC) - deadline < timedelta(seconds=5)
+
+
+async def test_just_under_a_time_a_payload_is_left_alone(workdir: Workdir) -> None:
+    burn = "import time\nwhile time.process_time() < 0.6: pass"
+    command = f"exec {sys.executable} -S -c {shlex.quote(burn)}"
+    outcome = await run(command, workdir, cpu_seconds=1, wall_seconds=20)
+    assert outcome.succeeded
+    assert 0.6 <= outcome.cpu_seconds < 1
+
+
+@pytest.mark.parametrize("kind", Containment)
+async def test_what_a_payload_used_is_known_even_when_nobody_looked(workdir: Workdir, kind: Containment) -> None:
+    """The kernel keeps the sums until the last process is reaped."""
+    script = (
+        "import os, time\nopen('f', 'wb').write(bytes(3_000_000))\n"
+        "while time.process_time() < 0.2: os.urandom(1 << 20)\n"
+        "print(open('/proc/self/io').read().split()[11])"
+    )
+    payload = await start(f"{sys.executable} -S -c {shlex.quote(script)}; true", workdir, containment=[kind])
+    await payload.tree.wait()
+    outcome = await payload.end(EndedBy.ITSELF, grace_seconds=0)
+    said = int((workdir.path / "std.out").read_text())
+    assert outcome.succeeded
+    assert outcome.peak_processes is None
+    if os.geteuid() == 0:  # nobody else is told by a process that has ended
+        assert said <= outcome.written_bytes < said + 1_000_000
+    assert outcome.system_seconds > 0.1
+    assert outcome.user_seconds == pytest.approx(outcome.cpu_seconds - outcome.system_seconds)
+
+
+async def test_a_look_tells_all_there_is_to_know(workdir: Workdir) -> None:
+    payload = await start("echo 12345; echo 789 >&2; sleep 1000 & exec sleep 1000", workdir)
+    await until(lambda: (workdir.path / "std.err").stat().st_size > 0)
+    while (plain := await payload.usage()).processes < 2:
+        pass
+    assert (plain.processes, plain.threads, plain.output_bytes) == (2, 2, 10)
+    assert (plain.pss_bytes, plain.workdir_bytes, plain.workdir_files) == (None, None, None)
+    assert plain.rss_bytes > 0
+    assert plain.free_disk_bytes
+    full = await payload.usage(Limits(memory_bytes=1, workdir_bytes=1))
+    assert full.pss_bytes
+    assert full.pss_bytes <= full.rss_bytes
+    assert full.workdir_files == 2
+    await payload.end(EndedBy.KILL, grace_seconds=10)
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from types import MappingProxyType
 from typing import Final
 
 from loadmaster.model import ComputingElement, JobDescription, Limits, Verdict
@@ -13,41 +16,200 @@ CPU_MARGIN: Final = 1.2
 SHORTEST_LOOK_SECONDS: Final = 0.05
 """A look at /proc costs some milliseconds: closer to a limit than this is not worth one more."""
 
+BLIND_LOOK_SECONDS: Final = (0.1, 5.0)
+"""What may grow at any rate (memory, processes, files) is looked at as often as a tenth of the payload's age, within
+these. A fill of memory at 1 GB/s, about what one core can do, is then noticed 0.1 GB late in the first second, and
+always within five: DIRAC's watchdog looks after 1800 s."""
+
+WALK_SHARE: Final = 0.05
+"""The work directory is walked so seldom that walking takes at most this part of the time."""
+
+WINDOW_STEPS: Final = 60
+"""So many samples of the CPU ratio's window are remembered at most: it is known to a sixtieth."""
+
+CPU_RATIO: Final = "CPU ratio"
+"""The name of that limit in its verdict."""
+
+UNCHECKED: Final = "DISABLE_WATCHDOG_CPU_WALLCLOCK_CHECK"
+"""DIRAC's: a variable of this name, or a file in the work directory, turns the CPU ratio's limit off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a payload uses, all of its processes together."""
+    """What a payload uses, all of its processes together. None: not looked at this time."""
 
     wall_seconds: float
     cpu_seconds: float = 0.0
-    memory_bytes: int = 0
+    """User and system time, of processes that are gone as well."""
+    rss_bytes: int = 0
+    """Resident sizes added up; what several processes share counts in each."""
     processes: int = 0
+    pss_bytes: int | None = None
+    """The same with shared pages divided among those that share them. Dear, so only known when it has to be."""
+    system_seconds: float = 0.0
+    threads: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    """From and to storage, by processes that are gone as well."""
+    workdir_bytes: int | None = None
+    workdir_files: int | None = None
+    """At least: the walk over a work directory is bounded."""
+    free_disk_bytes: int | None = None
+    """Where the work directory is."""
+    output_bytes: int = 0
+    """Standard output and error."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """The best we know: with sharing accounted for, or without."""
+        return self.rss_bytes if self.pss_bytes is None else self.pss_bytes
 
 
-def limits_of(job: JobDescription, ce: ComputingElement) -> Limits:
-    """The limits of a job on a node: its own, and the CPU it foresees, in this node's seconds and with a margin."""
-    if job.limits.cpu_seconds is not None or not job.cpu_work:
-        return job.limits
-    return job.limits.model_copy(update={"cpu_seconds": job.cpu_work / ce.cpu_normalization_factor * CPU_MARGIN})
+# -- a job's limits on a node ------------------------------------------------------------------------------------
 
 
-def judge(usage: Usage, limits: Limits) -> Verdict | None:
-    """The limit that is exceeded, or None."""
-    if limits.wall_seconds is not None and usage.wall_seconds >= limits.wall_seconds:
-        return Verdict("wall time", usage.wall_seconds, limits.wall_seconds, "s")
-    if limits.cpu_seconds is not None and usage.cpu_seconds >= limits.cpu_seconds:
-        return Verdict("CPU time", usage.cpu_seconds, limits.cpu_seconds, "s")
-    return None
+def limits_of(job: JobDescription, ce: ComputingElement, environ: Mapping[str, str] = MappingProxyType({})) -> Limits:
+    """The limits of a job on a node: its own, and the CPU it foresees, in this node's seconds and with a margin.
+
+    DIRAC's switches apply: `RemoteExecution` turns all limits off, since what runs here only waits for what runs
+    elsewhere; `JobType` Test, `DisableCPUCheck`, and DISABLE_WATCHDOG_CPU_WALLCLOCK_CHECK in the job's environment or
+    the pilot's (`environ`) turn off the CPU ratio. The memory a job asks for (`memory_mb`) sizes its slot and is no
+    limit: only `limits.memory_bytes` is.
+    """
+    if _is_on(job.extra.get("RemoteExecution")):
+        return Limits(grace_seconds=job.limits.grace_seconds)
+    limits = job.limits
+    if limits.cpu_seconds is None and job.cpu_work:
+        foreseen = job.cpu_work / ce.cpu_normalization_factor
+        limits = limits.model_copy(update={"cpu_seconds": foreseen * CPU_MARGIN})
+    unchecked = UNCHECKED in job.environment or UNCHECKED in environ
+    if job.job_type.lower() == "test" or _is_on(job.extra.get("DisableCPUCheck")) or unchecked:
+        return without_cpu_ratio(limits)
+    return limits
 
 
-def seconds_until_look(usage: Usage, limits: Limits, *, cores: int, heartbeat_seconds: float) -> float:
+def without_cpu_ratio(limits: Limits) -> Limits:
+    """The same limits, but a payload may idle."""
+    return limits.model_copy(update={"cpu_ratio": None})
+
+
+def _is_on(value: object) -> bool:
+    """A switch of a JDL: there, and not one of the words for no."""
+    if isinstance(value, str):
+        return value.strip().lower() not in {"", "0", "false", "no", "n", "off", "none"}
+    return bool(value)
+
+
+# -- judging -----------------------------------------------------------------------------------------------------
+
+
+def judge(samples: Sequence[Usage], limits: Limits, *, now: datetime) -> Verdict | None:
+    """The first limit that is exceeded, or None. The last sample is judged; earlier ones count for the CPU ratio.
+
+    A time is exceeded when it is reached, an amount when there is more, a minimum when there is less.
+    """
+    return next(_exceeded(samples, limits, now), None)
+
+
+def _exceeded(samples: Sequence[Usage], limits: Limits, now: datetime) -> Iterator[Verdict]:
+    usage = samples[-1]
+    if limits.deadline is not None and now >= limits.deadline:
+        yield Verdict("deadline", now.timestamp(), limits.deadline.timestamp(), "UTC")
+    for name, seconds, allowed in (
+        ("wall time", usage.wall_seconds, limits.wall_seconds),
+        ("CPU time", usage.cpu_seconds, limits.cpu_seconds),
+    ):
+        if allowed is not None and seconds >= allowed:
+            yield Verdict(name, seconds, allowed, "s")
+    for name, amount, most, unit in (
+        # By PSS alone: ten children that share 200 MB have resident sizes of 2.2 GB together and take 200 MB.
+        ("memory", usage.pss_bytes, limits.memory_bytes, "bytes"),
+        ("number of processes", usage.processes, limits.processes, ""),
+        ("work directory size", usage.workdir_bytes, limits.workdir_bytes, "bytes"),
+        ("output size", usage.output_bytes, limits.output_bytes, "bytes"),
+    ):
+        if amount is not None and most is not None and amount > most:
+            yield Verdict(name, amount, most, unit)
+    free, least = usage.free_disk_bytes, limits.free_disk_bytes
+    if free is not None and least is not None and free < least:
+        yield Verdict("free disk", free, least, "bytes")
+    ratio = cpu_ratio(samples, limits.cpu_ratio_window_seconds)
+    if ratio is not None and limits.cpu_ratio is not None and ratio < limits.cpu_ratio:
+        yield Verdict(CPU_RATIO, 100 * ratio, 100 * limits.cpu_ratio, "%")
+
+
+def cpu_ratio(samples: Sequence[Usage], window_seconds: float) -> float | None:
+    """CPU time per wall time since the last sample that is a window old; None when the payload is younger than that."""
+    last = samples[-1]
+    first = next((old for old in reversed(samples) if _is_window_old(old, last, window_seconds)), None)
+    if first is None:
+        return None
+    return (last.cpu_seconds - first.cpu_seconds) / (last.wall_seconds - first.wall_seconds)
+
+
+def remembered(samples: Sequence[Usage], usage: Usage, limits: Limits) -> tuple[Usage, ...]:
+    """The samples that later judgements need, and a new one, which is the last."""
+    if limits.cpu_ratio is None:
+        return (usage,)
+    window = limits.cpu_ratio_window_seconds
+    kept = list(samples)
+    while len(kept) > 1 and _is_window_old(kept[1], usage, window):
+        del kept[0]
+    # The newest is only worth keeping when it is a step away from the one before it.
+    if len(kept) > 1 and kept[-1].wall_seconds - kept[-2].wall_seconds < window / WINDOW_STEPS:
+        del kept[-1]
+    return (*kept, usage)
+
+
+def _is_window_old(old: Usage, last: Usage, window_seconds: float) -> bool:
+    return last.wall_seconds - old.wall_seconds >= window_seconds
+
+
+# -- when to look ------------------------------------------------------------------------------------------------
+
+
+def seconds_until_look(usage: Usage, limits: Limits, *, now: datetime, cores: int, heartbeat_seconds: float) -> float:
     """How long a payload may be left alone: until a limit could be reached at the earliest, or a heartbeat is due.
 
     CPU time cannot grow faster than the wall clock times the machine's cores, so a far-off limit needs no looks at all.
+    For memory, processes and files nothing of the kind is known: see `BLIND_LOOK_SECONDS`.
     """
     look = heartbeat_seconds
+    if limits.deadline is not None:
+        look = min(look, (limits.deadline - now).total_seconds())
     if limits.wall_seconds is not None:
         look = min(look, limits.wall_seconds - usage.wall_seconds)
     if limits.cpu_seconds is not None:
         look = min(look, (limits.cpu_seconds - usage.cpu_seconds) / cores)
+    if limits.cpu_ratio is not None:
+        window = limits.cpu_ratio_window_seconds
+        look = min(look, max(window - usage.wall_seconds, window / 10))
+    if _may_grow_at_any_rate(limits):
+        look = min(look, _blind_look(usage.wall_seconds))
     return max(look, SHORTEST_LOOK_SECONDS)
+
+
+def needs_pss(rss_bytes: int, limits: Limits) -> bool:
+    """Whether the resident sizes leave open if there is too much memory: shared pages make the sum too large."""
+    return limits.memory_bytes is not None and rss_bytes > limits.memory_bytes
+
+
+def seconds_until_walk(wall_seconds: float, cost_seconds: float) -> float:
+    """How long a work directory may be left alone after a walk that took so long."""
+    return max(_blind_look(wall_seconds), cost_seconds / WALK_SHARE)
+
+
+def _may_grow_at_any_rate(limits: Limits) -> bool:
+    blind = (
+        limits.memory_bytes,
+        limits.processes,
+        limits.workdir_bytes,
+        limits.free_disk_bytes,
+        limits.output_bytes,
+    )
+    return any(limit is not None for limit in blind)
+
+
+def _blind_look(wall_seconds: float) -> float:
+    shortest, longest = BLIND_LOOK_SECONDS
+    return min(max(shortest, wall_seconds / 10), longest)

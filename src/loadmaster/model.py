@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
 from signal import Signals
@@ -19,6 +20,7 @@ from urllib.parse import quote, unquote
 
 from pydantic import (
     AfterValidator,
+    AwareDatetime,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -287,13 +289,28 @@ JobId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9
 
 
 class Limits(BaseModel):
-    """How much a payload may use before it is stopped; None means no limit."""
+    """How much a payload may use before it is stopped, all of its processes together; None means no limit."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     wall_seconds: float | None = Field(default=None, gt=0)
     cpu_seconds: float | None = Field(default=None, gt=0)
-    """Of all its processes together."""
+    """Of all cores, user and system time."""
+    deadline: AwareDatetime | None = None
+    """When the payload is stopped if it still runs; a time with its zone."""
+    memory_bytes: int | None = Field(default=None, gt=0)
+    """By proportional size (PSS): pages that processes share count once. Memory nobody has mapped is not seen."""
+    processes: int | None = Field(default=None, gt=0)
+    workdir_bytes: int | None = Field(default=None, gt=0)
+    """Blocks on the disk, inputs included."""
+    free_disk_bytes: int | None = Field(default=None, gt=0)
+    """The least that must stay free on the disk of the work directory (DIRAC's MinDiskSpace), whoever fills it."""
+    output_bytes: int | None = Field(default=None, gt=0)
+    """Standard output and error together."""
+    cpu_ratio: float | None = Field(default=None, gt=0)
+    """The least CPU time per wall time, as a fraction of one core (DIRAC's MinCPUWallClockRatio is 0.05)."""
+    cpu_ratio_window_seconds: float = Field(default=1800.0, gt=0)
+    """Over how long that is measured (DIRAC's CPUSampleTime)."""
     grace_seconds: float = Field(default=10.0, ge=0, le=600)
     """Between the polite signal (TERM) and the one that cannot be refused (KILL); bounded, for a pilot keeps it too."""
 
@@ -543,16 +560,33 @@ class EndedBy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A limit that was exceeded: which, by what value, and what was allowed."""
+    """A limit that was exceeded: which, by what value, and what was allowed. Less than allowed: it was a minimum."""
 
     limit: str
     value: float
     threshold: float
     unit: str
+    """`s`, `bytes`, `%`, nothing for numbers, or `UTC` for points in time as seconds since 1970."""
 
     def __str__(self) -> str:
-        value, threshold = _rounded(self.value), _rounded(self.threshold)
-        return f"{self.limit} of {value} {self.unit} is over the limit of {threshold} {self.unit}"
+        value, threshold = _quantity(self.value, self.unit), _quantity(self.threshold, self.unit)
+        if self.unit == "UTC":
+            return f"{self.limit} of {threshold} was over at {value}"
+        relation = "under the minimum" if self.value < self.threshold else "over the limit"
+        return f"{self.limit} of {value} is {relation} of {threshold}"
+
+
+def _quantity(number: float, unit: str) -> str:
+    """A number that people can read, with its unit."""
+    if unit == "UTC":
+        return f"{datetime.fromtimestamp(number, UTC):%Y-%m-%d %H:%M:%S} UTC"
+    if unit == "bytes":
+        for larger in ("bytes", "kB", "MB", "GB", "TB"):
+            unit = larger
+            if abs(number) < 1000 or larger == "TB":
+                break
+            number /= 1000
+    return f"{_rounded(number)} {unit}".rstrip()
 
 
 def _rounded(number: float) -> str:
@@ -585,9 +619,10 @@ class Failure:
 class PayloadOutcome:
     """How a payload ended and what it used.
 
-    `exit_code` and `signal`: one of them is None; both are when the status was lost. CPU seconds are the kernel's, of
-    the payload and all children it waited for. `peak_memory_bytes` is the largest resident size seen of its processes
-    together, or None when the payload was too short to be looked at (`usage` says why the kernel's figure is not enough).
+    `exit_code` and `signal`: one of them is None; both are when the status was lost. CPU seconds are the
+    kernel's, of the payload and whatever was waited for below it. `peak_memory_bytes` is the largest resident size seen
+    of its processes together, or None when nobody knows; `peak_pss_bytes` the largest with shared pages counted once,
+    or None when it never came near its limit of memory; `peak_processes` None when it was too short to be looked at.
     """
 
     exit_code: int | None
@@ -597,6 +632,18 @@ class PayloadOutcome:
     peak_memory_bytes: int | None
     ended_by: EndedBy = EndedBy.ITSELF
     verdict: Verdict | None = None
+    system_seconds: float = 0.0
+    """The part of the CPU seconds spent in the kernel."""
+    read_bytes: int = 0
+    written_bytes: int = 0
+    """From and to storage, past the page cache. As of the last look, when we are not root."""
+    peak_pss_bytes: int | None = None
+    peak_processes: int | None = None
+
+    @property
+    def user_seconds(self) -> float:
+        """The part of the CPU seconds not spent in the kernel."""
+        return max(0.0, self.cpu_seconds - self.system_seconds)
 
     @property
     def succeeded(self) -> bool:

@@ -8,7 +8,8 @@ Values go down, events go sideways into the handle, one result comes up.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ from loadmaster.model import (
     complaints,
 )
 from loadmaster.payload.command import default_command, default_environment, slot_environment
-from loadmaster.payload.supervise import CONTAINMENT, HEARTBEAT_SECONDS, start, watch
+from loadmaster.payload.containment import DEFAULT, Containment
+from loadmaster.payload.supervise import HEARTBEAT_SECONDS, start, watch
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs
@@ -82,11 +84,13 @@ async def run_job(
     root: Path | None = None,
     keep_workdir: bool = False,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    containment: Sequence[Containment] = DEFAULT,
 ) -> JobResult:
     """What came of one attempt at a job. Its failure is a value in there, not an exception.
 
     The files move through `transfers` (shared by many jobs) or those of `site`; the payload waits for a slot of `slots`;
-    the work directory is `<root>/<job id>`. `handle` follows and kills the job.
+    the work directory is `<root>/<job id>`. `handle` follows and kills the job. The payload's processes are held by the
+    first `containment` that the node allows; `payload.containment` says what each of them holds.
 
     Raises `RuntimeFault` when the runtime cannot keep its promises. Cancellation stops the payload (TERM, grace, KILL),
     removes the work directory, delivers nothing and claims no end: the last event is not `JobFinished`. Await it to its
@@ -110,7 +114,7 @@ async def run_job(
             workdir = await stack.enter_async_context(open_workdir(root, job.job_id, keep=keep_workdir))
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             await _Flight(
-                flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
+                flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds, containment
             ).fly()
 
     # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
@@ -127,7 +131,7 @@ class _Flight:
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, heartbeat_seconds: float,
+        slots: Slots, handle: JobHandle, heartbeat_seconds: float, containment: Sequence[Containment],
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -137,7 +141,8 @@ class _Flight:
         self.handle = handle
         self.record = handle.record
         self.heartbeat_seconds = heartbeat_seconds
-        self.limits = limits_of(job.description, job.ce)
+        self.containment = containment
+        self.limits = limits_of(job.description, job.ce, os.environ)
         self.standard = JobExecutionCoordinator(job.description, job.ce)
         self.standard.job = job
         self.coordinator: Coordinator = self.standard
@@ -196,10 +201,13 @@ class _Flight:
     async def _supervise(self, spec: PayloadSpec) -> PayloadOutcome:
         """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
         description = self.job.description
-        payload = await start(spec, self.workdir, stdout=description.std_output, stderr=description.std_error)
+        payload = await start(
+            spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
+            grace_seconds=self.limits.grace_seconds, containment=self.containment,
+        )  # fmt: skip
         verdict: Verdict | None = None
         try:
-            await self.record(PayloadStarted, payload.process.pid, payload.process.start_ticks, CONTAINMENT)
+            await self.record(PayloadStarted, payload.tree.pid, payload.tree.start_ticks, payload.tree.containment)
             self.job.payload = payload
             async with self.job.companions.alongside():
                 verdict = await watch(

@@ -183,6 +183,10 @@ class Workdir:
         inside = {folder for folder in folders if f"{os.path.realpath(self.path / folder)}/".startswith(f"{top}/")}
         return [name for name in names if os.path.dirname(name) in inside]
 
+    def descriptor(self) -> int:
+        """A descriptor of the directory, the caller's to close."""
+        return os.dup(self._fd)
+
     def reopen(self) -> None:
         """Let us in again, should the payload have closed the directory to everybody."""
         os.fchmod(self._fd, OURS)

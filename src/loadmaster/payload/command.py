@@ -19,6 +19,9 @@ from loadmaster.workdir import Workdir
 INHERITED: Final = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
 """What a payload sees of the pilot's environment. Not the rest: it has credentials, and paths of the pilot's own Python."""
 
+THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+"""Unset, each of these libraries takes every core of the node, whatever the slot."""
+
 DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 
 SHELL: Final = "/bin/sh"
@@ -45,8 +48,8 @@ def default_environment(job: JobDescription, ce: ComputingElement, workdir: Work
 
 
 def slot_environment(slot: Slot) -> dict[str, str]:
-    """What a payload is told of the slot it was granted."""
-    return {"LOADMASTER_CORES": str(slot.cores)}
+    """What a payload is told of the slot it was granted; libraries that start a thread per core take it for theirs."""
+    return dict.fromkeys(("LOADMASTER_CORES", *THREAD_VARIABLES), str(slot.cores))
 
 
 def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdir) -> str:
@@ -59,21 +62,21 @@ def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdi
     return f"{found} {job.arguments}".strip()
 
 
-def argv_of(spec: PayloadSpec, cwd: Path) -> list[str]:
+def argv_of(spec: PayloadSpec, cwd: Path, *, near: bool) -> list[str]:
     """What is executed for a command. Blocks.
 
-    A program of a local disk with plain arguments is executed as it stands. Everything else goes through the shell,
-    sequences too, as words it does not look at: while a file is being executed the whole interpreter waits, and of a
-    file on CVMFS or NFS nobody knows for how long. Raises `PayloadNotStarted` when the program it names is not there,
-    before a shell turns that into exit code 127.
+    One program with plain arguments is executed as it stands, everything else through the shell. `near`: by this very
+    process, which waits while a file is being executed, with its whole interpreter; then the shell also stands between
+    us and a file that is not on a local disk, of which nobody knows how long it takes (CVMFS, NFS).
+
+    Raises `PayloadNotStarted` when the program it names is not there, before a shell turns that into exit code 127.
     """
     command, path = spec.command, spec.env.get("PATH", DEFAULT_PATH)
     program = command[0] if isinstance(command, tuple) else program_of(command)
-    if program is not None:
-        _check(program, path, cwd)
+    found = _check(program, path, cwd) if program is not None else None
     words = list(command) if isinstance(command, tuple) else _plain_words(command)
-    if words is not None and "/" in words[0] and _is_local_program(cwd / words[0], cwd):
-        return words
+    if words is not None and found is not None and not (near and not _is_local_program(Path(found), cwd)):
+        return [found, *words[1:]]
     if isinstance(command, tuple):
         return [SHELL, "-c", 'exec "$@"', SHELL, *command]
     return [SHELL, "-c", f"exec {command}" if program is not None else command]
@@ -109,12 +112,14 @@ def _plain_words(command: str) -> list[str] | None:
     return words if words and "=" not in words[0] else None
 
 
-def _check(program: str, path: str, cwd: Path) -> None:
+def _check(program: str, path: str, cwd: Path) -> str:
+    """The file of a program. Raises `PayloadNotStarted` if there is none, or it cannot be executed."""
     found = str(cwd / program) if "/" in program else shutil.which(program, path=path)
     if found is None or not os.path.exists(found):
         raise PayloadNotStarted(f"executable {program!r}: no such file")
     if os.path.isdir(found) or not os.access(found, os.X_OK):
         raise PayloadNotStarted(f"executable {program!r}: may not be executed")
+    return found
 
 
 def _is_local_program(file: Path, cwd: Path) -> bool:

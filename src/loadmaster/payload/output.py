@@ -24,10 +24,18 @@ class Output:
 
     def __init__(self, workdir: Workdir, stdout: str, stderr: str) -> None:
         """Make the files, empty. Raises OSError. One name for both is one file, with the lines in order."""
-        self.stdout = workdir.create(stdout)
+        self._workdir, self._names = workdir, (stdout, stderr)
+        self.directory = workdir.descriptor()
+        """The work directory: its name is the payload's to change."""
+        try:
+            self.stdout = workdir.create(stdout)
+        except OSError:
+            os.close(self.directory)
+            raise
         try:
             self.stderr = os.dup(self.stdout) if stderr == stdout else workdir.create(stderr)
         except OSError:
+            os.close(self.directory)
             os.close(self.stdout)
             raise
 
@@ -35,6 +43,13 @@ class Output:
         """Let go of the files."""
         os.close(self.stdout)
         os.close(self.stderr)
+        os.close(self.directory)
+
+    def discard(self) -> None:
+        """Remove the files: there was no payload to write to them."""
+        self.close()
+        for name in self._names:
+            self._workdir.remove(name)
 
     def peek(self, lines: int = PEEK_LINES) -> list[str]:
         """The last lines of standard output, at the same cost whatever its size."""

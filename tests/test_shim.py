@@ -1,0 +1,795 @@
+"""Both shims, C and Python, in both containments, as root and as an ordinary user: one suite says what they hold.
+
+The payload's stderr is a pipe whose other end we have: once nobody holds it any more, everybody is gone. The shim
+holds it too, so that it reads as closed from the moment the shim has ended, if nothing was left behind; every
+`Shim.end` looks.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import loadmaster.payload
+from conftest import NOBODY, TEMPORARY
+
+SOURCE = Path(loadmaster.payload.__file__).parent
+SECONDS = 20
+"""Nothing here takes as long."""
+
+CASES = [
+    pytest.param((kind, mode, user), id=f"{kind}-{mode}-{user}")
+    for kind in ("c", "python")
+    for mode in ("pid-namespace", "subreaper")
+    for user in ("root", "ordinary")
+]
+IN_NAMESPACE = [case for case in CASES if "pid-namespace" in str(case.id)]
+
+
+# -- starting one ----------------------------------------------------------------------------------------------------
+
+
+class Shim:
+    """A shim that was started, and its payload."""
+
+    def __init__(self, words: Sequence[Any], home: Path, report: int, life: int, **options: Any) -> None:
+        self.out = home / "std.out"
+        self._report, self._life = report, life
+        self._text = b""
+        with self.out.open("wb") as out:
+            self.popen = subprocess.Popen(words, cwd=home, stdin=subprocess.DEVNULL, stdout=out, **options)
+        self.pid = self.popen.pid
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def close(self) -> None:
+        """Also after a failed test: USR1 first, as a killed sub-reaper leaves its tree."""
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            if self.popen.poll() is None:
+                self.order(number)
+                wait_readable(self._pidfd)
+        self.popen.wait()
+        for descriptor in (self._report, self._life, self._pidfd):
+            os.close(descriptor)
+
+    def order(self, number: int) -> None:
+        self.popen.send_signal(number)
+
+    def started(self) -> dict[str, str]:
+        """The first part of the report; or a refusal, or what there is when the shim ends."""
+        while b"\n\n" not in self._text and (more := self._read(self._report)):
+            self._text += more
+        return facts(self._text.partition(b"\n\n")[0])
+
+    def ready(self, word: str = "ready") -> None:
+        """Return once the payload has printed it."""
+        deadline = time.monotonic() + SECONDS
+        while word not in self.output():
+            assert time.monotonic() < deadline, f"not printed: {word}"
+            time.sleep(0.002)
+
+    def end(self) -> dict[str, str]:
+        """The second part of the report, once the shim has ended; nothing of its tree is left then."""
+        assert wait_readable(self._pidfd), "the shim does not end"
+        self.popen.wait()
+        said = b""
+        while wait_readable(self._life, 0):
+            if not (more := os.read(self._life, 65536)):
+                break
+            said += more
+        else:
+            pytest.fail("something was left behind")
+        assert b"shim.py" not in said, said.decode()
+        while more := self._read(self._report):
+            self._text += more
+        return facts(self._text.partition(b"\n\n")[2])
+
+    def everything_ends(self) -> None:
+        """Like `end`, for a shim that cannot see to it: soon, not at once."""
+        assert wait_readable(self._pidfd)
+        self.popen.wait()
+        while self._read(self._life):
+            pass
+
+    def output(self) -> str:
+        return self.out.read_text(errors="replace")
+
+    def text(self) -> tuple[bytes, bytes]:
+        first, _, second = self._text.partition(b"\n\n")
+        return first + b"\n", second
+
+    def _read(self, descriptor: int) -> bytes:
+        assert wait_readable(descriptor), "nothing comes"
+        return os.read(descriptor, 65536)
+
+
+def wait_readable(descriptor: int, seconds: float = SECONDS) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
+def facts(text: bytes) -> dict[str, str]:
+    return dict(line.split(" ", 1) for line in text.decode().splitlines())
+
+
+Start = Callable[..., Shim]
+
+
+@pytest.fixture(scope="session")
+def shims() -> Iterator[Path]:
+    """A directory with both, where everybody may go."""
+    with tempfile.TemporaryDirectory(dir=TEMPORARY) as place:
+        os.chmod(place, 0o755)
+        shutil.copy(SOURCE / "shim.py", place)
+        if compiler := shutil.which(os.environ.get("CC", "cc")):
+            command = [compiler, "-Os", "-Wall", "-Wextra", "-Werror", "-o", f"{place}/shim", str(SOURCE / "shim.c")]
+            subprocess.run(command, check=True)
+        elif os.access(SOURCE / "shim", os.X_OK):
+            shutil.copy(SOURCE / "shim", place)
+        yield Path(place)
+
+
+@pytest.fixture(scope="session")
+def python() -> str:
+    """An interpreter that an ordinary user may execute."""
+    for interpreter in (sys.executable, "/usr/bin/python3"):
+        with suppress(OSError):
+            if subprocess.run([interpreter, "-I", "-c", ""], **rights("ordinary")).returncode == 0:
+                return interpreter
+    pytest.skip("no interpreter here that an ordinary user may execute")
+
+
+def rights(user: str) -> dict[str, Any]:
+    """Options of Popen that make it so."""
+    if user == "ordinary" and os.geteuid() == 0:
+        return {"user": NOBODY, "group": NOBODY, "extra_groups": []}
+    return {}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, str, str]:
+    """Which shim, which containment, which user."""
+    found: tuple[str, str, str] = request.param
+    return found
+
+
+@pytest.fixture
+def home(case: tuple[str, str, str]) -> Iterator[Path]:
+    """The payload's directory."""
+    with tempfile.TemporaryDirectory(dir=TEMPORARY) as home:
+        if case[2] == "ordinary" and os.geteuid() == 0:
+            os.chown(home, NOBODY, NOBODY)
+        yield Path(home)
+
+
+@pytest.fixture
+def shim_argv(case: tuple[str, str, str], shims: Path, python: str) -> list[str]:
+    kind, mode, user = case
+    if user == "root" and os.geteuid() != 0:
+        pytest.skip("we are not root")
+    if kind == "c" and not (shims / "shim").exists():
+        pytest.skip("there is no compiler here")
+    argv = [str(shims / "shim")] if kind == "c" else [python, "-I", "-S", str(shims / "shim.py")]
+    if mode == "pid-namespace" and not namespaces_allowed(user):
+        pytest.skip("the node allows this user no namespaces")
+    return argv
+
+
+@cache
+def namespaces_allowed(user: str) -> bool:
+    words = ["unshare", "-p", "-f", "--mount-proc", *(["-U"] if rights(user) or os.geteuid() != 0 else []), "true"]
+    return subprocess.run(words, capture_output=True, **rights(user)).returncode == 0
+
+
+@pytest.fixture
+def start(case: tuple[str, str, str], shim_argv: list[str], home: Path) -> Iterator[Start]:
+    """Start a payload under the shim: `start("/bin/sh", "-c", ...)`."""
+    _, mode, user = case
+    with ExitStack() as stack:
+
+        def start(
+            *argv: str | bytes, env: bytes = b"PATH=/usr/bin:/bin\0", grace_ms: int = 60_000, state: int = -1,
+            flags: str = "n", before: Sequence[str] = (), pass_fds: Sequence[int] = (), **options: Any,
+        ) -> Shim:  # fmt: skip
+            report, report_end = os.pipe()
+            life, life_end = os.pipe()
+            environment = os.memfd_create("environment")
+            with os.fdopen(environment, "wb", closefd=False) as file:
+                file.write(env)
+            own = [str(word) for word in (state, report_end, environment, grace_ms, mode, flags)]
+            passed = [report_end, environment, *([state] if state >= 0 else []), *pass_fds]
+            try:
+                shim = Shim(
+                    [*before, *shim_argv, *own, *argv], home, report, life, stderr=life_end, env={}, pass_fds=passed,
+                    **rights(user), **options,
+                )  # fmt: skip
+            finally:
+                for descriptor in (report_end, life_end, environment):
+                    os.close(descriptor)
+            stack.callback(shim.close)
+            return shim
+
+        yield start
+
+
+@pytest.fixture
+def run_sh(start: Start) -> Start:
+    """Start a piece of shell."""
+    return lambda script, **options: start("/bin/sh", "-c", script, **options)
+
+
+PRELUDE = """
+import os, signal, sys, time
+def say(word):
+    os.write(1, word.encode() + b"\\n")
+def rest(ready, *, ignoring=()):
+    for number in ignoring:
+        signal.signal(number, signal.SIG_IGN)
+    os.write(ready, b"!")
+    os.close(ready)
+    while True:
+        time.sleep(1000)
+def leave_daemons(count, *, ignoring=()):
+    "As daemons do it: fork, setsid, fork; returns when they are there."
+    seen, ready = os.pipe()
+    for _ in range(count):
+        if (pid := os.fork()) == 0:
+            os.setsid()
+            if os.fork() == 0:
+                rest(ready, ignoring=ignoring)
+            os._exit(0)
+        os.waitpid(pid, 0)
+    for _ in range(count):
+        os.read(seen, 1)
+"""
+
+
+@pytest.fixture
+def run_python(start: Start, python: str) -> Start:
+    """Start a piece of Python."""
+    return lambda script, **options: start(python, "-I", "-S", "-c", PRELUDE + script, **options)
+
+
+# -- how a payload ends ----------------------------------------------------------------------------------------------
+
+
+def test_every_exit_code_arrives(run_sh: Start) -> None:
+    codes = [0, 1, 2, 42, 125, 126, 127, 128, 143, 255]
+    started = [run_sh(f"exit {code}") for code in codes]
+    assert [int(shim.end()["status"]) for shim in started] == [code << 8 for code in codes]
+    assert [shim.popen.returncode for shim in started] == [0] * len(codes)
+
+
+def test_every_deadly_signal_arrives_as_one(run_sh: Start) -> None:
+    harmless = {"SIGCHLD", "SIGCONT", "SIGURG", "SIGWINCH", "SIGSTOP", "SIGTSTP", "SIGTTIN", "SIGTTOU"}
+    numbers = sorted(number for number in signal.valid_signals() if getattr(number, "name", "") not in harmless)
+    started = [run_sh(f"ulimit -c 0; kill -{int(number)} $$") for number in numbers]
+    statuses = [int(shim.end()["status"]) for shim in started]
+    assert [status & 0x7F for status in statuses] == numbers
+    assert {status & ~0xFF for status in statuses} == {0}
+
+
+def test_report_says_whom_it_started(start: Start) -> None:
+    """Also of payloads that have ended before anybody could look."""
+    for shim in [start("/bin/true") for _ in range(10)]:
+        started = shim.started()
+        assert int(started["shim_pid"]) == shim.pid
+        assert int(started["payload_pid"]) > 1
+        assert int(started["payload_start"]) >= int(started["shim_start"]) > 0
+        assert started["error"] == "0"
+        assert shim.end()["asked"] == "-"
+
+
+def test_reported_pid_is_the_payloads_as_seen_from_outside(case: tuple[str, str, str], run_sh: Start) -> None:
+    shim = run_sh("echo ready; exec sleep 1000")
+    shim.ready()
+    started = shim.started()
+    stat = Path(f"/proc/{started['payload_pid']}/stat").read_bytes()
+    assert b"(sleep)" in stat
+    assert stat.rpartition(b")")[2].split()[19].decode() == started["payload_start"]
+    assert started["containment"] == case[1]
+    shim.order(signal.SIGUSR1)
+    shim.end()
+
+
+@pytest.mark.parametrize(
+    ("program", "error"), [("/nowhere/at/all", errno.ENOENT), ("/etc", errno.EACCES), ("/etc/passwd", errno.EACCES)]
+)
+def test_what_cannot_be_executed_is_reported_with_its_reason(start: Start, program: str, error: int) -> None:
+    shim = start(program)
+    assert int(shim.started()["error"]) == error
+    assert int(shim.end()["status"]) == 127 << 8
+
+
+def test_too_large_a_variable_is_reported_as_such(start: Start) -> None:
+    shim = start("/bin/true", env=b"BIG=" + b"x" * 300_000 + b"\0")
+    assert int(shim.started()["error"]) == errno.E2BIG
+    shim.end()
+
+
+def test_script_without_a_first_line_is_the_shells(start: Start, home: Path) -> None:
+    script = home / "script"
+    script.write_text('echo "$0" "$1"; exit 5\n')
+    script.chmod(0o755)
+    shim = start(str(script), "two words")
+    assert int(shim.end()["status"]) == 5 << 8
+    assert shim.output() == f"{script} two words\n"
+
+
+# -- what a payload is given -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"A=1\0B=\0C=a=b\nc\0", id="usual"),
+        pytest.param(b"A=\xff\xfe\0\xe9t\xe9=1\0", id="not UTF-8"),
+        pytest.param(b"A=1\0A=2\0no equals sign\0=\0", id="strange"),
+        pytest.param(b"".join(b"V%d=%s\0" % (i, b"x" * 100_000) for i in range(10)), id="a megabyte"),
+    ],
+)
+def test_environment_is_passed_exactly(start: Start, env: bytes) -> None:
+    shim = start("/bin/cat", "/proc/self/environ", env=env)
+    assert int(shim.end()["status"]) == 0
+    assert shim.out.read_bytes() == env
+
+
+def test_arguments_are_passed_exactly(start: Start) -> None:
+    words = [b"-I", b"", b"\xff\xfe", "é".encode(), b"two\nlines"]
+    shim = start("/bin/sh", "-c", 'printf "%s|" "$@"', "sh", *words)
+    shim.end()
+    assert shim.out.read_bytes() == b"|".join(words) + b"|"
+
+
+PROBE = """
+import json
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+print(json.dumps({
+    "ignored": int(status["SigIgn"], 16) & ~(1 << 12 | 1 << 24),  # but for SIGPIPE and SIGXFSZ: Python's own
+    "blocked": int(status["SigBlk"], 16),
+    "no new privileges": int(status["NoNewPrivs"]),
+    "capabilities": int(status["CapEff"], 16),
+    "session": os.getsid(0) == os.getpid() == os.getpgid(0),
+    "user": [os.getuid(), os.geteuid(), os.getgid(), os.getegid()],
+    "descriptors": sorted(map(int, os.listdir("/proc/self/fd")))[:-1],  # but for that of the listing
+    "seen": sorted(int(name) for name in os.listdir("/proc") if name.isdecimal()),
+    "self": os.getpid(),
+    "parent": os.getppid(),
+}))
+"""
+
+
+def probe(run_python: Start, **options: Any) -> Any:
+    shim = run_python(PROBE, **options)
+    shim.end()
+    return json.loads(shim.output())
+
+
+def test_payload_has_its_own_session(run_python: Start) -> None:
+    assert probe(run_python)["session"] is True
+
+
+def test_payload_inherits_three_descriptors(run_python: Start) -> None:
+    with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as another:
+        high = fcntl.fcntl(another.fileno(), fcntl.F_DUPFD, 200)
+        try:
+            assert probe(run_python, pass_fds=[file.fileno(), high])["descriptors"] == [0, 1, 2]
+        finally:
+            os.close(high)
+
+
+def ignore_and_block() -> None:
+    """What an embedding program may have left to its children."""
+    for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGTERM, signal.SIGUSR1, signal.SIGXFSZ, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGCHLD, signal.SIGINT})
+
+
+def test_payload_has_no_signals_ignored_or_blocked(run_python: Start) -> None:
+    found = probe(run_python, preexec_fn=ignore_and_block, restore_signals=False)
+    assert (found["ignored"], found["blocked"]) == (0, 0)
+
+
+def test_payload_may_write_to_a_closed_pipe_and_die_of_it(start: Start) -> None:
+    shim = start("/bin/sh", "-c", "kill -PIPE $$", preexec_fn=ignore_and_block, restore_signals=False)
+    assert int(shim.end()["status"]) == signal.SIGPIPE
+
+
+def test_shim_works_below_a_program_that_ignores_and_blocks_signals(run_sh: Start) -> None:
+    """With SIGCHLD ignored the kernel reaps children by itself: the status was lost, the payload called killed."""
+    shim = run_sh("exit 3", preexec_fn=ignore_and_block)
+    assert int(shim.end()["status"]) == 3 << 8
+    shim = run_sh("echo ready; exec sleep 1000", preexec_fn=ignore_and_block)
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    assert int(shim.end()["status"]) == signal.SIGTERM
+
+
+def test_payload_gets_no_new_privileges_unless_it_may(run_python: Start) -> None:
+    assert probe(run_python)["no new privileges"] == 1
+    assert probe(run_python, flags="-")["no new privileges"] == 0
+
+
+def test_payload_sees_itself_as_its_user(case: tuple[str, str, str], run_python: Start) -> None:
+    user = NOBODY if rights(case[2]) else os.geteuid()
+    found = probe(run_python)
+    assert found["user"] == [user] * 4
+    assert user == 0 or found["capabilities"] == 0
+
+
+@pytest.mark.parametrize("case", IN_NAMESPACE, indirect=True)
+def test_payload_in_a_namespace_sees_only_its_own_processes(run_python: Start) -> None:
+    found = probe(run_python)
+    assert (found["parent"], found["seen"]) == (1, [1, found["self"]])
+
+
+# -- ending it -------------------------------------------------------------------------------------------------------
+
+
+TAKES_TERM = """
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+say("ready")
+signal.sigwait({signal.SIGTERM})  # not a shell's trap: a child it has just forked may swallow the signal
+say("asked")
+"""
+
+
+def test_term_lets_the_payload_tidy_up(run_python: Start) -> None:
+    shim = run_python(TAKES_TERM + "sys.exit(3)")
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    ended = shim.end()
+    assert (int(ended["status"]), ended["asked"], ended["grace_expired"]) == (3 << 8, "T", "0")
+    assert "asked" in shim.output()
+
+
+def test_term_reaches_daemons_too(run_python: Start) -> None:
+    shim = run_python("leave_daemons(3); say('ready'); time.sleep(1000)")
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    ended = shim.end()
+    assert (int(ended["status"]), ended["orphans"], ended["grace_expired"]) == (signal.SIGTERM, "3", "0")
+
+
+def test_payload_that_ignores_term_is_killed_after_the_grace(run_sh: Start) -> None:
+    shim = run_sh("trap '' TERM; echo ready; while :; do sleep 1000; done", grace_ms=150)
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    ended = shim.end()
+    assert (int(ended["status"]), ended["asked"], ended["grace_expired"]) == (signal.SIGKILL, "T", "1")
+    assert int(ended["wall_ms"]) >= 150
+
+
+def test_daemon_that_ignores_term_has_the_grace_too(run_python: Start) -> None:
+    shim = run_python("leave_daemons(1, ignoring=[signal.SIGTERM]); say('ready'); time.sleep(1000)", grace_ms=150)
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    ended = shim.end()
+    assert (int(ended["status"]), ended["grace_expired"]) == (signal.SIGTERM, "1")
+
+
+def test_no_grace_is_a_kill(run_sh: Start) -> None:
+    shim = run_sh("trap '' TERM; echo ready; while :; do sleep 1000; done", grace_ms=0)
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    assert shim.end()["grace_expired"] == "1"
+
+
+def test_usr1_kills_at_once(run_sh: Start) -> None:
+    shim = run_sh("trap '' TERM USR1; echo ready; while :; do sleep 1000; done")
+    shim.ready()
+    shim.order(signal.SIGUSR1)
+    ended = shim.end()
+    assert (int(ended["status"]), ended["asked"], ended["grace_expired"]) == (signal.SIGKILL, "K", "0")
+
+
+def test_usr1_cuts_the_grace_short(run_python: Start) -> None:
+    shim = run_python(TAKES_TERM + "time.sleep(1000)")
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    shim.ready("asked")
+    shim.order(signal.SIGUSR1)
+    ended = shim.end()
+    assert (int(ended["status"]), ended["asked"], ended["grace_expired"]) == (signal.SIGKILL, "T", "0")
+
+
+@pytest.mark.parametrize("order", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_processes_are_ended(run_sh: Start, order: signal.Signals) -> None:
+    shim = run_sh("sleep 1000 & kill -STOP $!; echo ready; kill -STOP $$")
+    shim.ready()
+    shim.order(order)
+    assert int(shim.end()["status"]) == {signal.SIGTERM: signal.SIGTERM}.get(order, signal.SIGKILL)
+
+
+def test_order_at_any_moment_of_the_start_leaves_nothing(run_sh: Start) -> None:
+    for moment in range(20):
+        shim = run_sh("sleep 1000 & wait", grace_ms=0)
+        wait_readable(shim.popen.pid and shim._pidfd, moment / 2000)
+        shim.order(signal.SIGTERM)
+        shim.end()
+
+
+# -- what it leaves --------------------------------------------------------------------------------------------------
+
+
+def test_daemons_are_gone_when_the_shim_ends(run_python: Start) -> None:
+    shim = run_python("leave_daemons(5, ignoring=[signal.SIGTERM, signal.SIGHUP]); sys.exit(4)")
+    ended = shim.end()
+    assert (int(ended["status"]), ended["orphans"], ended["asked"]) == (4 << 8, "5", "-")
+
+
+def test_stopped_daemon_is_gone_when_the_shim_ends(run_sh: Start) -> None:
+    shim = run_sh("setsid sleep 1000 & kill -STOP $!; exit 0")
+    assert shim.end()["status"] == "0"
+
+
+CHAIN = """
+seen, ready = os.pipe()
+for _ in range(300):
+    if os.fork():
+        break
+    os.setsid()
+else:
+    os.write(ready, b"!")
+    os.close(ready)
+if os.getsid(0) == os.getpid() and os.getppid() == PARENT:
+    os.read(seen, 1)
+    say("ready")
+time.sleep(1000)
+"""
+
+
+def test_chain_of_three_hundred_forks_is_ended(run_python: Start) -> None:
+    shim = run_python("PARENT = os.getppid()" + CHAIN)
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    assert shim.end()["grace_expired"] == "0"
+
+
+def test_hundred_processes_are_ended(run_python: Start) -> None:
+    shim = run_python("leave_daemons(100, ignoring=[signal.SIGTERM]); say('ready'); time.sleep(1000)", grace_ms=50)
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    assert shim.end()["orphans"] == "100"
+
+
+def test_children_of_a_thread_are_ended(run_python: Start) -> None:
+    shim = run_python("""
+import threading
+def fork():
+    if os.fork() == 0:
+        os.setsid()
+        say("ready")
+        time.sleep(1000)
+    time.sleep(1000)
+threading.Thread(target=fork, daemon=True).start()
+time.sleep(1000)
+""")
+    shim.ready()
+    shim.order(signal.SIGTERM)
+    assert shim.end()["grace_expired"] == "0"
+
+
+def test_process_that_forks_forever_is_ended(run_python: Start) -> None:
+    shim = run_python("""
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for number in (signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN)
+say("ready")
+while True:
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+""")
+    assert shim.end()["status"] == "0"
+
+
+def test_payload_that_adopts_orphans_keeps_none(run_python: Start) -> None:
+    shim = run_python("""
+import ctypes
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+leave_daemons(3, ignoring=[signal.SIGTERM])
+say("ready")
+time.sleep(1000)
+""")
+    shim.ready()
+    shim.order(signal.SIGUSR1)
+    shim.end()
+
+
+@pytest.mark.parametrize("case", IN_NAMESPACE, indirect=True)
+def test_killed_shim_takes_everything_with_it(run_python: Start) -> None:
+    shim = run_python("leave_daemons(5, ignoring=[signal.SIGTERM]); say('ready'); time.sleep(1000)")
+    shim.ready()
+    shim.order(signal.SIGKILL)
+    shim.everything_ends()
+
+
+@pytest.mark.parametrize("case", IN_NAMESPACE, indirect=True)
+def test_shim_killed_at_any_moment_of_the_start_takes_everything_with_it(run_sh: Start) -> None:
+    for moment in range(30):
+        shim = run_sh("setsid sleep 1000 & exec sleep 1000")
+        wait_readable(shim._pidfd, moment / 1500)
+        shim.order(signal.SIGKILL)
+        shim.everything_ends()
+
+
+@pytest.mark.parametrize("case", IN_NAMESPACE, indirect=True)
+def test_payload_cannot_end_what_holds_it(run_python: Start) -> None:
+    shim = run_python("""
+assert os.getppid() == 1  # or we would end everybody's processes
+for number in range(1, 65):
+    if number != signal.SIGCHLD:
+        os.kill(1, number)
+leave_daemons(1)
+os.kill(-1, signal.SIGSTOP)
+os.kill(-1, signal.SIGKILL)
+sys.exit(6)
+""")
+    ended = shim.end()
+    assert (int(ended["status"]), ended["orphans"], ended["asked"]) == (6 << 8, "1", "-")
+
+
+# -- the figures -----------------------------------------------------------------------------------------------------
+
+
+def test_cpu_of_orphans_counts(run_python: Start) -> None:
+    shim = run_python("""
+seen, busy = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        while time.process_time() < 0.2:
+            pass
+        os._exit(0)
+    os._exit(0)
+os.close(busy)
+os.read(seen, 1)
+""")
+    ended = shim.end()
+    own = int(ended["payload_user_us"]) + int(ended["payload_system_us"])
+    tree = int(ended["tree_user_us"]) + int(ended["tree_system_us"])
+    assert tree - own >= 190_000
+    assert own < 190_000
+
+
+def test_cpu_and_peak_of_the_payload_count(run_python: Start) -> None:
+    shim = run_python("x = bytearray(80_000_000)\nwhile time.process_time() < 0.1: pass")
+    ended = shim.end()
+    assert int(ended["payload_user_us"]) + int(ended["payload_system_us"]) >= 90_000
+    assert 78_000 <= int(ended["payload_peak_kib"]) <= int(ended["tree_peak_kib"]) < 200_000
+    assert int(ended["wall_ms"]) >= 90
+
+
+# -- the state directory ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def state(home: Path, case: tuple[str, str, str]) -> Iterator[tuple[Path, int]]:
+    """A state directory, and a descriptor of it."""
+    path = home / "state"
+    path.mkdir()
+    if rights(case[2]):
+        os.chown(path, NOBODY, NOBODY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    yield path, descriptor
+    os.close(descriptor)
+
+
+def locked(path: Path) -> bool:
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_state_directory_tells_what_the_report_tells(run_sh: Start, state: tuple[Path, int]) -> None:
+    path, descriptor = state
+    shim = run_sh("echo ready; read x; exec sleep 1000", state=descriptor)
+    shim.ready()
+    shim.started()
+    assert sorted(os.listdir(path)) == ["lock", "started"]
+    shim.order(signal.SIGUSR1)
+    shim.end()
+    assert sorted(os.listdir(path)) == ["exit", "lock", "started"]
+    assert ((path / "started").read_bytes(), (path / "exit").read_bytes()) == shim.text()
+
+
+def test_lock_is_held_as_long_as_the_shim_lives(run_sh: Start, state: tuple[Path, int]) -> None:
+    path, descriptor = state
+    shim = run_sh("echo ready; exec sleep 1000", state=descriptor)
+    shim.ready()
+    assert locked(path / "lock")
+    shim.order(signal.SIGUSR1)
+    shim.end()
+    assert not locked(path / "lock")
+
+
+def test_killed_shim_leaves_a_free_lock_and_no_exit(run_sh: Start, state: tuple[Path, int]) -> None:
+    path, descriptor = state
+    shim = run_sh("echo ready; exec sleep 1000", state=descriptor)
+    shim.ready()
+    payload = int(shim.started()["payload_pid"])
+    shim.order(signal.SIGKILL)
+    shim.popen.wait()
+    with suppress(ProcessLookupError):
+        os.kill(payload, signal.SIGKILL)  # nobody else does, without a namespace
+    shim.everything_ends()
+    assert not locked(path / "lock")
+    assert sorted(os.listdir(path)) == ["lock", "started"]
+
+
+def test_payload_does_not_hold_the_lock(run_sh: Start, run_python: Start, state: tuple[Path, int]) -> None:
+    assert probe(run_python, state=state[1])["descriptors"] == [0, 1, 2]
+
+
+def test_directory_in_use_is_refused(run_sh: Start, state: tuple[Path, int]) -> None:
+    first = run_sh("echo ready; exec sleep 1000", state=state[1])
+    first.ready()
+    second = run_sh("echo ready", state=state[1])
+    refusal = second.started()
+    assert (refusal["what"], second.end(), second.popen.returncode) == ("lock", {}, 125)
+    first.order(signal.SIGUSR1)
+    first.end()
+
+
+def test_record_that_cannot_be_written_whole_is_not_there(run_sh: Start, state: tuple[Path, int]) -> None:
+    path, descriptor = state
+    shim = run_sh("exit 3", state=descriptor, before=["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
+    assert int(shim.end()["status"]) == 3 << 8
+    assert os.listdir(path) == ["lock"]
+
+
+# -- what it does not do ---------------------------------------------------------------------------------------------
+
+GOOD = {"state": "-1", "report": "-1", "environment": "0", "grace": "0", "mode": "subreaper", "flags": "n"}
+BAD = [
+    *({**GOOD, "state": word} for word in ("", "x", "-2")),
+    *({**GOOD, "report": word} for word in ("", "1x", "-2")),
+    *({**GOOD, "environment": word} for word in ("", "-1")),
+    *({**GOOD, "grace": word} for word in ("1s", "-1", str(2**31))),
+    *({**GOOD, "mode": word} for word in ("", "session")),
+    *({**GOOD, "flags": word} for word in ("", "nx")),
+]
+
+
+def test_bad_words_end_with_125_and_start_nothing(shim_argv: list[str], case: tuple[str, str, str]) -> None:
+    attempts = [shim_argv, *([*shim_argv, *words.values(), "/bin/echo", "hello"] for words in BAD)]
+    started = [
+        subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **rights(case[2])) for argv in attempts
+    ]
+    assert [(process.communicate(), process.returncode) for process in started] == [((b"", b""), 125)] * len(attempts)
+
+
+def test_no_program_ends_with_125(start: Start) -> None:
+    shim = start()
+    assert (shim.started(), shim.end(), shim.popen.returncode) == ({}, {}, 125)
+
+
+@pytest.mark.parametrize("case", IN_NAMESPACE, indirect=True)
+def test_node_without_namespaces_is_reported_as_a_refusal(run_sh: Start) -> None:
+    forbid = 'echo 0 > /proc/sys/user/max_pid_namespaces && exec "$@"'
+    shim = run_sh("echo started", before=["/usr/bin/unshare", "-Ur", "/bin/sh", "-c", forbid, "sh"])
+    refusal = shim.started()
+    assert refusal["refused"] == "pid-namespace"
+    assert refusal["reason"] == os.strerror(errno.ENOSPC)
+    assert (shim.end(), shim.popen.returncode, shim.output()) == ({}, 125, "")
