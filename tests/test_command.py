@@ -49,8 +49,10 @@ def test_the_description_has_the_last_word_on_the_environment(workdir: Workdir) 
     assert (env["PATH"], env["TMPDIR"]) == ("/mine", "/scratch")
 
 
-def test_a_payload_is_told_how_many_cores_it_has() -> None:
-    assert slot_environment(Slot(cores=8, memory_mb=None)) == {"LOADMASTER_CORES": "8"}
+def test_a_payload_is_told_how_many_cores_it_has_and_so_are_libraries_that_start_threads() -> None:
+    told = slot_environment(Slot(cores=8, memory_mb=None))
+    assert set(told.values()) == {"8"}
+    assert {"LOADMASTER_CORES", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} <= told.keys()
 
 
 def test_a_file_of_the_job_comes_before_one_in_the_path(workdir: Workdir, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ PIECES = st.sampled_from(
      "\x1c", "\x85", "#", ":", "=", "$HOME", "-"]
 )  # fmt: skip
 HOSTILE = st.lists(PIECES, max_size=6).map("".join) | st.text(max_size=30)
-WORKDIR = "/work/root/job"
+WORKDIR = "/scratch/root/job"
 
 
 def inside(name: str, base: str = WORKDIR) -> bool:
