@@ -316,9 +316,7 @@ def tell(found: Mapping[str, Any]) -> None:
         ["", "wall", "own CPU"],
         [(name, row["wall_ms"].show(), row["cpu_ms"].show()) for name, row in flown["variants"].items()],
     )
-    print(
-        "  run_job (through sh -c) and `by hand` write to two files in a directory of the job's; the others to /dev/null."
-    )
+    print("  run_job and `by hand` write to two files in a directory of the job's; the others to /dev/null.")
     print("  bare asyncio is create_subprocess_exec and wait; by hand is mkdir, Popen, pidfd, rmtree.")
     peers = list(next(iter(flown["wall_ratios"].values())))
     print_table(
