@@ -43,7 +43,7 @@ async def call_hook(name: str, hook: Callable[..., Awaitable[T]], *args: Any) ->
             return await _call(name, hook, *args)
         except RetryHook as verdict:
             log.info("%s asked to be called again in %s: %s", name, verdict.after, verdict)
-            await anyio.sleep(verdict.after.total_seconds())
+            await anyio.sleep(verdict.after.total_seconds())  # the hook said how long; nothing else would wake it
     raise HookFailed(f"{name} asked to be called again more than {RETRIES} times")
 
 

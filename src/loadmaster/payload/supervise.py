@@ -137,14 +137,19 @@ class Payload:
         if not await self.tree.end(grace_seconds):
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         outcome = self._outcome(by, verdict)
-        if not outcome.succeeded:
-            self.last_lines = tuple(await to_thread.run_sync(self._output.last_words, limiter=self._threads))
-        self._output.close()
+        try:
+            if not outcome.succeeded:
+                self.last_lines = tuple(await to_thread.run_sync(self._output.last_words, limiter=self._threads))
+        finally:
+            self._output.close()
         return outcome
 
     def _last_look(self) -> None:
         """A process that has ended still tells, until it is reaped, what it and all it has waited for used."""
-        self._seen.take_totals(self.tree.usage())
+        try:
+            self._seen.take_totals(self.tree.usage())
+        except OSError as exc:  # no descriptor is free, say: the kill that follows must not depend on it
+            log.warning("process %d: its last usage is not known: %s", self.tree.pid, exc)
 
     def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
         wall = self.wall_seconds
