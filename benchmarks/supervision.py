@@ -26,11 +26,11 @@ from typing import Any, Final
 import anyio
 from _bench import Spread, machine, print_machine, print_table
 
-from loadmaster.limits import Usage
-from loadmaster.model import EndedBy, Limits, PayloadSpec
+from loadmaster.description import Limits, PayloadSpec
 from loadmaster.payload.containment import BEST_FIRST, Containment, shim_kind
 from loadmaster.payload.supervise import Payload, start, watch
 from loadmaster.payload.usage import descendants
+from loadmaster.result import EndedBy, Usage
 from loadmaster.workdir import Workdir, open_workdir
 
 TREE: Final = "i=1; while [ $i -lt {count} ]; do sleep 1000 & i=$((i+1)); done; echo ready; exec sleep 1000"

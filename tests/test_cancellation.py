@@ -25,7 +25,7 @@ from following import Signpost, history, kinds, processes_of
 from loadmaster import JobDescription, JobExecutionCoordinator, JobHandle, Ledger, PayloadSpec, Site, Status, run_job
 from loadmaster.events import FileStagedOut, PayloadExited
 from loadmaster.lifecycle import Lifecycle, Stage
-from loadmaster.model import EndedBy
+from loadmaster.result import EndedBy
 from loadmaster.testing import MemoryJournal
 
 LARGE_BYTES = 1_100_000

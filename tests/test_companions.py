@@ -24,7 +24,7 @@ from loadmaster import (
     Status,
 )
 from loadmaster.companions import Companions
-from loadmaster.model import EndedBy, Failure, Phase
+from loadmaster.result import EndedBy, Failure, Phase
 from loadmaster.testing import MemoryJournal
 
 LONG = sh("sleep 600")

@@ -32,7 +32,7 @@ from loadmaster import (
     Status,
 )
 from loadmaster.hooks import BLOCKED_SECONDS
-from loadmaster.model import Failure, Phase
+from loadmaster.result import Failure, Phase
 
 PHASES = {
     "stageIn": Phase.STAGE_IN,

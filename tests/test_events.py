@@ -21,7 +21,7 @@ from loadmaster.events import (
     dump,
     load,
 )
-from loadmaster.model import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Verdict
+from loadmaster.result import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Verdict
 
 NOW = datetime(2024, 2, 29, 23, 59, 59, 999_999, tzinfo=UTC)
 FINISHED = JobFinished("7", 1, NOW, Status.DONE, None)

@@ -22,7 +22,7 @@ from loadmaster.events import (
 )
 from loadmaster.handle import TRANSIENT_EVENTS_KEPT
 from loadmaster.lifecycle import Stage
-from loadmaster.model import Phase
+from loadmaster.result import Phase
 
 
 def opened(handle: JobHandle | None = None) -> JobHandle:

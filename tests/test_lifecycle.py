@@ -26,7 +26,7 @@ from loadmaster.events import (
     StageOutStarted,
 )
 from loadmaster.lifecycle import Lifecycle, Stage
-from loadmaster.model import Failure, PayloadOutcome, Phase, Status, StoredFile
+from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile
 
 WHO = ("7", 1, datetime(2024, 1, 1, tzinfo=UTC))
 OUTCOME = PayloadOutcome(0, None, 1.0, 0.5, 4096)

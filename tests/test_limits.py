@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from loadmaster.description import ComputingElement, JobDescription, Limits
 from loadmaster.limits import (
     BLIND_LOOK_SECONDS,
     CPU_MARGIN,
@@ -16,7 +17,6 @@ from loadmaster.limits import (
     SHORTEST_LOOK_SECONDS,
     UNCHECKED,
     WINDOW_STEPS,
-    Usage,
     cpu_ratio,
     judge,
     limits_of,
@@ -25,7 +25,7 @@ from loadmaster.limits import (
     seconds_until_look,
     seconds_until_walk,
 )
-from loadmaster.model import ComputingElement, JobDescription, Limits, Verdict
+from loadmaster.result import Usage, Verdict
 
 NOON = datetime(2030, 5, 1, 12, 0, tzinfo=UTC)
 

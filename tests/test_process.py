@@ -15,7 +15,7 @@ import pytest
 from anyio import to_thread
 
 from conftest import until
-from loadmaster.model import PayloadSpec
+from loadmaster.description import PayloadSpec
 from loadmaster.payload.command import argv_of
 from loadmaster.payload.process import ExitRecord, Process
 from loadmaster.payload.usage import read_stat

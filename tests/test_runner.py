@@ -47,8 +47,8 @@ from loadmaster.events import (
     StageOutStarted,
 )
 from loadmaster.lifecycle import Lifecycle
-from loadmaster.model import EndedBy, Failure, Phase
 from loadmaster.names import file_url
+from loadmaster.result import EndedBy, Failure, Phase
 from loadmaster.storage.base import FileInfo, Progress, Replica
 from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.testing import Faults, MemoryJournal, MemoryStorage

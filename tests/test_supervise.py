@@ -21,12 +21,12 @@ from anyio import lowlevel, to_thread
 from conftest import until
 from loadmaster import Limits, PayloadOutcome, PayloadSpec, Verdict
 from loadmaster.errors import PayloadNotStarted
-from loadmaster.limits import UNCHECKED, Usage
-from loadmaster.model import EndedBy
+from loadmaster.limits import UNCHECKED
 from loadmaster.payload import supervise
 from loadmaster.payload.containment import BEST_FIRST, Containment
 from loadmaster.payload.supervise import Payload, watch
 from loadmaster.payload.usage import read_stat
+from loadmaster.result import EndedBy, Usage
 from loadmaster.workdir import Workdir, open_workdir
 
 PRINTED_BYTES = 200_000_000

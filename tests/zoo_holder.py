@@ -234,9 +234,9 @@ async def _start_and_kill(order: Order) -> Sighting:
 
     from loadmaster import PayloadSpec
     from loadmaster.errors import PayloadNotStarted
-    from loadmaster.model import EndedBy
     from loadmaster.payload.containment import Containment, Refused
     from loadmaster.payload.supervise import start
+    from loadmaster.result import EndedBy
     from loadmaster.workdir import Workdir
 
     zoo_dir = Path(order.home, "zoo")

@@ -1,6 +1,7 @@
 """loadmaster: run a batch job's life inside your event loop. See README.md; start with `run_job`."""
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
+from loadmaster.description import ComputingElement, InputFile, JobDescription, Limits, OutputFile, PayloadSpec
 from loadmaster.errors import (
     HoldJob,
     HookFailed,
@@ -22,20 +23,7 @@ from loadmaster.errors import (
 )
 from loadmaster.handle import JobHandle, Journal
 from loadmaster.ledger import Ledger, Slot, Slots
-from loadmaster.model import (
-    ComputingElement,
-    Failure,
-    InputFile,
-    JobDescription,
-    JobResult,
-    Limits,
-    OutputFile,
-    PayloadOutcome,
-    PayloadSpec,
-    Status,
-    StoredFile,
-    Verdict,
-)
+from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, StoredFile, Verdict
 from loadmaster.runner import run_job
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers

@@ -24,13 +24,14 @@ import anyio
 
 from loadmaster import dirac
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
+from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import InvalidJob, LoadmasterError
 from loadmaster.handle import JobHandle
 from loadmaster.hooks import find_coordinator
-from loadmaster.model import ComputingElement, JobDescription, JobResult, Phase, Status
 from loadmaster.names import file_url, local_path
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
+from loadmaster.result import JobResult, Phase, Status
 from loadmaster.runner import run_job
 from loadmaster.site import Site
 from loadmaster.staging.plan import check_outputs

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from anyio import to_thread
 
 from loadmaster.companions import Companions
+from loadmaster.description import ComputingElement, InputFile, JobDescription, OutputFile, PayloadSpec
 from loadmaster.errors import StagingFailed
 from loadmaster.events import (
     FailoverRequested,
@@ -24,19 +25,10 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
-from loadmaster.model import (
-    ComputingElement,
-    Failure,
-    InputFile,
-    JobDescription,
-    OutputFile,
-    PayloadOutcome,
-    PayloadSpec,
-    StoredFile,
-)
 from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
+from loadmaster.result import Failure, PayloadOutcome, StoredFile
 from loadmaster.staging.engine import NOT_MADE, Transfers
 from loadmaster.staging.plan import (
     Delivery,

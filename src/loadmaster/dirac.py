@@ -12,8 +12,8 @@ from typing import Any, Final
 from anyio import CapacityLimiter, to_thread
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
+from loadmaster.description import ComputingElement, JobDescription, PayloadSpec
 from loadmaster.errors import HookFailed, InvalidJob, RescheduleJob
-from loadmaster.model import ComputingElement, JobDescription, PayloadSpec
 
 EWMSRESC: Final = 1502
 """DErrno of "job to be rescheduled"."""

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
-from loadmaster.model import Failure, PayloadOutcome, Phase, Status, StoredFile
+from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile
 
 
 @dataclass(frozen=True, slots=True)

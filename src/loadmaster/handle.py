@@ -14,7 +14,7 @@ import anyio
 from loadmaster.errors import RuntimeFault
 from loadmaster.events import Event
 from loadmaster.lifecycle import Lifecycle, Stage
-from loadmaster.model import Failure, JobResult, Status
+from loadmaster.result import Failure, JobResult, Status
 
 P = ParamSpec("P")
 

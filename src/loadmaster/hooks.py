@@ -18,8 +18,8 @@ from typing import Any, Final, Generic, TypeVar
 import anyio
 from pydantic import ValidationError
 
+from loadmaster.description import complaints
 from loadmaster.errors import HookFailed, IllegalEvent, InvalidJob, JobError, RetryHook, RuntimeFault
-from loadmaster.model import complaints
 from loadmaster.tasks import leaves
 
 T = TypeVar("T")

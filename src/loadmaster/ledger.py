@@ -14,8 +14,8 @@ from typing import Protocol
 
 import anyio
 
+from loadmaster.description import JobDescription
 from loadmaster.errors import PayloadNotStarted
-from loadmaster.model import JobDescription
 
 
 @dataclass(frozen=True, slots=True)

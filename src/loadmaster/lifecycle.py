@@ -37,7 +37,7 @@ from loadmaster.events import (
     StageInStarted,
     StageOutStarted,
 )
-from loadmaster.model import Failure, JobResult, PayloadOutcome, Status, StoredFile
+from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, StoredFile
 
 
 class Stage(Enum):

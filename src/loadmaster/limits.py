@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
-from loadmaster.model import ComputingElement, JobDescription, Limits, Verdict
+from loadmaster.description import ComputingElement, JobDescription, Limits
+from loadmaster.result import Usage, Verdict
 
 CPU_MARGIN: Final = 1.2
 """A payload may use a fifth more CPU than its description foresees (DIRAC's JobCPULimitMargin, 20 %)."""
@@ -32,37 +32,6 @@ CPU_RATIO: Final = "CPU ratio"
 
 UNCHECKED: Final = "DISABLE_WATCHDOG_CPU_WALLCLOCK_CHECK"
 """DIRAC's: a variable of this name, or a file in the work directory, turns the CPU ratio's limit off."""
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a payload uses, all of its processes together. None: not looked at this time."""
-
-    wall_seconds: float
-    cpu_seconds: float = 0.0
-    """User and system time, of processes that are gone as well."""
-    rss_bytes: int = 0
-    """Resident sizes added up; what several processes share counts in each."""
-    processes: int = 0
-    pss_bytes: int | None = None
-    """The same with shared pages divided among those that share them. Dear, so only known when it has to be."""
-    system_seconds: float = 0.0
-    threads: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
-    """From and to storage, by processes that are gone as well."""
-    workdir_bytes: int | None = None
-    workdir_files: int | None = None
-    """At least: the walk over a work directory is bounded."""
-    free_disk_bytes: int | None = None
-    """Where the work directory is."""
-    output_bytes: int = 0
-    """Standard output and error."""
-
-    @property
-    def memory_bytes(self) -> int:
-        """The best we know: with sharing accounted for, or without."""
-        return self.rss_bytes if self.pss_bytes is None else self.pss_bytes
 
 
 # -- a job's limits on a node ------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from anyio import lowlevel, to_thread
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
+from loadmaster.description import RESCHEDULE_EXIT_CODE, ComputingElement, JobDescription, PayloadSpec, complaints
 from loadmaster.errors import (
     HookFailed,
     JobError,
@@ -45,23 +46,11 @@ from loadmaster.handle import JobHandle
 from loadmaster.hooks import call_hook
 from loadmaster.ledger import AsAsked, Slots
 from loadmaster.lifecycle import Stage
-from loadmaster.limits import Usage, limits_of
-from loadmaster.model import (
-    RESCHEDULE_EXIT_CODE,
-    ComputingElement,
-    EndedBy,
-    Failure,
-    JobDescription,
-    JobResult,
-    PayloadOutcome,
-    PayloadSpec,
-    Phase,
-    Verdict,
-    complaints,
-)
+from loadmaster.limits import limits_of
 from loadmaster.payload.command import default_command, default_environment, slot_environment
 from loadmaster.payload.containment import DEFAULT, Containment
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, start, watch
+from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs

@@ -20,8 +20,8 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
+from loadmaster.description import LocalName, MaybeComponent, Names, complaints
 from loadmaster.errors import InvalidSite
-from loadmaster.model import LocalName, MaybeComponent, Names, complaints
 from loadmaster.names import as_url, is_url
 
 

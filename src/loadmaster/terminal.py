@@ -28,7 +28,7 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
-from loadmaster.model import StoredFile
+from loadmaster.result import StoredFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from loadmaster.errors import IllegalEvent
 from loadmaster.events import KINDS, Event, JobFinished, PayloadExited, PayloadStarted, dump, load
 from loadmaster.lifecycle import Lifecycle, Stage
-from loadmaster.model import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Verdict
+from loadmaster.result import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Verdict
 
 OFTEN = settings(max_examples=200, deadline=None)
 """No deadline: the first example pays for imports and schemas, and the suite shares its machine."""

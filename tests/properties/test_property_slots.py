@@ -8,19 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from loadmaster.description import Limits
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.ledger import Ledger, Slot, _Ticket
 from loadmaster.limits import (
     BLIND_LOOK_SECONDS,
     SHORTEST_LOOK_SECONDS,
     WINDOW_STEPS,
-    Usage,
     cpu_ratio,
     judge,
     remembered,
     seconds_until_look,
 )
-from loadmaster.model import Limits
+from loadmaster.result import Usage
 
 OFTEN = settings(max_examples=500, deadline=None)
 """No deadline: the first example pays for imports and schemas, and the suite shares its machine."""

@@ -11,9 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from loadmaster.description import ComputingElement, JobDescription, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.ledger import Slot
-from loadmaster.model import ComputingElement, JobDescription, PayloadSpec
 from loadmaster.workdir import Workdir
 
 INHERITED: Final = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ")

@@ -14,11 +14,11 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
+from loadmaster.description import Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import (
     CPU_RATIO,
     UNCHECKED,
-    Usage,
     judge,
     needs_pss,
     remembered,
@@ -26,7 +26,6 @@ from loadmaster.limits import (
     seconds_until_walk,
     without_cpu_ratio,
 )
-from loadmaster.model import EndedBy, Limits, PayloadOutcome, PayloadSpec, Verdict
 from loadmaster.payload.command import argv_of
 from loadmaster.payload.containment import DEFAULT, Containment, Refused, SessionTree, Tree, start_contained
 from loadmaster.payload.output import PEEK_LINES, Output
@@ -38,6 +37,7 @@ from loadmaster.payload.usage import (
     read_pss,
     read_sizes,
 )
+from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
 from loadmaster.workdir import Workdir
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ import anyio
 from anyio import to_thread
 
 from loadmaster.errors import AlreadyExists, ChecksumMismatch, InvalidSite, StagingFailed, StorageError
-from loadmaster.model import StoredFile
 from loadmaster.names import local_path
+from loadmaster.result import StoredFile
 from loadmaster.site import Site
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.storage.base import Catalog, CatalogEntry, FileInfo, Progress, Replica, Storage

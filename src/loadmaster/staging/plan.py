@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from loadmaster.description import InputFile, JobDescription, OutputFile
 from loadmaster.errors import InvalidJob, StagingFailed
-from loadmaster.model import InputFile, JobDescription, OutputFile
 from loadmaster.names import SANDBOX_PREFIX, as_url, is_lfn, is_url, join_url, parse_lfn, user_lfn
 from loadmaster.site import Site
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica

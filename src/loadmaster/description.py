@@ -1,4 +1,4 @@
-"""The words of a job: what is asked, where, what came of it. Frozen values, checked where they enter.
+"""What is asked: jobs, where they run, payloads, limits. Frozen values, checked where they enter.
 
 A description is written in snake_case or in DIRAC's keys; `DIRAC_KEYS` is the one table of both spellings. DIRAC's
 tolerances apply to either: a string where a list is meant, `;` between items, numbers as strings.
@@ -9,11 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
-from signal import Signals
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Self, TypeVar
 from urllib.parse import quote, unquote
@@ -32,8 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from loadmaster import errors
-from loadmaster.errors import InvalidJob, JobError, RetryHook
+from loadmaster.errors import InvalidJob
 from loadmaster.names import SANDBOX_PREFIX, base_name, check_local_name, is_lfn, is_url, parse_lfn
 
 RESCHEDULE_EXIT_CODE: Final = 222
@@ -72,9 +67,6 @@ CE_KEYS: Final[Mapping[str, str]] = {
     "cpu_normalization_factor": "CPUNormalizationFactor",
     "cpu_work_left": "CPUTimeLeft",
 }
-
-
-# -- what the outside world says ---------------------------------------------------------------------------------
 
 
 def _items(value: object) -> object:
@@ -522,185 +514,3 @@ def complaints(
             message = "there is no such field"
         lines.append(f"{where}: {message}" if where else message)
     return lines
-
-
-# -- what we say -------------------------------------------------------------------------------------------------
-
-
-class Status(StrEnum):
-    """How a job ended."""
-
-    DONE = "Done"
-    COMPLETED = "Completed"
-    """Every output is safe, but something is still pending: a file is not yet where it was asked for."""
-    FAILED = "Failed"
-    KILLED = "Killed"
-    RESCHEDULED = "Rescheduled"
-
-
-class Phase(StrEnum):
-    """The part of a job's life something happened in."""
-
-    STAGE_IN = "stage-in"
-    PRE_PROCESS = "pre-process"
-    PAYLOAD = "payload"
-    POST_PROCESS = "post-process"
-    STAGE_OUT = "stage-out"
-
-
-class EndedBy(StrEnum):
-    """Who ended a payload."""
-
-    ITSELF = "itself"
-    LIMIT = "limit"
-    KILL = "kill"
-    COORDINATOR = "coordinator"
-    CANCELLATION = "cancellation"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """A limit that was exceeded: which, by what value, and what was allowed. Less than allowed: it was a minimum."""
-
-    limit: str
-    value: float
-    threshold: float
-    unit: str
-    """`s`, `bytes`, `%`, nothing for numbers, or `UTC` for points in time as seconds since 1970."""
-
-    def __str__(self) -> str:
-        value, threshold = _quantity(self.value, self.unit), _quantity(self.threshold, self.unit)
-        if self.unit == "UTC":
-            return f"{self.limit} of {threshold} was over at {value}"
-        relation = "under the minimum" if self.value < self.threshold else "over the limit"
-        return f"{self.limit} of {value} is {relation} of {threshold}"
-
-
-def _quantity(number: float, unit: str) -> str:
-    """A number that people can read, with its unit."""
-    if unit == "UTC":
-        return f"{datetime.fromtimestamp(number, UTC):%Y-%m-%d %H:%M:%S} UTC"
-    if unit == "bytes":
-        for larger in ("bytes", "kB", "MB", "GB", "TB"):
-            unit = larger
-            if abs(number) < 1000 or larger == "TB":
-                break
-            number /= 1000
-    return f"{_rounded(number)} {unit}".rstrip()
-
-
-def _rounded(number: float) -> str:
-    """Four digits, or all before the point: a limit of a day is 86400 s, not 8.64e+04 s."""
-    return f"{number:.4g}" if number < 1000 else f"{number:.0f}"
-
-
-_VERDICTS: Final = (errors.SkipPayload, errors.RescheduleJob, errors.HoldJob, errors.RetryHook)
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Why a job did not succeed: the class of the error, its message, the phase it happened in."""
-
-    kind: str
-    message: str
-    phase: Phase
-
-    @classmethod
-    def of(cls, error: JobError, phase: Phase) -> Self:
-        """The failure an error stands for; a verdict of somebody's own class counts as the one it derives from."""
-        kind = next((verdict for verdict in _VERDICTS if isinstance(error, verdict)), type(error))
-        return cls(kind.__name__, str(error), phase)
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.message}"
-
-
-@dataclass(frozen=True, slots=True)
-class PayloadOutcome:
-    """How a payload ended and what it used.
-
-    `exit_code` and `signal`: one of them is None; both are when the status was lost. CPU seconds are the
-    kernel's, of the payload and whatever was waited for below it. `peak_memory_bytes` is the largest resident size seen
-    of its processes together, or None when nobody knows; `peak_pss_bytes` the largest with shared pages counted once,
-    or None when it never came near its limit of memory; `peak_processes` None when it was too short to be looked at.
-    """
-
-    exit_code: int | None
-    signal: int | None
-    wall_seconds: float
-    cpu_seconds: float
-    peak_memory_bytes: int | None
-    ended_by: EndedBy = EndedBy.ITSELF
-    verdict: Verdict | None = None
-    system_seconds: float = 0.0
-    """The part of the CPU seconds spent in the kernel."""
-    read_bytes: int = 0
-    written_bytes: int = 0
-    """From and to storage, past the page cache. As of the last look, when we are not root."""
-    peak_pss_bytes: int | None = None
-    peak_processes: int | None = None
-
-    @property
-    def user_seconds(self) -> float:
-        """The part of the CPU seconds not spent in the kernel."""
-        return max(0.0, self.cpu_seconds - self.system_seconds)
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether the payload ended by itself, with status 0."""
-        return self.exit_code == 0 and self.ended_by is EndedBy.ITSELF
-
-    def __str__(self) -> str:
-        if self.signal is not None:
-            return f"ended by signal {self.signal}{_signal_name(self.signal)}"
-        return "exit status unknown" if self.exit_code is None else f"exit code {self.exit_code}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return f" ({Signals(number).name})"
-    except ValueError:  # a real-time signal has no name
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredFile:
-    """A file that arrived: its name in the work directory, where it is, and what passed."""
-
-    name: str
-    url: str
-    size_bytes: int
-    adler32: str
-    lfn: str | None = None
-    storage_element: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class JobResult:
-    """What came of one attempt at a job. Values only, so it can be kept, sent and compared."""
-
-    job_id: str
-    attempt: int
-    status: Status
-    failure: Failure | None
-    outcome: PayloadOutcome | None
-    inputs: tuple[StoredFile, ...] = ()
-    outputs: tuple[StoredFile, ...] = ()
-    missing_outputs: tuple[str, ...] = ()
-    """Names or patterns no file was found for."""
-    pending: tuple[str, ...] = ()
-    """What is still to be done elsewhere, a line each; the job is Completed, not Done, while there is any."""
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    """What the coordinator reported."""
-
-    def raise_for_status(self) -> None:
-        """Raise what the failure stands for, if there is one, for those who want an exception."""
-        if self.failure is not None:
-            kind = getattr(errors, self.failure.kind, None)
-            if isinstance(kind, type) and issubclass(kind, JobError) and kind is not RetryHook:
-                raise kind(self.failure.message)
-            raise JobError(str(self.failure))  # a community's own class, known by its name alone
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as JSON's types."""
-        return asdict(self)

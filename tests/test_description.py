@@ -9,8 +9,6 @@ import pytest
 from pydantic import ValidationError
 
 from loadmaster import ComputingElement, InputFile, InvalidJob, JobDescription, OutputFile, PayloadSpec
-from loadmaster.errors import JobError, JobWasKilled, StagingFailed
-from loadmaster.model import Failure, JobResult, Phase, Status
 
 # Every key a DIRAC job has a field for here, with the tolerances its tools rely on.
 DIRAC_JOB: dict[str, Any] = {
@@ -245,22 +243,3 @@ def test_a_description_cannot_be_changed() -> None:
         job().executable = "x"  # type: ignore[misc]  # the type checker knows it too
     with pytest.raises(ValidationError, match="frozen"):
         InputFile(source="/a").name = "../x"  # type: ignore[misc]  # likewise
-
-
-@pytest.mark.parametrize(
-    ("kind", "raised"),
-    [
-        ("JobWasKilled", JobWasKilled),
-        ("StagingFailed", StagingFailed),
-        ("NotFound", JobError),
-        ("timedelta", JobError),
-        ("TheirOwnError", JobError),
-    ],
-)
-def test_a_failure_can_be_raised_again_whatever_a_community_called_it(kind: str, raised: type[JobError]) -> None:
-    """A community's own `NotFound(JobError)` came back as our `NotFound`, whose constructor wants a URL: TypeError."""
-    result = JobResult("7", 1, Status.FAILED, Failure(kind, "because", Phase.PAYLOAD), None)
-    with pytest.raises(raised, match="because") as caught:
-        result.raise_for_status()
-    assert type(caught.value) is raised
-    JobResult("7", 1, Status.DONE, None, None).raise_for_status()
