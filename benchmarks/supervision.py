@@ -143,7 +143,7 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def ignore(usage: Usage) -> None:
+async def ignore(usage: Usage) -> None:
     """Nobody asks."""
 
 

@@ -16,12 +16,13 @@ from loadmaster.events import (
     FileStagedIn,
     Heartbeat,
     JobFinished,
+    OutputPrinted,
     PayloadExited,
     PayloadPrepared,
     dump,
     load,
 )
-from loadmaster.result import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Verdict
+from loadmaster.result import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Usage, Verdict
 
 NOW = datetime(2024, 2, 29, 23, 59, 59, 999_999, tzinfo=UTC)
 FINISHED = JobFinished("7", 1, NOW, Status.DONE, None)
@@ -37,8 +38,10 @@ def test_every_kind_is_known_by_the_name_of_its_class() -> None:
     assert all(KINDS[name] is getattr(events, name) for name in KINDS)
 
 
-def test_only_heartbeats_and_progress_are_not_kept() -> None:
-    assert {name for name, kind in KINDS.items() if not kind.kept} == {"Heartbeat", "TransferProgress"}
+def test_what_is_only_of_the_moment_is_not_kept() -> None:
+    assert {name for name, kind in KINDS.items() if not kind.kept} == {
+        "Heartbeat", "OutputPrinted", "TransferProgress",
+    }  # fmt: skip
 
 
 def test_an_event_is_written_with_its_kind_its_job_and_its_time() -> None:
@@ -64,7 +67,8 @@ def test_an_event_is_written_with_its_kind_its_job_and_its_time() -> None:
             "7", 1, NOW, PayloadOutcome(None, 9, 1.5, 0.25, 4096, EndedBy.LIMIT, Verdict("wall time", 2.0, 1.0, "s"))
         ),
         PayloadExited("7", 1, NOW, PayloadOutcome(None, None, 0.0, 0.0, None)),
-        Heartbeat("7", 1, NOW, Phase.PAYLOAD, 1.0, 0.5, 1024, 3),
+        Heartbeat("7", 1, NOW, Phase.PAYLOAD, 1.0, Usage(1.0, 0.5, 1024, 3), ("the last line",)),
+        OutputPrinted("7", 1, NOW, "std.out", "hello\n", 5),
     ],
     ids=lambda event: event.kind,
 )

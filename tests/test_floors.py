@@ -29,6 +29,7 @@ FLOORS: dict[str, float] = {
     "workdir": 4,
     "site": 4,
     "tasks": 3,
+    "notices": 3,
     "hooks": 4,
     "storage": 4.5,
     "payload": 5,

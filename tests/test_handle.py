@@ -48,8 +48,8 @@ async def kinds(events: AsyncIterator[Event]) -> list[str]:
     return [event.kind async for event in events]
 
 
-def beat(handle: JobHandle, wall_seconds: float = 1) -> None:
-    handle.offer(Heartbeat, Phase.PAYLOAD, wall_seconds, 0.0, 0, 1)
+def beat(handle: JobHandle, seconds: float = 1) -> None:
+    handle.offer(Heartbeat, Phase.PAYLOAD, seconds)
 
 
 class Paper:
@@ -145,7 +145,7 @@ async def test_heartbeats_are_for_those_who_want_them_and_the_latest_are_kept() 
     handle.close()
     assert await kinds(history) == ["JobAccepted"]
     seen = [event async for event in everything]
-    assert [event.wall_seconds for event in seen if isinstance(event, Heartbeat)] == list(range(744, 1000))
+    assert [event.seconds for event in seen if isinstance(event, Heartbeat)] == list(range(744, 1000))
 
 
 async def test_heartbeats_are_not_made_for_nobody() -> None:

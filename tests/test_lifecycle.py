@@ -87,7 +87,7 @@ def test_each_event_comes_only_where_the_picture_has_it(before: int) -> None:
         (OutputMissing(*WHO, "a", "not made"), range(5, 9)),
         (FailoverRequested(*WHO, stored("a"), "file:///x"), range(5, 9)),
         (ParameterReported(*WHO, "a", "b"), range(1, 9)),
-        (Heartbeat(*WHO, Phase.PAYLOAD, 1.0, 1.0, 1, 1), range(0)),
+        (Heartbeat(*WHO, Phase.PAYLOAD, 1.0), range(0)),
     ],
     ids=lambda value: value.kind if isinstance(value, Event) else "",
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
+from math import inf
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from loadmaster.limits import (
     BLIND_LOOK_SECONDS,
     CPU_MARGIN,
     CPU_RATIO,
+    DELIVERY_SECONDS,
     SHORTEST_LOOK_SECONDS,
     UNCHECKED,
     WINDOW_STEPS,
@@ -22,8 +24,10 @@ from loadmaster.limits import (
     limits_of,
     needs_pss,
     remembered,
+    seconds_left,
     seconds_until_look,
     seconds_until_walk,
+    stop_margin,
 )
 from loadmaster.result import Usage, Verdict
 
@@ -66,8 +70,9 @@ def test_cpu_time_is_exceeded_when_it_is_reached(cpu: float, stopped: bool) -> N
     ],
 )
 def test_an_amount_may_be_used_up_but_not_exceeded(field: str, name: str, unit: str) -> None:
-    allowed = replace(Usage(1.0), **{field: 100})
-    more = replace(Usage(1.0), **{field: 101})
+    used: dict[str, Any] = {field: 100}
+    more_used: dict[str, Any] = {field: 101}
+    allowed, more = replace(Usage(1.0), **used), replace(Usage(1.0), **more_used)
     assert judged(allowed, **{field: 100}) is None
     assert judged(more, **{field: 100}) == Verdict(name, 101, 100, unit)
 
@@ -289,6 +294,34 @@ def test_a_limit_that_is_near_or_past_does_not_make_the_loop_spin(wall: float) -
 def test_the_next_look_is_when_the_deadline_comes() -> None:
     assert look(Usage(wall_seconds=5), Limits(deadline=NOON + timedelta(seconds=20))) == 20
     assert look(Usage(wall_seconds=5), Limits(deadline=NOON - timedelta(days=1))) == SHORTEST_LOOK_SECONDS
+
+
+def test_with_outputs_to_deliver_the_deadline_is_looked_at_more_often_as_it_comes_near() -> None:
+    """Outputs grow between two looks: half of the time that is left, at most."""
+    limits = Limits(deadline=NOON + timedelta(seconds=200), grace_seconds=10, upload_bytes_per_second=10)
+    usage = Usage(wall_seconds=5, outputs_bytes=1200)
+    assert stop_margin(usage, limits) == timedelta(seconds=10 + DELIVERY_SECONDS + 120)
+    assert look(usage, limits) == 20
+
+
+def test_a_payload_with_outputs_has_to_stop_before_the_deadline() -> None:
+    limits = Limits(deadline=NOON + timedelta(seconds=100), grace_seconds=10, upload_bytes_per_second=1e6)
+    assert judge([Usage(5.0, outputs_bytes=59_000_000)], limits, now=NOON) is None
+    verdict = judge([Usage(5.0, outputs_bytes=61_000_000)], limits, now=NOON)
+    assert str(verdict) == (
+        "deadline of 2030-05-01 11:59:59 UTC was over at 2030-05-01 12:00:00 UTC "
+        "(12:01:40 less 101 s to end it and deliver 61 MB)"
+    )
+
+
+def test_the_time_that_is_left_is_that_of_the_nearest_limit() -> None:
+    usage = Usage(wall_seconds=100, cpu_seconds=300)
+    assert seconds_left(usage, Limits(memory_bytes=1), now=NOON) == inf
+    assert seconds_left(usage, Limits(wall_seconds=150), now=NOON) == 50
+    assert seconds_left(usage, Limits(wall_seconds=150, cpu_seconds=390), now=NOON) == 30  # at three cores' pace
+    assert seconds_left(usage, Limits(cpu_seconds=200), now=NOON) < 0
+    assert seconds_left(Usage(100, 1), Limits(cpu_seconds=11), now=NOON) == 10  # it may begin to compute
+    assert seconds_left(usage, Limits(deadline=NOON + timedelta(seconds=7)), now=NOON) == 7
 
 
 @pytest.mark.parametrize("limit", ["memory_bytes", "processes", "workdir_bytes", "free_disk_bytes", "output_bytes"])

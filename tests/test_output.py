@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import anyio
 import pytest
 
-from loadmaster.payload.output import PEEK_BYTES, Output, last_lines
+from conftest import until
+from loadmaster.payload.output import BLOCK_BYTES, PEEK_BYTES, Output, last_lines
 from loadmaster.workdir import Workdir
 
 
@@ -93,3 +96,99 @@ def test_when_one_file_cannot_be_made_the_other_is_let_go(workdir: Workdir) -> N
     (workdir.path / "std.err").mkdir()
     with pytest.raises(IsADirectoryError):
         Output(workdir, "std.out", "std.err")
+
+
+# -- more than is kept -------------------------------------------------------------------------------------------
+
+KEPT = 1_000_000
+
+
+def printed(output: Output, count: int) -> None:
+    """As many bytes as a payload that numbers its lines of 100 characters."""
+    lines = range(count // 100)
+    os.write(output.stdout, b"".join(b"%099d\n" % number for number in lines))
+
+
+def test_the_disk_of_the_middle_is_given_back_and_the_payload_prints_on(workdir: Workdir, output: Output) -> None:
+    for _ in range(5):
+        printed(output, 4_000_000)
+        output.trim(KEPT)
+        assert os.fstat(output.stdout).st_blocks * 512 <= KEPT + 4 * BLOCK_BYTES
+    assert os.fstat(output.stdout).st_size == 20_000_000
+    assert output.peek(1) == [f"{39_999:099d}"]
+
+
+def test_in_the_end_the_file_is_its_beginning_a_mark_and_its_end(workdir: Workdir, output: Output) -> None:
+    printed(output, 4_000_000)
+    output.trim(KEPT)
+    printed(output, 4_000_000)
+    output.trim(KEPT)
+    os.write(output.stdout, b"the end\n")
+    output.join()
+    text = (workdir.path / "std.out").read_bytes()
+    assert KEPT <= len(text) <= KEPT + 3 * BLOCK_BYTES
+    begin, left_out, end = re.split(rb"\n\[\.\.\. (\d+) bytes left out \.\.\.\]\n", text)
+    whole = b"".join(b"%099d\n" % number for number in range(40_000)) * 2 + b"the end\n"
+    assert whole.startswith(begin)
+    assert whole.endswith(end)
+    assert len(begin) + int(left_out) + len(end) == len(whole)
+
+
+def test_what_is_not_too_long_stays_as_it_is(workdir: Workdir, output: Output) -> None:
+    printed(output, KEPT)
+    output.trim(KEPT)
+    assert not output.has_gaps
+    output.join()
+    assert (workdir.path / "std.out").stat().st_size == KEPT
+
+
+def test_a_file_the_payload_has_cut_is_left_alone(workdir: Workdir, output: Output) -> None:
+    printed(output, 4_000_000)
+    output.trim(KEPT)
+    os.truncate(workdir.path / "std.out", 700_000)
+    output.join()
+    assert (workdir.path / "std.out").stat().st_size == 700_000
+
+
+def test_a_disk_that_cannot_give_back_keeps_everything(
+    output: Output, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("loadmaster.payload.output._PUNCH_HOLE", 0x80)  # a mode that there is none of
+    printed(output, 4_000_000)
+    output.trim(KEPT)
+    output.trim(KEPT)
+    output.join()
+    assert os.fstat(output.stdout).st_size == 4_000_000
+    assert [record.getMessage() for record in caplog.records] == [
+        "std.out: cannot be kept short here: Operation not supported"
+    ]
+
+
+# -- live --------------------------------------------------------------------------------------------------------
+
+
+async def test_what_is_printed_is_told_as_it_is_printed(output: Output) -> None:
+    told: list[tuple[str, str, int]] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(output.follow, lambda *news: told.append(news))
+        os.write(output.stdout, b"one \xc3")
+        await until(lambda: told == [("std.out", "one ", 0)])
+        os.write(output.stderr, b"an error\n")
+        await until(lambda: len(told) == 2)
+        os.write(output.stdout, b"\xa9\n")  # the other half of a letter
+        await until(lambda: told[1:] == [("std.err", "an error\n", 0), ("std.out", "\u00e9\n", 0)])
+        os.write(output.stdout, b"the last words")
+        group.cancel_scope.cancel()
+    assert told[-1] == ("std.out", "the last words", 0)
+
+
+async def test_of_a_flood_only_the_end_is_told(output: Output) -> None:
+    printed(output, 10_000_000)
+    told: list[tuple[str, str, int]] = []
+    async with anyio.create_task_group() as group:
+        group.start_soon(output.follow, lambda *news: told.append(news))
+        await until(lambda: told != [])
+        group.cancel_scope.cancel()
+    [(_, text, skipped)] = told
+    assert len(text) + skipped == 10_000_000
+    assert len(text) == PEEK_BYTES

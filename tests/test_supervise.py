@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -39,6 +39,15 @@ async def start(
     return await supervise.start(spec, workdir, stdout="std.out", stderr="std.err", containment=containment)
 
 
+def keep(looks: list[Usage]) -> Callable[[Usage], Awaitable[None]]:
+    """What takes samples in."""
+
+    async def take(usage: Usage) -> None:
+        looks.append(usage)
+
+    return take
+
+
 async def run(
     command: str | tuple[str, ...],
     workdir: Workdir,
@@ -52,7 +61,7 @@ async def run(
     found = Limits(**limits)
     payload = await start(command, workdir, containment=containment)
     samples = [] if looks is None else looks
-    verdict = await watch(payload, found, heartbeat_seconds=heartbeat_seconds, on_sample=samples.append)
+    verdict = await watch(payload, found, heartbeat_seconds=heartbeat_seconds, on_sample=keep(samples))
     return await payload.end(EndedBy.LIMIT, grace_seconds=found.grace_seconds, verdict=verdict)
 
 
@@ -305,7 +314,7 @@ async def test_a_payload_just_under_a_limit_is_left_alone(workdir: Workdir, what
     async with anyio.create_task_group() as group:
 
         async def watching() -> None:
-            verdict = await watch(payload, Limits(**LIMITS[what]), heartbeat_seconds=10, on_sample=looks.append)
+            verdict = await watch(payload, Limits(**LIMITS[what]), heartbeat_seconds=10, on_sample=keep(looks))
             assert verdict is None
 
         group.start_soon(watching)
@@ -450,7 +459,7 @@ async def test_an_exit_is_noticed_at_once(workdir: Workdir) -> None:
     """Python's own clock, as the payload's last word: DIRAC's wrapper takes up to ten seconds."""
     last = f"exec {sys.executable} -S -c 'import time, os; time.sleep(0.3); os.write(1, str(time.time()).encode())'"
     payload = await start(last, workdir)
-    await watch(payload, Limits(), heartbeat_seconds=10, on_sample=lambda usage: None)
+    await watch(payload, Limits(), heartbeat_seconds=10, on_sample=keep([]))
     noticed = time.time()
     await payload.end(EndedBy.LIMIT, grace_seconds=10)
     assert noticed - float((workdir.path / "std.out").read_text()) < 0.2
@@ -467,7 +476,7 @@ async def test_what_a_payload_prints_costs_us_nothing(workdir: Workdir) -> None:
                 await anyio.sleep(0.05)
 
         group.start_soon(peek)
-        await watch(payload, Limits(), heartbeat_seconds=10, on_sample=lambda usage: None)
+        await watch(payload, Limits(), heartbeat_seconds=10, on_sample=keep([]))
         group.cancel_scope.cancel()
     outcome = await payload.end(EndedBy.LIMIT, grace_seconds=10)
     cost = time.process_time() - begun

@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
     run.add_argument("--result", type=Path, metavar="FILE", help="write the result as JSON")
     run.add_argument("--keep-workdir", action="store_true", help="leave the work directory where it is, and say where")
+    run.add_argument("--follow", action="store_true", help="show what the payload prints, as it prints it")
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
     check = commands.add_parser(
@@ -149,7 +150,7 @@ def _run(options: argparse.Namespace) -> int:
             keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
         )  # fmt: skip
         try:
-            result = anyio.run(_fly, run, orders, display, events)
+            result = anyio.run(_fly, run, orders, display, events, options.follow)
         finally:
             display.close()
     if result is None:
@@ -165,7 +166,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _fly(
-    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None
+    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool
 ) -> JobResult | None:
     """The job's result; None when it was abandoned."""
     handle = JobHandle()
@@ -174,7 +175,7 @@ async def _fly(
         async with anyio.create_task_group() as listening:
             listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
             async with anyio.create_task_group() as followers:
-                followers.start_soon(follow, handle, display)
+                followers.start_soon(partial(follow, handle, display, output=output))
                 if events is not None:
                     followers.start_soon(write_events, handle, events)
                 result = await run(handle=handle)

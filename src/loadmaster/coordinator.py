@@ -125,6 +125,11 @@ class JobInFlight:
         """Keep a fact about the job for its owner: it is in the result and goes to the workload system."""
         await self._handle.record(ParameterReported, name, str(value))
 
+    def outputs_bytes(self) -> int:
+        """What would have to be delivered if the payload ended now: the sizes of the outputs there are. Blocks."""
+        wanted = (*self.description.output_sandbox, *self.description.output_data)
+        return self._files.size_of({name for file in wanted for name in self._files.matches(file.pattern)})
+
     async def peek(self, lines: int = PEEK_LINES) -> list[str]:
         """The last lines the running payload printed; none when it is not running."""
         return await self.payload.peek(lines) if self.payload is not None else []

@@ -7,6 +7,7 @@ tolerances apply to either: a string where a list is meant, `;` between items, n
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath, PurePosixPath
@@ -55,6 +56,9 @@ DIRAC_KEYS: Final[Mapping[str, str]] = {
     "cpu_work": "CPUTime",
     "number_of_processors": "NumberOfProcessors",
     "memory_mb": "Memory",
+    "stop_pattern": "StopSigRegex",
+    "stop_signal": "StopSigNumber",
+    "stop_seconds": "StopSigStartSeconds",
 }
 """Our field, DIRAC's key. Any other key that begins with a capital is kept as it is and offered to the coordinator."""
 
@@ -289,7 +293,10 @@ class Limits(BaseModel):
     cpu_seconds: float | None = Field(default=None, gt=0)
     """Of all cores, user and system time."""
     deadline: AwareDatetime | None = None
-    """When the payload is stopped if it still runs; a time with its zone."""
+    """When the whole job has to be over; a time with its zone. The payload is stopped before it, early enough that what
+    it has made of its outputs so far can still be delivered: the grace, 30 s, and the time their bytes take."""
+    upload_bytes_per_second: float = Field(default=10_000_000.0, gt=0)
+    """What that time is reckoned with."""
     memory_bytes: int | None = Field(default=None, gt=0)
     """By proportional size (PSS): pages that processes share count once. Memory nobody has mapped is not seen."""
     processes: int | None = Field(default=None, gt=0)
@@ -357,10 +364,28 @@ class JobDescription(Words):
     number_of_processors: int = Field(default=1, ge=1)
     memory_mb: int | None = Field(default=None, ge=1)
     limits: Limits = Limits()
+    stop_pattern: Annotated[str, Field(max_length=1000)] | None = None
+    """Soft stop: the payload's processes whose command line this regular expression is found in get `stop_signal`, once,
+    `stop_seconds` before a limit of wall time, CPU time or the deadline is reached, and first of all when the job is
+    killed. A payload that then ends with 128 + the signal's number, or by the signal, has succeeded (as in DIRAC)."""
+    stop_signal: int = Field(default=2, ge=1, le=64)
+    stop_seconds: float = Field(default=1800.0, ge=0)
 
     @classmethod
     def _keys(cls) -> Mapping[str, str]:
         return DIRAC_KEYS
+
+    @field_validator("stop_pattern")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        """An empty one is none: DIRAC writes that when there is no soft stop."""
+        if not pattern:
+            return None
+        try:
+            re.compile(pattern)
+        except re.error as exc:
+            raise ValueError(f"{pattern!r} is not a regular expression: {exc}") from exc
+        return pattern
 
     @field_validator("output_path")
     @classmethod

@@ -8,7 +8,8 @@
 | `SlotGranted`                     | the lease began; carries cores and memory                         | yes  |
 | `PayloadStarted`                  | process id, start time, containment                               | yes  |
 | `FileStagedIn`*, `FileStagedOut`* | also beside the payload and in postProcess                        | yes  |
-| `Heartbeat`*                      | while the payload runs                                            | no   |
+| `Heartbeat`*                      | at any time                                                       | no   |
+| `OutputPrinted`*                  | while the payload runs, for who follows its output                | no   |
 | `TransferProgress`*               | while files move                                                  | no   |
 | `PayloadExited`                   | exactly once if PayloadStarted, whatever the cause                | yes  |
 | `ParameterReported`*              | a coordinator had something to say                                | yes  |
@@ -29,7 +30,7 @@ from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
 
-from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile
+from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +91,13 @@ class PayloadStarted(Event):
     pid: int
     start_ticks: int
     containment: str
+    shim: str = ""
+    """Which helper holds it: `c`, or its `python` twin where no compiler was found; empty when none does."""
 
 
 @dataclass(frozen=True, slots=True)
 class PayloadExited(Event):
-    """The payload and what was left of its process group are gone. One that did not succeed leaves its last lines."""
+    """The payload and what it left are gone. One that did not succeed leaves its last lines."""
 
     outcome: PayloadOutcome
     last_lines: tuple[str, ...] = ()
@@ -153,15 +156,30 @@ class JobFinished(Event):
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat(Event):
-    """How the job is doing. CPU and memory are the payload's, all of its processes together."""
+    """How the job is doing: it comes in every phase."""
 
     kept: ClassVar[bool] = False
 
     phase: Phase
-    wall_seconds: float
-    cpu_seconds: float
-    memory_bytes: int
-    processes: int
+    seconds: float
+    """How long the job has been in this phase."""
+    usage: Usage | None = None
+    """What the payload uses, or what it used at the last look once it has ended; None before it."""
+    last_lines: tuple[str, ...] = ()
+    """The last lines the payload printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputPrinted(Event):
+    """The payload has printed something to its standard output or error."""
+
+    kept: ClassVar[bool] = False
+
+    name: str
+    """The file it is in."""
+    text: str
+    skipped_bytes: int = 0
+    """So much before it is left out here: it printed faster than it is told."""
 
 
 @dataclass(frozen=True, slots=True)

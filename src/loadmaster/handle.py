@@ -12,7 +12,7 @@ from weakref import WeakSet
 import anyio
 
 from loadmaster.errors import RuntimeFault
-from loadmaster.events import Event
+from loadmaster.events import Event, OutputPrinted
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.result import Failure, JobResult, Status
 
@@ -90,12 +90,15 @@ class JobHandle:
         """Every event of the job from its first, then as they come; ends when the job is over. Blocks nobody."""
         return self._follower(transient=False)
 
-    def follow(self) -> AsyncIterator[Event]:
-        """As `events`, with heartbeats and transfer progress as they are offered; a slow reader misses some of those."""
-        return self._follower(transient=True)
+    def follow(self, *, output: bool = False) -> AsyncIterator[Event]:
+        """As `events`, with heartbeats and transfer progress as they are offered; a slow reader misses some of those.
 
-    def _follower(self, *, transient: bool) -> _Follower:
-        follower = _Follower(self, transient=transient)
+        `output`: also what the payload prints, if this is called before it starts.
+        """
+        return self._follower(transient=True, output=output)
+
+    def _follower(self, *, transient: bool, output: bool = False) -> _Follower:
+        follower = _Follower(self, transient=transient, output=output)
         self._followers.add(follower)
         return follower
 
@@ -105,6 +108,11 @@ class JobHandle:
     def followed(self) -> bool:
         """Whether anybody wants heartbeats and progress: they cost something to make."""
         return any(follower.transient for follower in self._followers)
+
+    @property
+    def output_followed(self) -> bool:
+        """Whether anybody wants what the payload prints."""
+        return any(follower.output for follower in self._followers)
 
     def ends_as(self, failure: Failure | None) -> Status:
         """The status the job has if it finishes now, with this failure if it had none before."""
@@ -151,7 +159,7 @@ class JobHandle:
         """Tell whoever follows right now; nothing is recorded."""
         event = self._new(kind, *args, **kw)
         for follower in self._followers:
-            if follower.transient:
+            if follower.transient and (follower.output or not isinstance(event, OutputPrinted)):
                 follower.offers.append(event)
                 follower.wake()
 
@@ -193,8 +201,8 @@ class JobHandle:
 class _Follower:
     """A cursor over a handle's events, with a place for offers. Forgotten by the handle when its reader drops it."""
 
-    def __init__(self, handle: JobHandle, *, transient: bool) -> None:
-        self.transient = transient
+    def __init__(self, handle: JobHandle, *, transient: bool, output: bool) -> None:
+        self.transient, self.output = transient, output
         self.offers: deque[Event] = deque(maxlen=TRANSIENT_EVENTS_KEPT)
         self._handle = handle
         self._seen = 0

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
+from math import inf
 from types import MappingProxyType
 from typing import Final
 
 from loadmaster.description import ComputingElement, JobDescription, Limits
-from loadmaster.result import Usage, Verdict
+from loadmaster.result import Usage, Verdict, quantity
 
 CPU_MARGIN: Final = 1.2
 """A payload may use a fifth more CPU than its description foresees (DIRAC's JobCPULimitMargin, 20 %)."""
@@ -20,6 +21,9 @@ BLIND_LOOK_SECONDS: Final = (0.1, 5.0)
 """What may grow at any rate (memory, processes, files) is looked at as often as a tenth of the payload's age, within
 these. A fill of memory at 1 GB/s, about what one core can do, is then noticed 0.1 GB late in the first second, and
 always within five: DIRAC's watchdog looks after 1800 s."""
+
+DELIVERY_SECONDS: Final = 30.0
+"""What delivering outputs takes besides their bytes: postProcess, connections, the end of the job."""
 
 WALK_SHARE: Final = 0.05
 """The work directory is walked so seldom that walking takes at most this part of the time."""
@@ -82,8 +86,8 @@ def judge(samples: Sequence[Usage], limits: Limits, *, now: datetime) -> Verdict
 
 def _exceeded(samples: Sequence[Usage], limits: Limits, now: datetime) -> Iterator[Verdict]:
     usage = samples[-1]
-    if limits.deadline is not None and now >= limits.deadline:
-        yield Verdict("deadline", now.timestamp(), limits.deadline.timestamp(), "UTC")
+    if limits.deadline is not None and now >= limits.deadline - stop_margin(usage, limits):
+        yield deadline_verdict(limits.deadline, usage, limits, now=now)
     for name, seconds, allowed in (
         ("wall time", usage.wall_seconds, limits.wall_seconds),
         ("CPU time", usage.cpu_seconds, limits.cpu_seconds),
@@ -105,6 +109,41 @@ def _exceeded(samples: Sequence[Usage], limits: Limits, now: datetime) -> Iterat
     ratio = cpu_ratio(samples, limits.cpu_ratio_window_seconds)
     if ratio is not None and limits.cpu_ratio is not None and ratio < limits.cpu_ratio:
         yield Verdict(CPU_RATIO, 100 * ratio, 100 * limits.cpu_ratio, "%")
+
+
+def stop_margin(usage: Usage, limits: Limits) -> timedelta:
+    """How long before the deadline a payload is stopped: until it has ended, and its outputs as they are now are out."""
+    if usage.outputs_bytes is None:
+        return timedelta()
+    return timedelta(
+        seconds=limits.grace_seconds + DELIVERY_SECONDS + usage.outputs_bytes / limits.upload_bytes_per_second
+    )
+
+
+def deadline_verdict(deadline: datetime, usage: Usage, limits: Limits, *, now: datetime) -> Verdict:
+    """That a deadline, or the time to stop for it, has come."""
+    margin = stop_margin(usage, limits)
+    because = ""
+    if margin:
+        size = quantity(usage.outputs_bytes or 0, "bytes")
+        because = f"{deadline:%H:%M:%S} less {margin.total_seconds():.0f} s to end it and deliver {size}"
+    return Verdict("deadline", now.timestamp(), (deadline - margin).timestamp(), "UTC", because)
+
+
+def seconds_left(usage: Usage, limits: Limits, *, now: datetime) -> float:
+    """How long a payload still has until the first of its limits of time; infinite when there is none.
+
+    Its CPU time is taken to grow as it has so far, but at least as one core does it.
+    """
+    left = inf
+    if limits.deadline is not None:
+        left = (limits.deadline - stop_margin(usage, limits) - now).total_seconds()
+    if limits.wall_seconds is not None:
+        left = min(left, limits.wall_seconds - usage.wall_seconds)
+    if limits.cpu_seconds is not None:
+        pace = max(1.0, usage.cpu_seconds / usage.wall_seconds if usage.wall_seconds > 0 else 1.0)
+        left = min(left, (limits.cpu_seconds - usage.cpu_seconds) / pace)
+    return left
 
 
 def cpu_ratio(samples: Sequence[Usage], window_seconds: float) -> float | None:
@@ -145,7 +184,8 @@ def seconds_until_look(usage: Usage, limits: Limits, *, now: datetime, cores: in
     """
     look = heartbeat_seconds
     if limits.deadline is not None:
-        look = min(look, (limits.deadline - now).total_seconds())
+        left = (limits.deadline - stop_margin(usage, limits) - now).total_seconds()
+        look = min(look, left if usage.outputs_bytes is None else left / 2)  # outputs may grow meanwhile
     if limits.wall_seconds is not None:
         look = min(look, limits.wall_seconds - usage.wall_seconds)
     if limits.cpu_seconds is not None:

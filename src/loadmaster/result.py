@@ -53,16 +53,19 @@ class Verdict:
     threshold: float
     unit: str
     """`s`, `bytes`, `%`, nothing for numbers, or `UTC` for points in time as seconds since 1970."""
+    because: str = ""
+    """How the threshold came to be, where that is not what was asked for."""
 
     def __str__(self) -> str:
-        value, threshold = _quantity(self.value, self.unit), _quantity(self.threshold, self.unit)
+        value, threshold = quantity(self.value, self.unit), quantity(self.threshold, self.unit)
         if self.unit == "UTC":
-            return f"{self.limit} of {threshold} was over at {value}"
+            why = f" ({self.because})" if self.because else ""
+            return f"{self.limit} of {threshold} was over at {value}{why}"
         relation = "under the minimum" if self.value < self.threshold else "over the limit"
         return f"{self.limit} of {value} is {relation} of {threshold}"
 
 
-def _quantity(number: float, unit: str) -> str:
+def quantity(number: float, unit: str) -> str:
     """A number that people can read, with its unit."""
     if unit == "UTC":
         return f"{datetime.fromtimestamp(number, UTC):%Y-%m-%d %H:%M:%S} UTC"
@@ -120,11 +123,14 @@ class Usage:
     """From and to storage, by processes that are gone as well."""
     workdir_bytes: int | None = None
     workdir_files: int | None = None
-    """At least: the walk over a work directory is bounded."""
+    workdir_whole: bool = True
+    """False when there may be more: the walk over a work directory is bounded, and not let in everywhere."""
     free_disk_bytes: int | None = None
     """Where the work directory is."""
     output_bytes: int = 0
-    """Standard output and error."""
+    """Standard output and error, as long as they have become."""
+    outputs_bytes: int | None = None
+    """What would have to be delivered if the payload ended now."""
 
     @property
     def memory_bytes(self) -> int:
@@ -156,6 +162,17 @@ class PayloadOutcome:
     """From and to storage, past the page cache. As of the last look, when we are not root."""
     peak_pss_bytes: int | None = None
     peak_processes: int | None = None
+    ending_seconds: float = 0.0
+    """From the order to end it, or its own end, until nobody was left."""
+    grace_expired: bool = False
+    """Whether somebody had to be killed who had been asked to end."""
+    orphans: int = 0
+    """Its processes that outlived their parents, as far as the containment tells: some ended by themselves, others were
+    what the payload left behind."""
+    left_behind: bool = False
+    """Whether something is still there although it was killed: it hangs in the kernel."""
+    stop_signal: int | None = None
+    """The signal of the soft stop that was asked for, if it was."""
 
     @property
     def user_seconds(self) -> float:
@@ -164,8 +181,14 @@ class PayloadOutcome:
 
     @property
     def succeeded(self) -> bool:
-        """Whether the payload ended by itself, with status 0."""
-        return self.exit_code == 0 and self.ended_by is EndedBy.ITSELF
+        """Whether the payload ended by itself, with status 0, or as it was softly asked to."""
+        return self.ended_by is EndedBy.ITSELF and (self.exit_code == 0 or self.stopped_softly)
+
+    @property
+    def stopped_softly(self) -> bool:
+        """Whether it ended by the signal of a soft stop, itself or as a shell says it of what it ran: with 128 + N."""
+        number = self.stop_signal
+        return number is not None and (self.signal == number or self.exit_code == 128 + number)
 
     def __str__(self) -> str:
         if self.signal is not None:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,14 @@ from anyio import lowlevel, to_thread
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
-from loadmaster.description import RESCHEDULE_EXIT_CODE, ComputingElement, JobDescription, PayloadSpec, complaints
+from loadmaster.description import (
+    RESCHEDULE_EXIT_CODE,
+    ComputingElement,
+    JobDescription,
+    Limits,
+    PayloadSpec,
+    complaints,
+)
 from loadmaster.errors import (
     HookFailed,
     JobError,
@@ -35,6 +45,7 @@ from loadmaster.events import (
     Heartbeat,
     JobAccepted,
     JobFinished,
+    OutputPrinted,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
@@ -46,10 +57,11 @@ from loadmaster.handle import JobHandle
 from loadmaster.hooks import call_hook
 from loadmaster.ledger import AsAsked, Slots
 from loadmaster.lifecycle import Stage
-from loadmaster.limits import limits_of
+from loadmaster.limits import deadline_verdict, limits_of, seconds_left
 from loadmaster.payload.command import default_command, default_environment, slot_environment
 from loadmaster.payload.containment import DEFAULT, Containment
-from loadmaster.payload.supervise import HEARTBEAT_SECONDS, start, watch
+from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
@@ -102,9 +114,13 @@ async def run_job(
                 moving = await stack.enter_async_context(open_transfers(site or Site()))
             workdir = await stack.enter_async_context(open_workdir(root, job.job_id, keep=keep_workdir))
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
-            await _Flight(
+            straight = _Flight(
                 flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds, containment
-            ).fly()
+            )
+            beating = anyio.CancelScope()
+            stack.callback(beating.cancel)
+            own.start_soon(straight.beat, beating)
+            await straight.fly()
 
     # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
     with single_error():
@@ -136,6 +152,9 @@ class _Flight:
         self.standard.job = job
         self.coordinator: Coordinator = self.standard
         self.phase = Phase.STAGE_IN
+        self.phase_began = time.monotonic()
+        self.usage: Usage | None = None
+        self.last_lines: tuple[str, ...] = ()
 
     async def fly(self) -> None:
         await self.record(JobAccepted, self.job.description.model_dump(mode="json", exclude_defaults=True))
@@ -151,8 +170,9 @@ class _Flight:
         """Everything that a kill ends."""
         try:
             with self.handle.computing():
-                await self._stage_in()
-                spec = await self._prepare()
+                with self._in_time():
+                    await self._stage_in()
+                    spec = await self._prepare()
                 outcome = await self._run_payload(spec)
                 await self._post_process(outcome)
         except JobError as error:
@@ -172,7 +192,7 @@ class _Flight:
         await self._hook("stageIn")
 
     async def _prepare(self) -> PayloadSpec:
-        self.phase = Phase.PRE_PROCESS
+        self._enter(Phase.PRE_PROCESS)
         description = self.job.description
         env = default_environment(description, self.job.ce, self.workdir)
         command = await to_thread.run_sync(default_command, description, env, self.workdir)
@@ -181,11 +201,13 @@ class _Flight:
         return spec
 
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
-        self.phase = Phase.PAYLOAD
-        async with self.slots.lease(self.job.description) as slot:
-            await self.record(SlotGranted, slot.cores, slot.memory_mb)
-            with_slot = spec.model_copy(update={"env": {**slot_environment(slot), **spec.env}})
-            return await self._supervise(with_slot)
+        self._enter(Phase.PAYLOAD)
+        with self._in_time() as waiting:
+            async with self.slots.lease(self.job.description) as slot:
+                waiting.deadline = inf  # from here on the payload's own supervision keeps it
+                await self.record(SlotGranted, slot.cores, slot.memory_mb)
+                with_slot = spec.model_copy(update={"env": {**slot_environment(slot), **spec.env}})
+                return await self._supervise(with_slot)
 
     async def _supervise(self, spec: PayloadSpec) -> PayloadOutcome:
         """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
@@ -193,14 +215,16 @@ class _Flight:
         payload = await start(
             spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
             grace_seconds=self.limits.grace_seconds, containment=self.containment,
+            soft_stop=SoftStop.of(description), outputs_bytes=self.job.outputs_bytes if self._has_outputs else None,
         )  # fmt: skip
         verdict: Verdict | None = None
         try:
-            await self.record(PayloadStarted, payload.tree.pid, payload.tree.start_ticks, payload.tree.containment)
+            tree = payload.tree
+            await self.record(PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim)
             self.job.payload = payload
-            async with self.job.companions.alongside():
+            async with self.job.companions.alongside(), self._followed(payload):
                 verdict = await watch(
-                    payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._heartbeat
+                    payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample
                 )
         finally:
             with anyio.CancelScope(shield=True), self.handle.hurried_by(payload.hurry):  # bounded: the grace and 30 s
@@ -208,6 +232,7 @@ class _Flight:
                 by = self._who_ends_it(verdict)
                 outcome = await payload.end(by, grace_seconds=self.limits.grace_seconds, verdict=verdict)
                 self.job.outcome = outcome
+                self.last_lines = payload.last_lines or self.last_lines
                 if self.handle.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
                     await self.record(PayloadExited, outcome, payload.last_lines)
         return outcome
@@ -216,9 +241,10 @@ class _Flight:
         error = _error_of(outcome)
         if isinstance(error, RescheduleJob):
             raise error
-        self.phase = Phase.POST_PROCESS
+        self._enter(Phase.POST_PROCESS)
         try:
-            await self._hook("postProcess")
+            with self._in_time():
+                await self._hook("postProcess")
         except (HookFailed, SkipPayload) as said:
             if error is None:
                 raise
@@ -229,10 +255,11 @@ class _Flight:
 
     async def _deliver(self) -> Failure | None:
         """Take out what the job has, and say why that failed if it did."""
-        self.phase = Phase.STAGE_OUT
+        self._enter(Phase.STAGE_OUT)
         await self.record(StageOutStarted)
         try:
-            await self._hook("stageOut")
+            with self._in_time():
+                await self._hook("stageOut")
         except SkipPayload:
             return None
         except JobError as error:
@@ -252,10 +279,58 @@ class _Flight:
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
         return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
 
-    def _heartbeat(self, usage: Usage) -> None:
-        self.handle.offer(
-            Heartbeat, self.phase, usage.wall_seconds, usage.cpu_seconds, usage.memory_bytes, usage.processes
-        )
+    def _enter(self, phase: Phase) -> None:
+        self.phase, self.phase_began = phase, time.monotonic()
+
+    @contextmanager
+    def _in_time(self) -> Iterator[anyio.CancelScope]:
+        """While no payload runs: raise `LimitExceeded` when the job's deadline comes."""
+        delivering = self.phase is Phase.STAGE_OUT
+        usage = Usage(wall_seconds=0.0, outputs_bytes=0 if self._has_outputs and not delivering else None)
+        left = seconds_left(usage, Limits(deadline=self.limits.deadline), now=datetime.now(UTC))
+        with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
+            yield scope
+        if scope.cancelled_caught and self.limits.deadline is not None:
+            raise LimitExceeded(str(deadline_verdict(self.limits.deadline, usage, self.limits, now=datetime.now(UTC))))
+
+    @property
+    def _has_outputs(self) -> bool:
+        return bool(self.job.description.output_data or self.job.description.output_sandbox)
+
+    # -- telling whoever follows -----------------------------------------------------------------------------------
+
+    async def beat(self, scope: anyio.CancelScope) -> None:
+        """A heartbeat now and then, in every phase; while a payload runs, the looks at it give them."""
+        with scope:
+            while True:
+                await anyio.sleep(self.heartbeat_seconds)
+                if self.job.payload is None:
+                    self._tell()
+
+    async def _take_sample(self, usage: Usage) -> None:
+        self.usage = usage
+        if self.handle.followed and self.job.payload is not None:
+            self.last_lines = tuple(await self.job.payload.peek())
+            self._tell()
+
+    def _tell(self) -> None:
+        self.handle.offer(Heartbeat, self.phase, time.monotonic() - self.phase_began, self.usage, self.last_lines)
+
+    @asynccontextmanager
+    async def _followed(self, payload: Payload) -> AsyncIterator[None]:
+        """Tell what the payload prints, if there is anybody who wants that as it starts."""
+        if not self.handle.output_followed:
+            yield
+            return
+        with single_error():
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(
+                    payload.follow, lambda name, text, skipped: self.handle.offer(OutputPrinted, name, text, skipped)
+                )
+                try:
+                    yield
+                finally:
+                    beside.cancel_scope.cancel()
 
     def _who_ends_it(self, verdict: Verdict | None) -> EndedBy:
         if verdict is not None:

@@ -19,6 +19,7 @@ from loadmaster.events import (
     JobAccepted,
     JobFinished,
     OutputMissing,
+    OutputPrinted,
     ParameterReported,
     PayloadExited,
     PayloadPrepared,
@@ -28,7 +29,7 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
-from loadmaster.result import StoredFile
+from loadmaster.result import Phase, StoredFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -53,9 +54,9 @@ class Display(Protocol):
         ...
 
 
-async def follow(handle: JobHandle, display: Display) -> None:
-    """Show a job until it is over."""
-    async for event in handle.follow():
+async def follow(handle: JobHandle, display: Display, *, output: bool = False) -> None:
+    """Show a job until it is over; `output`: also what its payload prints."""
+    async for event in handle.follow(output=output):
         display.show(event)
 
 
@@ -74,7 +75,12 @@ def open_display(stream: TextIO, *, quiet: bool) -> Display:
 def describe(event: Event) -> list[str]:
     """What an event says to a person: a line, and below it what the payload said; nothing if it says nothing."""
     line = _line(event)
-    said = [f"         | {text}" for text in event.last_lines] if isinstance(event, PayloadExited) else []
+    said: list[str] = []
+    if isinstance(event, PayloadExited):
+        said = [f"         | {text}" for text in event.last_lines]
+    elif isinstance(event, OutputPrinted):
+        skipped = [f"  | [... {size(event.skipped_bytes)} more ...]"] if event.skipped_bytes else []
+        said = skipped + [f"  | {text}" for text in event.text.splitlines()]
     return [printable(text) for text in ([line] if line else []) + said]
 
 
@@ -88,11 +94,13 @@ def _line(event: Event) -> str | None:
             return f"  in   {file.name}  {size(file.size_bytes)}  from {place(file)}"
         case PayloadPrepared(command=command):
             return f"payload: {command if isinstance(command, str) else ' '.join(command)}"
-        case PayloadStarted(pid=pid):
-            return f"payload runs (process {pid})"
+        case PayloadStarted(pid=pid, containment=containment):
+            return f"payload runs (process {pid}, {containment})"
         case PayloadExited(outcome=outcome):
             memory = f", {size(outcome.peak_memory_bytes)} at most" if outcome.peak_memory_bytes else ""
-            return f"payload ended: {outcome}, {outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s{memory}"
+            softly = ", as it was asked to" if outcome.stopped_softly else ""
+            used = f"{outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s{memory}"
+            return f"payload ended: {outcome}{softly}, {used}"
         case ParameterReported(name=name, value=value):
             return f"  {name}: {value}"
         case ComputingEnded(failure=failure) if failure is not None:
@@ -177,8 +185,12 @@ class Live:
                 self._enter("waiting for a slot")
             case PayloadStarted():
                 self._enter("payload")
-            case Heartbeat(cpu_seconds=cpu, memory_bytes=memory, processes=processes):
-                self._rename(f"payload  CPU {cpu:.1f} s  memory {size(memory)}  processes {processes}")
+            case Heartbeat(phase=Phase.PAYLOAD, usage=usage, last_lines=last) if usage is not None:
+                figures = (
+                    f"CPU {usage.cpu_seconds:.1f} s  memory {size(usage.memory_bytes)}  processes {usage.processes}"
+                )
+                said = f"  | {last[-1]}" if last else ""
+                self._rename(printable(f"payload  {figures}{said}"[: self._console.width - 12]))
             case ComputingEnded() | StageOutStarted():
                 self._enter("staging out")
             case TransferProgress(name=name, done_bytes=done, size_bytes=total):

@@ -14,8 +14,9 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
@@ -34,6 +35,9 @@ a payload may change the mode and some file systems have no attributes. Of what 
 
 REMOVAL_SECONDS: Final = 60.0
 """How long a cancelled job may take to remove its directory before it is left behind, with a warning."""
+
+SIZED_FILES: Final = 100_000
+"""A payload may make millions of files; of so many the sizes are added up."""
 
 REMOVAL_PASSES: Final = 20
 """A process that is being killed may still write; the directory is emptied again so many times."""
@@ -209,6 +213,16 @@ class Workdir:
                 entries = sorted(found, key=lambda entry: entry.name)
             yield from (f"{folder}/{entry.name}" for entry in entries if not entry.is_dir(follow_symlinks=False))
             folders += [f"{folder}/{entry.name}" for entry in reversed(entries) if entry.is_dir(follow_symlinks=False)]
+
+    def size_of(self, names: Iterable[str], *, at_most_files: int = SIZED_FILES) -> int:
+        """The sizes of files, and of all files in directories, added up; of at most so many. What is gone has none."""
+        files = chain.from_iterable(self.files_below(name) if self.is_directory(name) else (name,) for name in names)
+        total = 0
+        with suppress(OSError):  # a directory that may not be looked into: its files cannot be delivered either
+            for name in islice(files, at_most_files):
+                with suppress(FileNotFoundError):
+                    total += os.lstat(self.path / name).st_size
+        return total
 
     @contextmanager
     def _parent(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:

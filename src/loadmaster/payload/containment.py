@@ -62,6 +62,8 @@ class Tree(Protocol):
     """A payload's processes. Whoever has one calls `end` or waits, and then `reap`, once."""
 
     containment: Containment
+    shim: str
+    """Which shim holds it; empty when none does."""
     pid: int
     start_ticks: int
     started: float
@@ -96,6 +98,7 @@ class SessionTree(Tree):
     """A payload that only its process group holds together."""
 
     containment = Containment.SESSION
+    shim = ""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -155,6 +158,7 @@ class ShimTree(Tree):
     ) -> None:  # fmt: skip
         """Start the shim. Blocks for about a millisecond; raises OSError."""
         self.containment = containment
+        self.shim = shim_kind()
         self.pid = self.start_ticks = 0
         self.started = time.monotonic()
         self._text = b""

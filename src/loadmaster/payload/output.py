@@ -3,20 +3,48 @@
 Files, not pipes. A pipe needs a reader for as long as any descendant holds the other end, and payloads leave daemons
 behind. The descriptors are kept, so that a look at the last lines reads what was written, whatever the payload put
 at the name since.
+
+A payload that prints more than is kept of it goes on printing: the disk of the middle of its file is given back as
+it grows, and at the end the file is its beginning, a line that says how much is left out, and its end.
 """
 
 from __future__ import annotations
 
+import codecs
+import ctypes
+import fcntl
+import logging
 import os
+from collections.abc import Callable
 from typing import Final
 
+import anyio
+
+from loadmaster.notices import MODIFIED, Notices
 from loadmaster.workdir import Workdir
+
+log = logging.getLogger(__name__)
 
 PEEK_LINES: Final = 20
 """DIRAC's MaxJobPeekLines."""
 
 PEEK_BYTES: Final = 64 * 1024
 """At most so much is read from the end, whatever the length of the lines."""
+
+FOLLOW_SECONDS: Final = 0.1
+"""Whoever follows is told as often as that at most: a person cannot read faster."""
+
+BLOCK_BYTES: Final = 64 * 1024
+"""The disk is given back in multiples of it: no file system has larger blocks."""
+
+_PUNCH_HOLE: Final = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = getattr(_libc, "fallocate64", _libc.fallocate)
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+Printed = Callable[[str, str, int], None]
+"""Told what a file of output has got: its name, the text, and how many bytes before it are left out."""
 
 
 class Output:
@@ -25,6 +53,7 @@ class Output:
     def __init__(self, workdir: Workdir, stdout: str, stderr: str) -> None:
         """Make the files, empty. Raises OSError. One name for both is one file, with the lines in order."""
         self._workdir, self._names = workdir, (stdout, stderr)
+        self._gaps: dict[int, tuple[int, int]] = {}
         self.directory = workdir.descriptor()
         """The work directory: its name is the payload's to change."""
         try:
@@ -38,6 +67,16 @@ class Output:
             os.close(self.directory)
             os.close(self.stdout)
             raise
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Names and descriptors; one, when both go to the same file."""
+        return dict(zip(self._names[::-1], (self.stderr, self.stdout), strict=True))
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether `join` has something to do."""
+        return bool(self._gaps)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -59,6 +98,77 @@ class Output:
         """The last lines of standard error, or of standard output when there are none."""
         return last_lines(self.stderr, lines) or last_lines(self.stdout, lines)
 
+    def trim(self, kept_bytes: int) -> None:
+        """Give back the disk of what is in the middle of a file that takes more than so much. It keeps its size."""
+        for name, descriptor in self.files.items():
+            found = os.fstat(descriptor)
+            if found.st_blocks * 512 <= kept_bytes + 2 * BLOCK_BYTES:
+                continue
+            begin = _whole_blocks(kept_bytes // 2 + BLOCK_BYTES - 1)
+            end = _whole_blocks(found.st_size - kept_bytes // 2)
+            if end <= begin:
+                continue
+            if _fallocate(descriptor, _PUNCH_HOLE, begin, end - begin) < 0:
+                if descriptor not in self._gaps:
+                    log.warning("%s: cannot be kept short here: %s", name, os.strerror(ctypes.get_errno()))
+                    self._gaps[descriptor] = (0, 0)
+                continue
+            self._gaps[descriptor] = (begin, end)
+
+    def join(self) -> None:
+        """Close the gaps: nobody writes any more. A line in each says how many bytes are left out."""
+        for descriptor, (begin, end) in self._gaps.items():
+            size = os.fstat(descriptor).st_size
+            # A file that is open for appending is appended to wherever one asks to write.
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_APPEND)
+            if begin < end <= size:  # otherwise the payload has cut its file since
+                mark = f"\n[... {end - begin} bytes left out ...]\n".encode()
+                os.pwrite(descriptor, mark, begin)
+                to = begin + len(mark)
+                while block := os.pread(descriptor, BLOCK_BYTES, end):
+                    os.pwrite(descriptor, block, to)
+                    to, end = to + len(block), end + len(block)
+                os.ftruncate(descriptor, to)
+
+    async def follow(self, told: Printed) -> None:
+        """Tell what is printed, as it is printed; ends by cancellation, when the rest has been told.
+
+        Of more than 64 KiB at once only the end is told. Raises OSError when the user has no inotify queue left.
+        """
+        cursors = [_Cursor(name, descriptor, told) for name, descriptor in self.files.items()]
+        with Notices() as notices:
+            for cursor in cursors:
+                notices.watch(f"/proc/self/fd/{cursor.descriptor}", MODIFIED)
+            try:
+                while True:
+                    for cursor in cursors:
+                        cursor.advance()
+                    await anyio.sleep(FOLLOW_SECONDS)  # what comes meanwhile is told together
+                    await notices.next()
+            finally:
+                for cursor in cursors:
+                    cursor.advance()
+
+
+class _Cursor:
+    """How far a file has been told."""
+
+    def __init__(self, name: str, descriptor: int, told: Printed) -> None:
+        self.descriptor = descriptor
+        self._name, self._told, self._at = name, told, 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def advance(self) -> None:
+        """Tell what is new."""
+        size = os.fstat(self.descriptor).st_size
+        if size < self._at:  # cut by the payload
+            self._at = 0
+        skipped = max(0, size - self._at - PEEK_BYTES)
+        data = os.pread(self.descriptor, PEEK_BYTES, self._at + skipped)
+        if data:
+            self._at += skipped + len(data)
+            self._told(self._name, self._decoder.decode(data), skipped)
+
 
 def last_lines(descriptor: int, lines: int) -> list[str]:
     """The last lines of an open file, of at most the last 64 KiB; bytes that are not UTF-8 are replaced."""
@@ -68,3 +178,7 @@ def last_lines(descriptor: int, lines: int) -> list[str]:
     if size > PEEK_BYTES and len(text) > 1:
         del text[0]  # the first line is most likely only the end of one
     return text[-lines:] if lines > 0 else []
+
+
+def _whole_blocks(count: int) -> int:
+    return count // BLOCK_BYTES * BLOCK_BYTES

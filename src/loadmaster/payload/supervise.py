@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from math import inf
 from typing import Final
 
 import anyio
@@ -18,17 +20,21 @@ from loadmaster.description import Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import (
     CPU_RATIO,
+    SHORTEST_LOOK_SECONDS,
     UNCHECKED,
+    WALK_SHARE,
     judge,
     needs_pss,
     remembered,
+    seconds_left,
     seconds_until_look,
     seconds_until_walk,
     without_cpu_ratio,
 )
 from loadmaster.payload.command import argv_of
 from loadmaster.payload.containment import DEFAULT, Containment, Refused, SessionTree, Tree, start_contained
-from loadmaster.payload.output import PEEK_LINES, Output
+from loadmaster.payload.output import PEEK_LINES, Output, Printed
+from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.usage import (
     DirectoryUsage,
     TreeUsage,
@@ -49,15 +55,29 @@ LAST_LOOK_SECONDS: Final = 0.1
 
 NO_LIMITS: Final = Limits()
 
+_NOT_OF_TIME: Final = dict.fromkeys(
+    ("cpu_seconds", "memory_bytes", "processes", "workdir_bytes", "free_disk_bytes", "output_bytes", "cpu_ratio")
+)
+"""What a clock cannot tell."""
+
 
 class Payload:
     """A payload that was started. Whoever has one must call `end`, which is sure to return."""
 
-    def __init__(self, tree: Tree, output: Output) -> None:
+    def __init__(
+        self, tree: Tree, output: Output, *, soft_stop: SoftStop | None = None, kept_bytes: int | None = None,
+        outputs_bytes: Callable[[], int] | None = None,
+    ) -> None:  # fmt: skip
         self.tree = tree
         self.last_lines: tuple[str, ...] = ()
         """What a payload that did not succeed had to say at the end."""
         self._output = output
+        self._soft_stop = soft_stop
+        self._stopped_softly = False
+        self._kept_bytes = kept_bytes
+        self._outputs_bytes = outputs_bytes
+        self._outputs_known = 0
+        self._next_outputs_seconds = 0.0
         self._walked: DirectoryUsage | None = None
         self._next_walk_seconds = 0.0
         self._seen = _Seen()
@@ -80,6 +100,8 @@ class Payload:
         pss = read_pss(found.pids) if needs_pss(found.rss_bytes, limits) else None
         self._seen.take(found, pss)
         walked = self._walk() if limits.workdir_bytes is not None else None
+        if self._kept_bytes is not None:
+            self._output.trim(self._kept_bytes)
         return Usage(
             wall_seconds=self.wall_seconds,
             cpu_seconds=self._seen.cpu_seconds,
@@ -92,8 +114,10 @@ class Payload:
             written_bytes=self._seen.written_bytes,
             workdir_bytes=walked.size_bytes if walked else None,
             workdir_files=walked.files if walked else None,
+            workdir_whole=walked is None or walked.whole,
             free_disk_bytes=read_free_disk(self._output.directory),
             output_bytes=read_sizes((self._output.stdout, self._output.stderr)),
+            outputs_bytes=self._measure_outputs() if limits.deadline is not None else None,
         )
 
     def _walk(self) -> DirectoryUsage:
@@ -104,6 +128,17 @@ class Payload:
             ended = self.wall_seconds
             self._next_walk_seconds = ended + seconds_until_walk(ended, ended - begun)
         return self._walked
+
+    def _measure_outputs(self) -> int | None:
+        """What would have to be delivered now, as of the last time when the next one is not due."""
+        if self._outputs_bytes is None:
+            return None
+        begun = self.wall_seconds
+        if begun >= self._next_outputs_seconds:
+            self._outputs_known = self._outputs_bytes()
+            ended = self.wall_seconds
+            self._next_outputs_seconds = ended + (ended - begun) / WALK_SHARE
+        return self._outputs_known
 
     async def has_file(self, name: str) -> bool:
         """Whether its work directory has something of this name."""
@@ -120,6 +155,36 @@ class Payload:
         """The last lines it printed."""
         return await to_thread.run_sync(self._output.peek, lines, limiter=self._threads)
 
+    async def follow(self, told: Printed) -> None:
+        """Tell what it prints, until cancelled. Where the kernel does not say, nothing is told."""
+        try:
+            await self._output.follow(told)
+        except OSError as exc:
+            log.warning("what the payload prints is not shown: %s", exc)
+
+    @property
+    def can_be_stopped_softly(self) -> bool:
+        """Whether there is a soft stop that has not been asked for."""
+        return self._soft_stop is not None and not self._stopped_softly
+
+    def soft_stop_due(self, usage: Usage, limits: Limits, *, now: datetime) -> float:
+        """In how many seconds the soft stop is to be asked for; infinite when there is none, or no limit of time."""
+        if self._soft_stop is None or self._stopped_softly:
+            return inf
+        return seconds_left(usage, limits, now=now) - self._soft_stop.seconds
+
+    async def stop_softly(self) -> bool:
+        """Ask it to wind down, once; whether there was somebody to ask."""
+        stop, self._stopped_softly = self._soft_stop, True
+        if stop is None:
+            return False
+        try:
+            asked = await to_thread.run_sync(lambda: stop.ask(self.tree.usage().pids), limiter=self._threads)
+        except (OSError, subprocess.SubprocessError) as exc:
+            log.warning("process %d: soft stop: %s", self.tree.pid, exc)
+            return False
+        return asked > 0
+
     def hurry(self) -> None:
         """End it now: an `end` that keeps a grace returns soon."""
         self.tree.hurry()
@@ -127,19 +192,27 @@ class Payload:
     async def end(self, by: EndedBy, *, grace_seconds: float, verdict: Verdict | None = None) -> PayloadOutcome:
         """Make sure it has ended with everything it started, and say how.
 
-        If it runs: TERM to all of it, KILL to whoever is left after the grace. `by` is who ordered it; a payload that
-        had ended before the order ended by itself. Call it shielded; it takes at most the grace and some 30 s.
+        If it runs: the soft stop, if it is killed and has one, and a grace for it; TERM to all of it, KILL to whoever is
+        left after the grace. `by` is who ordered it; a payload that had ended before the order ended by itself. Call it
+        shielded; it takes at most twice the grace and some 30 s.
         """
+        ordered = time.monotonic()
         if self.tree.gone:
             by, verdict, grace_seconds = EndedBy.ITSELF, None, 0.0
+        elif by is EndedBy.KILL and self.can_be_stopped_softly and await self.stop_softly():
+            with anyio.move_on_after(grace_seconds):
+                await self.tree.wait()
         if self.wall_seconds >= LAST_LOOK_SECONDS:
             await to_thread.run_sync(self._last_look, limiter=self._threads)
-        if not await self.tree.end(grace_seconds):
+        if left_behind := not await self.tree.end(grace_seconds):
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
-        outcome = self._outcome(by, verdict)
+        ending = time.monotonic() - ordered
+        outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
         try:
             if not outcome.succeeded:
                 self.last_lines = tuple(await to_thread.run_sync(self._output.last_words, limiter=self._threads))
+            if self._output.has_gaps:
+                await to_thread.run_sync(self._output.join, limiter=self._threads)
         finally:
             self._output.close()
         return outcome
@@ -167,6 +240,7 @@ class Payload:
             written_bytes=seen.written_bytes,
             peak_pss_bytes=seen.peak_pss_bytes or None,
             peak_processes=seen.peak_processes or None,
+            stop_signal=self._soft_stop.number if self._soft_stop and self._stopped_softly else None,
         )
 
 
@@ -193,11 +267,13 @@ class _Seen:
 
 async def start(
     spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, grace_seconds: float = Limits().grace_seconds,
-    containment: Sequence[Containment] = DEFAULT,
+    containment: Sequence[Containment] = DEFAULT, soft_stop: SoftStop | None = None, kept_bytes: int | None = None,
+    outputs_bytes: Callable[[], int] | None = None,
 ) -> Payload:  # fmt: skip
     """Start a payload in the first containment the node allows, its output in two files of the work directory.
 
-    Raises `PayloadNotStarted`. Cancelled, it leaves no payload.
+    `kept_bytes`: so much of what it prints to a file is kept. `outputs_bytes` says what would have to be delivered if it
+    ended now; called in a thread. Raises `PayloadNotStarted`. Cancelled, it leaves no payload.
     """
 
     near = containment[0] is Containment.SESSION
@@ -221,7 +297,7 @@ async def start(
             tree = await _start_contained(tree, spec, workdir, output, grace_seconds, containment)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
-    return Payload(tree, output)
+    return Payload(tree, output, soft_stop=soft_stop, kept_bytes=kept_bytes, outputs_bytes=outputs_bytes)
 
 
 async def _start_contained(
@@ -240,7 +316,7 @@ async def _start_contained(
 
 
 async def watch(
-    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], None]
+    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]]
 ) -> Verdict | None:
     """Wait until the payload ends, then None, or until it exceeds a limit, then the verdict.
 
@@ -254,15 +330,20 @@ async def watch(
         usage, now = samples[-1], datetime.now(UTC)
         beat = min(max(0.1, usage.wall_seconds), heartbeat_seconds)
         look = seconds_until_look(usage, limits, now=now, cores=cores, heartbeat_seconds=beat)
+        soft_stop = payload.soft_stop_due(usage, limits, now=now)
+        if soft_stop <= 0:
+            await payload.stop_softly()
+            continue
+        look = min(look, max(soft_stop, SHORTEST_LOOK_SECONDS))
         with anyio.move_on_after(look):
             await payload.tree.wait()
             return None
-        clock = Limits(wall_seconds=limits.wall_seconds, deadline=limits.deadline)
+        clock = limits.model_copy(update=_NOT_OF_TIME)
         if verdict := judge((replace(usage, wall_seconds=payload.wall_seconds),), clock, now=datetime.now(UTC)):
             return verdict  # the clock alone says so: nothing needs to be looked at
         usage = await payload.usage(limits)
         samples = remembered(samples, usage, limits)
-        on_sample(usage)
+        await on_sample(usage)
         verdict = judge(samples, limits, now=datetime.now(UTC))
         if verdict is not None and verdict.limit == CPU_RATIO and await payload.has_file(UNCHECKED):
             limits, verdict = without_cpu_ratio(limits), None
