@@ -171,6 +171,8 @@ class PayloadOutcome:
     what the payload left behind."""
     left_behind: bool = False
     """Whether something is still there although it was killed: it hangs in the kernel."""
+    disk_full: bool = False
+    """Whether the disk of its work directory was full when it had failed: what it had to say may not be in its logs."""
     stop_signal: int | None = None
     """The signal of the soft stop that was asked for, if it was."""
 
@@ -192,8 +194,10 @@ class PayloadOutcome:
 
     def __str__(self) -> str:
         if self.signal is not None:
-            return f"ended by signal {self.signal}{_signal_name(self.signal)}"
-        return "exit status unknown" if self.exit_code is None else f"exit code {self.exit_code}"
+            end = f"ended by signal {self.signal}{_signal_name(self.signal)}"
+        else:
+            end = "exit status unknown" if self.exit_code is None else f"exit code {self.exit_code}"
+        return f"{end}, the disk of its work directory is full" if self.disk_full else end
 
 
 def _signal_name(number: int) -> str:

@@ -53,6 +53,9 @@ HEARTBEAT_SECONDS: Final = 10.0
 LAST_LOOK_SECONDS: Final = 0.1
 """As the first look: a payload that ran for less is not worth one more look at /proc: the kernel's figures have to do."""
 
+DISK_FULL_BYTES: Final = 64 * 1024
+"""Nobody writes anything of use to a disk with less than that."""
+
 NO_LIMITS: Final = Limits()
 
 _NOT_OF_TIME: Final = dict.fromkeys(
@@ -210,12 +213,16 @@ class Payload:
         outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
         try:
             if not outcome.succeeded:
-                self.last_lines = tuple(await to_thread.run_sync(self._output.last_words, limiter=self._threads))
+                words, full = await to_thread.run_sync(self._look_for_reasons, limiter=self._threads)
+                self.last_lines, outcome = tuple(words), replace(outcome, disk_full=full)
             if self._output.has_gaps:
                 await to_thread.run_sync(self._output.join, limiter=self._threads)
         finally:
             self._output.close()
         return outcome
+
+    def _look_for_reasons(self) -> tuple[list[str], bool]:
+        return self._output.last_words(), read_free_disk(self._output.directory) < DISK_FULL_BYTES
 
     def _last_look(self) -> None:
         """A process that has ended still tells, until it is reaped, what it and all it has waited for used."""
