@@ -26,12 +26,13 @@ from typing import Any, Final
 import anyio
 from _bench import Spread, machine, print_machine, print_table
 
-from loadmaster.description import Limits, PayloadSpec
-from loadmaster.payload.containment import BEST_FIRST, Containment, shim_kind
+from loadmaster.description import Containment, Limits, PayloadSpec
+from loadmaster.payload.containment import shim_kind
 from loadmaster.payload.supervise import Payload, start, watch
 from loadmaster.payload.usage import descendants
 from loadmaster.result import EndedBy, Usage
 from loadmaster.workdir import Workdir, open_workdir
+from loadmaster.world import BEST_FIRST, World
 
 TREE: Final = "i=1; while [ $i -lt {count} ]; do sleep 1000 & i=$((i+1)); done; echo ready; exec sleep 1000"
 KINDS: Final = tuple(kind for kind in BEST_FIRST)
@@ -41,7 +42,9 @@ async def launch(stack: AsyncExitStack, root: Path, name: str, command: str, kin
     """A payload in a work directory of its own."""
     workdir: Workdir = await stack.enter_async_context(open_workdir(root, name))
     spec = PayloadSpec(command=command, env={"PATH": os.environ["PATH"]})
-    return await start(spec, workdir, stdout="std.out", stderr="std.err", grace_seconds=5, containment=[kind])
+    return await start(
+        spec, workdir, stdout="std.out", stderr="std.err", grace_seconds=5, world=World(containment=(kind,))
+    )
 
 
 async def until_printed(payload: Payload, words: str) -> None:

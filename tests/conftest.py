@@ -24,6 +24,7 @@ from hypothesis import settings
 import loadmaster
 from loadmaster import JobDescription, JobResult, Site, run_job
 from loadmaster.workdir import Workdir
+from loadmaster.world import World
 
 # What CI says of a change does not depend on chance; everybody else's runs go on looking.
 settings.register_profile("ci", derandomize=True)
@@ -130,8 +131,11 @@ Fly = Callable[..., Any]
 def fly(root: Path, out: Path) -> Fly:
     """Run a job of a few words: `await fly(executable="/bin/true")`; options of `run_job` go into `options`."""
 
-    async def fly(options: dict[str, Any] | None = None, **words: Any) -> JobResult:
-        options = {"site": Site(output_directory=str(out)), "root": root, **(options or {})}
+    async def fly(
+        options: dict[str, Any] | None = None, *, world: dict[str, Any] | None = None, **words: Any
+    ) -> JobResult:
+        site = Site(output_directory=str(out), payload=World(**(world or {})))
+        options = {"site": site, "root": root, **(options or {})}
         return await run_job(JobDescription(**{"executable": "/bin/true", **words}), **options)
 
     return fly

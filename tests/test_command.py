@@ -12,6 +12,7 @@ from loadmaster import ComputingElement, JobDescription, Slot
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.payload.command import default_command, default_environment, slot_environment
 from loadmaster.workdir import Workdir
+from loadmaster.world import World
 
 
 def job(**words: Any) -> JobDescription:
@@ -31,7 +32,7 @@ def test_the_pilots_secrets_and_python_paths_are_not_handed_on(
     for name in ("X509_USER_PROXY", "PYTHONPATH", "LD_LIBRARY_PATH", "PYTHONHOME", "SECRET"):
         monkeypatch.setenv(name, "the pilot's")
     monkeypatch.setenv("LANG", "C.UTF-8")
-    env = default_environment(job(), ComputingElement(site="LCG.Here.org"), workdir)
+    env = default_environment(job(), ComputingElement(site="LCG.Here.org"), workdir, World())
     assert "the pilot's" not in env.values()
     assert env["LANG"] == "C.UTF-8"
     assert env["LOADMASTER_SITE"] == "LCG.Here.org"
@@ -41,11 +42,13 @@ def test_the_pilots_secrets_and_python_paths_are_not_handed_on(
 
 def test_there_is_a_path_when_the_pilot_has_none(workdir: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PATH")
-    assert "/bin" in default_environment(job(), ComputingElement(), workdir)["PATH"].split(":")
+    assert "/bin" in default_environment(job(), ComputingElement(), workdir, World())["PATH"].split(":")
 
 
 def test_the_description_has_the_last_word_on_the_environment(workdir: Workdir) -> None:
-    env = default_environment(job(environment={"PATH": "/mine", "TMPDIR": "/scratch"}), ComputingElement(), workdir)
+    env = default_environment(
+        job(environment={"PATH": "/mine", "TMPDIR": "/scratch"}), ComputingElement(), workdir, World()
+    )
     assert (env["PATH"], env["TMPDIR"]) == ("/mine", "/scratch")
 
 

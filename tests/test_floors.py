@@ -27,6 +27,7 @@ FLOORS: dict[str, float] = {
     # mechanisms
     "handle": 4,
     "workdir": 4,
+    "world": 3,
     "site": 4,
     "tasks": 3,
     "notices": 3,

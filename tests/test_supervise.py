@@ -20,14 +20,15 @@ from anyio import lowlevel, to_thread
 
 from conftest import until
 from loadmaster import Limits, PayloadOutcome, PayloadSpec, Verdict
+from loadmaster.description import Containment
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import UNCHECKED
 from loadmaster.payload import supervise
-from loadmaster.payload.containment import BEST_FIRST, Containment
 from loadmaster.payload.supervise import Payload, watch
 from loadmaster.payload.usage import read_stat
 from loadmaster.result import EndedBy, Usage
 from loadmaster.workdir import Workdir, open_workdir
+from loadmaster.world import BEST_FIRST, World
 
 PRINTED_BYTES = 200_000_000
 
@@ -36,7 +37,9 @@ async def start(
     command: str | tuple[str, ...], workdir: Workdir, *, containment: Sequence[Containment] = BEST_FIRST, **env: str
 ) -> Payload:
     spec = PayloadSpec(command=command, env={"PATH": os.environ["PATH"], **env})
-    return await supervise.start(spec, workdir, stdout="std.out", stderr="std.err", containment=containment)
+    return await supervise.start(
+        spec, workdir, stdout="std.out", stderr="std.err", world=World(containment=tuple(containment))
+    )
 
 
 def keep(looks: list[Usage]) -> Callable[[Usage], Awaitable[None]]:

@@ -16,8 +16,9 @@ from following import Signpost, history, killed_when
 from loadmaster import JobDescription, JobExecutionCoordinator, JobHandle, JobResult, Ledger, Status
 from loadmaster.description import PayloadSpec
 from loadmaster.events import Event, Heartbeat, OutputPrinted, PayloadExited, PayloadStarted
-from loadmaster.payload.containment import BEST_FIRST, shim_kind
+from loadmaster.payload.containment import shim_kind
 from loadmaster.result import EndedBy, Phase
+from loadmaster.world import BEST_FIRST
 
 BEAT = 0.05
 
@@ -93,7 +94,7 @@ async def test_heartbeats_come_while_a_job_waits_for_its_slot(fly: Fly) -> None:
 
 async def test_it_is_said_what_holds_the_payload(fly: Fly) -> None:
     handle = JobHandle()
-    await fly({"handle": handle, "containment": BEST_FIRST})
+    await fly({"handle": handle})
     [started] = [event for event in await history(handle) if isinstance(event, PayloadStarted)]
     assert started.containment in BEST_FIRST
     assert started.shim == ("" if started.containment == "session" else await to_thread.run_sync(shim_kind))

@@ -17,7 +17,7 @@ import pytest
 
 import loadmaster
 from conftest import TEMPORARY
-from loadmaster.payload.containment import Containment
+from loadmaster.description import Containment
 from zoo_holder import MAX_FILE_BYTES, Order, Sighting
 
 HERE: Final = Path(__file__).parent

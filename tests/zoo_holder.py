@@ -233,11 +233,13 @@ async def _start_and_kill(order: Order) -> Sighting:
     import anyio
 
     from loadmaster import PayloadSpec
+    from loadmaster.description import Containment
     from loadmaster.errors import PayloadNotStarted
-    from loadmaster.payload.containment import Containment, Refused
+    from loadmaster.payload.containment import Refused
     from loadmaster.payload.supervise import start
     from loadmaster.result import EndedBy
     from loadmaster.workdir import Workdir
+    from loadmaster.world import World
 
     zoo_dir = Path(order.home, "zoo")
     spec = PayloadSpec(
@@ -248,7 +250,7 @@ async def _start_and_kill(order: Order) -> Sighting:
     try:
         payload = await start(
             spec, workdir, stdout="out", stderr="err", grace_seconds=GRACE_SECONDS,
-            containment=[Containment(order.containment)],
+            world=World(containment=(Containment(order.containment),)),
         )  # fmt: skip
     except PayloadNotStarted as exc:
         if not isinstance(exc.__cause__, Refused):
@@ -266,13 +268,12 @@ async def _start_and_kill(order: Order) -> Sighting:
 
 async def _run_job(order: Order) -> Sighting:
     from loadmaster import JobDescription, JobHandle, Site, run_job
-    from loadmaster.payload.containment import BEST_FIRST
 
     handle = JobHandle()
     begun = time.monotonic()
     result = await run_job(
         JobDescription.model_validate(order.job), site=Site(output_directory=f"{order.home}/out"),
-        root=Path(order.home, "root"), handle=handle, heartbeat_seconds=0.1, containment=BEST_FIRST,
+        root=Path(order.home, "root"), handle=handle, heartbeat_seconds=0.1,
     )  # fmt: skip
     took = time.monotonic() - begun
     outputs = Path(order.home, "out")

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Self, TypeVar
@@ -484,6 +485,23 @@ class ComputingElement(Words):
     def load(cls, data: Mapping[str, Any]) -> Self:
         """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
         return _load(cls, data, "computing element")
+
+
+class Containment(StrEnum):
+    """What holds a payload's processes together, the surest first."""
+
+    PID_NAMESPACE = "pid-namespace"
+    SUBREAPER = "subreaper"
+    SESSION = "session"
+
+
+class Isolation(StrEnum):
+    """How much of the node a payload sees."""
+
+    NONE = "none"
+    NAMESPACES = "namespaces"
+    BUBBLEWRAP = "bubblewrap"
+    APPTAINER = "apptainer"
 
 
 class PayloadSpec(BaseModel):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from math import inf
@@ -59,7 +59,6 @@ from loadmaster.ledger import AsAsked, Slots
 from loadmaster.lifecycle import Stage
 from loadmaster.limits import deadline_verdict, limits_of, seconds_left
 from loadmaster.payload.command import default_command, default_environment, slot_environment
-from loadmaster.payload.containment import DEFAULT, Containment
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
@@ -85,13 +84,12 @@ async def run_job(
     root: Path | None = None,
     keep_workdir: bool = False,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
-    containment: Sequence[Containment] = DEFAULT,
 ) -> JobResult:
     """What came of one attempt at a job. Its failure is a value in there, not an exception.
 
     The files move through `transfers` (shared by many jobs) or those of `site`; the payload waits for a slot of `slots`;
-    the work directory is `<root>/<job id>`. `handle` follows and kills the job. The payload's processes are held by the
-    first `containment` that the node allows; `payload.containment` says what each of them holds.
+    the work directory is `<root>/<job id>`. `handle` follows and kills the job. What holds the payload's processes, what
+    they see and what they may use is the site's to say: `Site.payload`.
 
     Raises `RuntimeFault` when the runtime cannot keep its promises. Cancellation stops the payload (TERM, grace, KILL),
     removes the work directory, delivers nothing and claims no end: the last event is not `JobFinished`. Await it to its
@@ -114,9 +112,7 @@ async def run_job(
                 moving = await stack.enter_async_context(open_transfers(site or Site()))
             workdir = await stack.enter_async_context(open_workdir(root, job.job_id, keep=keep_workdir))
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
-            straight = _Flight(
-                flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds, containment
-            )
+            straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
             beating = anyio.CancelScope()
             stack.callback(beating.cancel)
             own.start_soon(straight.beat, beating)
@@ -136,7 +132,7 @@ class _Flight:
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, heartbeat_seconds: float, containment: Sequence[Containment],
+        slots: Slots, handle: JobHandle, heartbeat_seconds: float,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -146,7 +142,6 @@ class _Flight:
         self.handle = handle
         self.record = handle.record
         self.heartbeat_seconds = heartbeat_seconds
-        self.containment = containment
         self.limits = limits_of(job.description, job.ce, os.environ)
         self.standard = JobExecutionCoordinator(job.description, job.ce)
         self.standard.job = job
@@ -194,7 +189,7 @@ class _Flight:
     async def _prepare(self) -> PayloadSpec:
         self._enter(Phase.PRE_PROCESS)
         description = self.job.description
-        env = default_environment(description, self.job.ce, self.workdir)
+        env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
         command = await to_thread.run_sync(default_command, description, env, self.workdir)
         spec = _as_spec(await self._hook("preProcess", command, dict(env)))
         await self.record(PayloadPrepared, spec.command, spec.env)
@@ -214,7 +209,7 @@ class _Flight:
         description = self.job.description
         payload = await start(
             spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
-            grace_seconds=self.limits.grace_seconds, containment=self.containment,
+            grace_seconds=self.limits.grace_seconds, world=self.site.payload,
             soft_stop=SoftStop.of(description), outputs_bytes=self.job.outputs_bytes if self._has_outputs else None,
         )  # fmt: skip
         verdict: Verdict | None = None

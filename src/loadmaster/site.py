@@ -23,6 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from loadmaster.description import LocalName, MaybeComponent, Names, complaints
 from loadmaster.errors import InvalidSite
 from loadmaster.names import as_url, is_url
+from loadmaster.world import USUAL, World
 
 
 def _place(value: object, info: ValidationInfo) -> object:
@@ -53,6 +54,8 @@ class Site(BaseModel):
     output_directory: Place | None = None
     """Where outputs go that have no other target, and sandboxes if there is no store for them. Jobs that share it
     overwrite each other's, unless it has `{job_id}` in it."""
+    payload: World = USUAL
+    """What a payload is held by, sees, and may use."""
     streams: int = Field(default=8, ge=1, le=256)
     """Files under way at once, of all jobs that share the transfers, in each direction."""
 

@@ -15,9 +15,7 @@ from loadmaster.description import ComputingElement, JobDescription, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.ledger import Slot
 from loadmaster.workdir import Workdir
-
-INHERITED: Final = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "LC_CTYPE", "TZ")
-"""What a payload sees of the pilot's environment. Not the rest: it has credentials, and paths of the pilot's own Python."""
+from loadmaster.world import World
 
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """Unset, each of these libraries takes every core of the node, whatever the slot."""
@@ -34,11 +32,11 @@ _EXPANDED = frozenset("$*?[~<>{")
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
-def default_environment(job: JobDescription, ce: ComputingElement, workdir: Workdir) -> dict[str, str]:
+def default_environment(job: JobDescription, ce: ComputingElement, workdir: Workdir, world: World) -> dict[str, str]:
     """The environment a job starts from: a few words of the pilot's, what the job is, and what its description adds."""
     return {
         "PATH": DEFAULT_PATH,
-        **{name: os.environ[name] for name in INHERITED if name in os.environ},
+        **world.environment(),
         "PWD": str(workdir.path),
         "TMPDIR": str(workdir.path),
         "JOBID": job.job_id,

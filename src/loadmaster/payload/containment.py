@@ -22,13 +22,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, Protocol
 
 import anyio
 from anyio import to_thread
 
+from loadmaster.description import Containment
 from loadmaster.payload.process import UMASK, ExitRecord, Process
 from loadmaster.payload.usage import TreeUsage, read_session, read_tree
 
@@ -38,20 +38,6 @@ KILL_SECONDS: Final = 30.0
 """A killed process that is still there after this hangs in the kernel, on a dead file system as a rule."""
 
 _HERE: Final = Path(__file__).parent
-
-
-class Containment(StrEnum):
-    """What holds a payload's processes together."""
-
-    PID_NAMESPACE = "pid-namespace"
-    SUBREAPER = "subreaper"
-    SESSION = "session"
-
-
-BEST_FIRST: Final = tuple(Containment)
-
-DEFAULT: Final = (Containment.SESSION,)
-"""What `run_job` takes when nobody says: the cheapest, until limits, usage and adoption all rely on the shim."""
 
 
 class Refused(Exception):
@@ -249,7 +235,7 @@ class ShimTree(Tree):
 
 async def start_contained(
     argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdout: int, stderr: int,
-    grace_seconds: float, wanted: Sequence[Containment] = DEFAULT,
+    grace_seconds: float, wanted: Sequence[Containment],
 ) -> Tree:  # fmt: skip
     """Start a payload in the first containment of `wanted` that the node allows.
 

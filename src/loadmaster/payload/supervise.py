@@ -16,7 +16,7 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
-from loadmaster.description import Limits, PayloadSpec
+from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import (
     CPU_RATIO,
@@ -32,7 +32,7 @@ from loadmaster.limits import (
     without_cpu_ratio,
 )
 from loadmaster.payload.command import argv_of
-from loadmaster.payload.containment import DEFAULT, Containment, Refused, SessionTree, Tree, start_contained
+from loadmaster.payload.containment import Refused, SessionTree, Tree, start_contained
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.usage import (
@@ -45,6 +45,7 @@ from loadmaster.payload.usage import (
 )
 from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
 from loadmaster.workdir import Workdir
+from loadmaster.world import USUAL, World
 
 log = logging.getLogger(__name__)
 
@@ -274,16 +275,15 @@ class _Seen:
 
 async def start(
     spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, grace_seconds: float = Limits().grace_seconds,
-    containment: Sequence[Containment] = DEFAULT, soft_stop: SoftStop | None = None, kept_bytes: int | None = None,
-    outputs_bytes: Callable[[], int] | None = None,
+    world: World = USUAL, soft_stop: SoftStop | None = None, outputs_bytes: Callable[[], int] | None = None,
 ) -> Payload:  # fmt: skip
     """Start a payload in the first containment the node allows, its output in two files of the work directory.
 
-    `kept_bytes`: so much of what it prints to a file is kept. `outputs_bytes` says what would have to be delivered if it
+    `outputs_bytes` says what would have to be delivered if it
     ended now; called in a thread. Raises `PayloadNotStarted`. Cancelled, it leaves no payload.
     """
 
-    near = containment[0] is Containment.SESSION
+    near = world.containment[0] is Containment.SESSION
 
     def prepare() -> tuple[Output, Tree | list[str]]:
         """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
@@ -301,10 +301,10 @@ async def start(
     try:
         output, tree = await to_thread.run_sync(prepare)
         if isinstance(tree, list):
-            tree = await _start_contained(tree, spec, workdir, output, grace_seconds, containment)
+            tree = await _start_contained(tree, spec, workdir, output, grace_seconds, world.containment)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
-    return Payload(tree, output, soft_stop=soft_stop, kept_bytes=kept_bytes, outputs_bytes=outputs_bytes)
+    return Payload(tree, output, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes, outputs_bytes=outputs_bytes)
 
 
 async def _start_contained(
