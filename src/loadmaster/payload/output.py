@@ -11,7 +11,6 @@ it grows, and at the end the file is its beginning, a line that says how much is
 from __future__ import annotations
 
 import codecs
-import ctypes
 import fcntl
 import logging
 import os
@@ -20,7 +19,6 @@ from typing import Final
 
 import anyio
 
-from loadmaster.notices import MODIFIED, Notices
 from loadmaster.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -38,10 +36,6 @@ BLOCK_BYTES: Final = 64 * 1024
 """The disk is given back in multiples of it: no file system has larger blocks."""
 
 _PUNCH_HOLE: Final = 0x1 | 0x2  # FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_fallocate = getattr(_libc, "fallocate64", _libc.fallocate)
-_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 Printed = Callable[[str, str, int], None]
 """Told what a file of output has got: its name, the text, and how many bytes before it are left out."""
@@ -108,12 +102,14 @@ class Output:
             end = _whole_blocks(found.st_size - kept_bytes // 2)
             if end <= begin:
                 continue
-            if _fallocate(descriptor, _PUNCH_HOLE, begin, end - begin) < 0:
+            try:
+                _give_back(descriptor, begin, end - begin)
+            except OSError as exc:
                 if descriptor not in self._gaps:
-                    log.warning("%s: cannot be kept short here: %s", name, os.strerror(ctypes.get_errno()))
+                    log.warning("%s: cannot be kept short here: %s", name, exc.strerror)
                     self._gaps[descriptor] = (0, 0)
-                continue
-            self._gaps[descriptor] = (begin, end)
+            else:
+                self._gaps[descriptor] = (begin, end)
 
     def join(self) -> None:
         """Close the gaps: nobody writes any more. A line in each says how many bytes are left out."""
@@ -135,6 +131,8 @@ class Output:
 
         Of more than 64 KiB at once only the end is told. Raises OSError when the user has no inotify queue left.
         """
+        from loadmaster.notices import MODIFIED, Notices  # with ctypes, loaded when used
+
         cursors = [_Cursor(name, descriptor, told) for name, descriptor in self.files.items()]
         with Notices() as notices:
             for cursor in cursors:
@@ -178,6 +176,17 @@ def last_lines(descriptor: int, lines: int) -> list[str]:
     if size > PEEK_BYTES and len(text) > 1:
         del text[0]  # the first line is most likely only the end of one
     return text[-lines:] if lines > 0 else []
+
+
+def _give_back(descriptor: int, offset: int, size: int) -> None:
+    """Make a hole in a file, whose size stays. Raises OSError."""
+    import ctypes  # loaded when used, as `notices` is: few payloads print that much
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = getattr(libc, "fallocate64", libc.fallocate)
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if fallocate(descriptor, _PUNCH_HOLE, offset, size) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def _whole_blocks(count: int) -> int:
