@@ -280,12 +280,15 @@ class _Flight:
     @contextmanager
     def _in_time(self) -> Iterator[anyio.CancelScope]:
         """While no payload runs: raise `LimitExceeded` when the job's deadline comes."""
+        if self.limits.deadline is None:
+            yield anyio.CancelScope()  # never entered: nothing to keep
+            return
         delivering = self.phase is Phase.STAGE_OUT
         usage = Usage(wall_seconds=0.0, outputs_bytes=0 if self._has_outputs and not delivering else None)
         left = seconds_left(usage, Limits(deadline=self.limits.deadline), now=datetime.now(UTC))
         with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
             yield scope
-        if scope.cancelled_caught and self.limits.deadline is not None:
+        if scope.cancelled_caught:
             raise LimitExceeded(str(deadline_verdict(self.limits.deadline, usage, self.limits, now=datetime.now(UTC))))
 
     @property

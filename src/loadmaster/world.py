@@ -66,11 +66,11 @@ class World(BaseModel):
 
     def environment(self, pilots: Mapping[str, str] = os.environ) -> dict[str, str]:
         """What of the pilot's environment a payload gets."""
-        return {
-            name: value
-            for name, value in pilots.items()
-            if name in INHERITED or any(fnmatchcase(name, pattern) for pattern in self.inherit)
-        }
+        usual = {name: pilots[name] for name in INHERITED if name in pilots}
+        if not self.inherit:
+            return usual
+        wanted = {n: v for n, v in pilots.items() if any(fnmatchcase(n, pattern) for pattern in self.inherit)}
+        return usual | wanted
 
 
 USUAL: Final = World()
