@@ -67,7 +67,7 @@ class Size:
 
 
 FULL: Final = Size(rounds=5, watch_rounds=3, watch_seconds=60, held=(1, 100, 1000))
-QUICK: Final = Size(rounds=2, watch_rounds=1, watch_seconds=10, held=(1, 100))
+QUICK: Final = Size(rounds=2, watch_rounds=1, watch_seconds=10, held=(1, 100), payloads=50)
 
 
 async def launch(stack: AsyncExitStack, root: Path, name: str, command: str, kind: Containment) -> Payload:
@@ -433,7 +433,7 @@ def allow_many_descriptors() -> None:
 def main() -> None:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, and 10 s instead of 60")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and payloads, and 10 s instead of 60")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--hold", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
