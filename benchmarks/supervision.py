@@ -26,8 +26,8 @@ from typing import Any, Final
 import anyio
 from _bench import Spread, machine, print_machine, print_table
 
-from loadmaster.description import Limits, PayloadSpec
-from loadmaster.payload.containment import BEST_FIRST, Containment, shim_kind
+from loadmaster.description import Containment, Limits, PayloadSpec
+from loadmaster.payload.containment import BEST_FIRST, shim_kind
 from loadmaster.payload.supervise import Payload, start, watch
 from loadmaster.payload.usage import descendants
 from loadmaster.result import EndedBy, Usage

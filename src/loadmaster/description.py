@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Self, TypeVar
@@ -149,6 +150,24 @@ Environment = Annotated[
     ],
     BeforeValidator(_environment),
 ]
+
+
+class Containment(StrEnum):
+    """What holds a payload's processes together; docs/containment.md says what gets away from each."""
+
+    PID_NAMESPACE = "pid-namespace"
+    CGROUP = "cgroup"
+    SUBREAPER = "subreaper"
+    SESSION = "session"
+
+
+class Isolation(StrEnum):
+    """What a payload sees of the node, beyond what its containment takes away; docs/containment.md says what is left."""
+
+    NONE = "none"
+    NAMESPACES = "namespaces"
+    BUBBLEWRAP = "bubblewrap"
+    APPTAINER = "apptainer"
 
 
 class Words(BaseModel):

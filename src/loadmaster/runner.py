@@ -19,7 +19,14 @@ from anyio import lowlevel, to_thread
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
-from loadmaster.description import RESCHEDULE_EXIT_CODE, ComputingElement, JobDescription, PayloadSpec, complaints
+from loadmaster.description import (
+    RESCHEDULE_EXIT_CODE,
+    ComputingElement,
+    Containment,
+    JobDescription,
+    PayloadSpec,
+    complaints,
+)
 from loadmaster.errors import (
     HookFailed,
     JobError,
@@ -48,7 +55,7 @@ from loadmaster.ledger import AsAsked, Slots
 from loadmaster.lifecycle import Stage
 from loadmaster.limits import limits_of
 from loadmaster.payload.command import default_command, default_environment, slot_environment
-from loadmaster.payload.containment import DEFAULT, Containment
+from loadmaster.payload.containment import DEFAULT
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, start, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
 from loadmaster.site import Site

@@ -14,7 +14,7 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
-from loadmaster.description import Limits, PayloadSpec
+from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import (
     CPU_RATIO,
@@ -27,7 +27,8 @@ from loadmaster.limits import (
     without_cpu_ratio,
 )
 from loadmaster.payload.command import argv_of
-from loadmaster.payload.containment import DEFAULT, Containment, Refused, SessionTree, Tree, start_contained
+from loadmaster.payload.containment import DEFAULT, SessionTree, Tree, start_contained
+from loadmaster.payload.launch import Launch, Refused
 from loadmaster.payload.output import PEEK_LINES, Output
 from loadmaster.payload.usage import (
     DirectoryUsage,
@@ -202,14 +203,15 @@ async def start(
 
     near = containment[0] is Containment.SESSION
 
-    def prepare() -> tuple[Output, Tree | list[str]]:
+    def prepare() -> tuple[Output, Tree | Launch]:
         """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
+        launch = Launch(argv, spec.env, workdir.path, output.stdout, output.stderr, grace_seconds)
         if not near:
-            return output, argv
+            return output, launch
         try:
-            tree = SessionTree.start(argv, env=spec.env, cwd=workdir.path, stdout=output.stdout, stderr=output.stderr)
+            tree = SessionTree.start(launch)
         except BaseException:
             output.discard()
             raise
@@ -217,22 +219,16 @@ async def start(
 
     try:
         output, tree = await to_thread.run_sync(prepare)
-        if isinstance(tree, list):
-            tree = await _start_contained(tree, spec, workdir, output, grace_seconds, containment)
+        if isinstance(tree, Launch):
+            tree = await _start_contained(tree, output, containment)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
     return Payload(tree, output)
 
 
-async def _start_contained(
-    argv: list[str], spec: PayloadSpec, workdir: Workdir, output: Output, grace_seconds: float,
-    containment: Sequence[Containment],
-) -> Tree:  # fmt: skip
+async def _start_contained(launch: Launch, output: Output, containment: Sequence[Containment]) -> Tree:
     try:
-        return await start_contained(
-            argv, env=spec.env, cwd=workdir.path, stdout=output.stdout, stderr=output.stderr,
-            grace_seconds=grace_seconds, wanted=containment,
-        )  # fmt: skip
+        return await start_contained(launch, wanted=containment)
     except BaseException:
         with anyio.CancelScope(shield=True):  # two unlinks on a local disk
             await to_thread.run_sync(output.discard)
