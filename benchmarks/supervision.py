@@ -76,7 +76,12 @@ async def launch(stack: AsyncExitStack, root: Path, name: str, command: str, kin
     workdir: Workdir = await stack.enter_async_context(open_workdir(root, name))
     spec = PayloadSpec(command=command, env={"PATH": os.environ["PATH"]})
     return await start(
-        spec, workdir, stdout="std.out", stderr="std.err", grace_seconds=5, world=World(containment=(kind,))
+        spec,
+        workdir,
+        stdout="std.out",
+        stderr="std.err",
+        limits=Limits(grace_seconds=5),
+        world=World(containment=(kind,)),
     )
 
 

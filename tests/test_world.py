@@ -32,7 +32,7 @@ def test_without_a_word_the_surest_that_the_node_allows_is_taken() -> None:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("containment = []", "payload.containment: name at least one of pid-namespace, subreaper, session"),
+        ("containment = []", "payload.containment: name at least one of pid-namespace, cgroup, subreaper"),
         ('containment = "jail"', "payload.containment.0: Input should be 'pid-namespace'"),
         ('umask = "rwx"', "payload.umask: 'rwx' is not an octal number such as 022"),
         ("nice = -5", "payload.nice: Input should be greater than or equal to 0"),

@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -61,6 +62,7 @@ class Order:
     user: int
     payload: str = ""
     containment: str = ""
+    isolation: str = "none"
     backend: str = "asyncio"
     to_its_end: bool = False
     """Whether the payload is waited for and not killed."""
@@ -73,6 +75,8 @@ class Sighting:
 
     refused: str = ""
     """Why the node does not allow the containment."""
+    fenced: bool = False
+    """Whether the kernel keeps the payload from signalling and tracing anybody outside."""
     ready: bool = False
     """Whether the attack was made."""
     driver_survived: bool = True
@@ -107,8 +111,9 @@ def hold(order: Order) -> Sighting:
         seen, over = _drive_apart(order)
         if order.payload:  # the one wait for time itself: what got away shows by what it does later
             time.sleep(max(0.0, over + LOOK_SECONDS - time.time()))
-        seen.ready = (home / "zoo" / "ready").exists()
-        seen.late = sorted(file.name for file in home.glob("zoo/alive/*") if file.stat().st_mtime > over + LATE_SECONDS)
+        zoo_dir = _zoo_dir(order)
+        seen.ready = (zoo_dir / "ready").exists()
+        seen.late = sorted(file.name for file in zoo_dir.glob("alive/*") if file.stat().st_mtime > over + LATE_SECONDS)
         seen.left = sorted(name for pid, name in _below(os.getpid()).items() if pid != launcher)
     while below := _below(os.getpid()):  # again and again: they may be forking
         for pid in below:
@@ -116,6 +121,13 @@ def hold(order: Order) -> Sighting:
                 os.kill(pid, signal.SIGKILL)
         _reap()
     return seen
+
+
+def _zoo_dir(order: Order) -> Path:
+    """The payload's ZOO_DIR: in its work directory where it sees, or may write to, nothing else."""
+    if order.isolation == "none":
+        return Path(order.home, "zoo")
+    return next(Path(order.home, "root").glob("*/zoo"), Path(order.home, "root", "zoo"))
 
 
 class _Launcher:
@@ -232,29 +244,29 @@ def _drive(order: Order) -> Sighting:
 async def _start_and_kill(order: Order) -> Sighting:
     import anyio
 
-    from loadmaster import PayloadSpec
-    from loadmaster.description import Containment
-    from loadmaster.errors import PayloadNotStarted
-    from loadmaster.payload.containment import Refused
-    from loadmaster.payload.supervise import start
+    from loadmaster.description import Containment, Isolation
+    from loadmaster.payload.containment import start_contained
+    from loadmaster.payload.launch import Launch, Refused
+    from loadmaster.payload.output import Output
+    from loadmaster.payload.supervise import Payload
     from loadmaster.result import EndedBy
     from loadmaster.workdir import Workdir
-    from loadmaster.world import World
 
-    zoo_dir = Path(order.home, "zoo")
-    spec = PayloadSpec(
-        command=(order.python, f"{order.zoo}/{order.payload}.py"),
-        env={"PATH": "/usr/bin:/bin", "ZOO_DIR": str(zoo_dir), "ZOO_AT": f"{order.home}/at.sock", "ZOO_UP": "2"},
-    )
     workdir = Workdir.make(Path(order.home, "root"), "job")
+    zoo, zoo_dir = order.zoo, Path(order.home, "zoo")
+    if order.isolation != "none":
+        zoo, zoo_dir = f"{workdir.path}/payloads", workdir.path / "zoo"
+        shutil.copytree(order.zoo, zoo)
+        zoo_dir.mkdir()
+    env = {"PATH": "/usr/bin:/bin", "ZOO_DIR": str(zoo_dir), "ZOO_AT": f"{order.home}/at.sock", "ZOO_UP": "2"}
+    output = Output(workdir, "out", "err")
+    launch = Launch(
+        [order.python, f"{zoo}/{order.payload}.py"], env, workdir.path, output.stdout, output.stderr, GRACE_SECONDS,
+        isolation=Isolation(order.isolation),
+    )  # fmt: skip
     try:
-        payload = await start(
-            spec, workdir, stdout="out", stderr="err", grace_seconds=GRACE_SECONDS,
-            world=World(containment=(Containment(order.containment),)),
-        )  # fmt: skip
-    except PayloadNotStarted as exc:
-        if not isinstance(exc.__cause__, Refused):
-            raise
+        payload = Payload(await start_contained(launch, [Containment(order.containment)]), output)
+    except Refused as exc:
         return Sighting(refused=str(exc))
     with anyio.move_on_after(30):
         while not payload.tree.gone and (order.to_its_end or not (zoo_dir / "ready").exists()):
@@ -263,7 +275,8 @@ async def _start_and_kill(order: Order) -> Sighting:
     outcome = await payload.end(EndedBy.KILL, grace_seconds=GRACE_SECONDS)
     took = time.monotonic() - begun
     out = (workdir.path / "out").read_text() + (workdir.path / "err").read_text()
-    return Sighting(end_seconds=took, outcome=asdict(outcome), out=out[-2000:])
+    fenced = getattr(payload.tree, "fenced", False)
+    return Sighting(fenced=fenced, end_seconds=took, outcome=asdict(outcome), out=out[-2000:])
 
 
 async def _run_job(order: Order) -> Sighting:

@@ -156,6 +156,24 @@ Environment = Annotated[
 ]
 
 
+class Containment(StrEnum):
+    """What holds a payload's processes together; docs/containment.md says what gets away from each."""
+
+    PID_NAMESPACE = "pid-namespace"
+    CGROUP = "cgroup"
+    SUBREAPER = "subreaper"
+    SESSION = "session"
+
+
+class Isolation(StrEnum):
+    """What a payload sees of the node, beyond what its containment takes away; docs/containment.md says what is left."""
+
+    NONE = "none"
+    NAMESPACES = "namespaces"
+    BUBBLEWRAP = "bubblewrap"
+    APPTAINER = "apptainer"
+
+
 class Words(BaseModel):
     """What all descriptions share: frozen, two spellings, unknown capitalised keys kept in `extra`."""
 
@@ -485,23 +503,6 @@ class ComputingElement(Words):
     def load(cls, data: Mapping[str, Any]) -> Self:
         """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
         return _load(cls, data, "computing element")
-
-
-class Containment(StrEnum):
-    """What holds a payload's processes together, the surest first."""
-
-    PID_NAMESPACE = "pid-namespace"
-    SUBREAPER = "subreaper"
-    SESSION = "session"
-
-
-class Isolation(StrEnum):
-    """How much of the node a payload sees."""
-
-    NONE = "none"
-    NAMESPACES = "namespaces"
-    BUBBLEWRAP = "bubblewrap"
-    APPTAINER = "apptainer"
 
 
 class PayloadSpec(BaseModel):

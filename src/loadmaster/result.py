@@ -54,15 +54,15 @@ class Verdict:
     unit: str
     """`s`, `bytes`, `%`, nothing for numbers, or `UTC` for points in time as seconds since 1970."""
     because: str = ""
-    """How the threshold came to be, where that is not what was asked for."""
+    """What else there is to say: how the threshold came to be, or who acted on it."""
 
     def __str__(self) -> str:
         value, threshold = quantity(self.value, self.unit), quantity(self.threshold, self.unit)
+        why = f" ({self.because})" if self.because else ""
         if self.unit == "UTC":
-            why = f" ({self.because})" if self.because else ""
             return f"{self.limit} of {threshold} was over at {value}{why}"
         relation = "under the minimum" if self.value < self.threshold else "over the limit"
-        return f"{self.limit} of {value} is {relation} of {threshold}"
+        return f"{self.limit} of {value} is {relation} of {threshold}{why}"
 
 
 def quantity(number: float, unit: str) -> str:
@@ -173,6 +173,8 @@ class PayloadOutcome:
     """Whether something is still there although it was killed: it hangs in the kernel."""
     disk_full: bool = False
     """Whether the disk of its work directory was full when it had failed: what it had to say may not be in its logs."""
+    node_out_of_memory: bool = False
+    """Whether the kernel killed some of it because the node, or a group above ours, had no memory left."""
     stop_signal: int | None = None
     """The signal of the soft stop that was asked for, if it was."""
 
@@ -197,7 +199,8 @@ class PayloadOutcome:
             end = f"ended by signal {self.signal}{_signal_name(self.signal)}"
         else:
             end = "exit status unknown" if self.exit_code is None else f"exit code {self.exit_code}"
-        return f"{end}, the disk of its work directory is full" if self.disk_full else end
+        end += ", the disk of its work directory is full" if self.disk_full else ""
+        return end + (", the node had no memory left" if self.node_out_of_memory else "")
 
 
 def _signal_name(number: int) -> str:

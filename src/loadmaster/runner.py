@@ -209,7 +209,7 @@ class _Flight:
         description = self.job.description
         payload = await start(
             spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
-            grace_seconds=self.limits.grace_seconds, world=self.site.payload,
+            limits=self.limits, world=self.site.payload,
             soft_stop=SoftStop.of(description), outputs_bytes=self.job.outputs_bytes if self._has_outputs else None,
         )  # fmt: skip
         verdict: Verdict | None = None

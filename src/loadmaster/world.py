@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Annotated, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -53,8 +52,9 @@ class World(BaseModel):
     """How much of the node it sees. See docs/containment.md."""
     image: str | None = None
     """The container image that `apptainer` runs it in."""
-    cgroup: Path | None = None
-    """A control group that was delegated to us; payloads get groups of their own in it. Our own one when not given."""
+    cgroup: str = "own"
+    """Where a payload gets a control group of its own, which counts and holds it better than we can: in those the pilot
+    is in if they may be written to (`own`), in a directory that was delegated to the pilot, or nowhere (`none`)."""
     inherit: Names = ()
     """Variables of the pilot's that it gets besides `INHERITED`, with `*` and `?`. `["*"]` is DIRAC's way, with all
     credentials."""

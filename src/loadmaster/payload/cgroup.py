@@ -20,16 +20,20 @@ import os
 import select
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Final, TypeVar
 
 import anyio
 from anyio import CapacityLimiter, to_thread
 
+from loadmaster.description import Limits
 from loadmaster.payload.cgroupfs import GroupDirectory, figures
-from loadmaster.payload.hierarchies import Hierarchies
+from loadmaster.payload.hierarchies import Hierarchies, find_hierarchies
+from loadmaster.payload.usage import TreeUsage
+from loadmaster.result import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +44,14 @@ KILL_AGAIN_SECONDS: Final = 0.5
 
 _AT_LIMIT: Final = 0.99
 """A peak that is this near to a limit has met it: the last pages are charged by the dozen, and may not have fitted."""
+
+
+MEMORY_MARGIN: Final = 1.1
+"""The kernel kills at so much of the limit: we have judged by then, with a grace, unless it grew faster than we look."""
+
+TASKS_PER_PROCESS: Final = 64
+SPARE_TASKS: Final = 1024
+"""The kernel counts threads, a limit counts processes; this stops a fork bomb and no program with many threads."""
 
 
 class OutOfMemory(StrEnum):
@@ -77,6 +89,25 @@ class GroupUsage:
             return None
         return self.user_seconds + self.system_seconds
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether it makes a look at each process unnecessary."""
+        return None not in {self.cpu_seconds, self.memory_bytes}
+
+    def added_to(self, found: TreeUsage) -> TreeUsage:
+        """What /proc tells, and what it does not see: CPU of children nobody waited for."""
+        user, system = self.user_seconds or 0.0, self.system_seconds or 0.0
+        if user + system > found.cpu_seconds:
+            found = replace(found, user_seconds=user, system_seconds=system)
+        return replace(
+            found,
+            rss_bytes=max(found.rss_bytes, self.memory_bytes or 0),
+            threads=max(found.threads, self.tasks or 0),
+            processes=max(found.processes, self.processes),
+            read_bytes=max(found.read_bytes, self.read_bytes or 0),
+            written_bytes=max(found.written_bytes, self.written_bytes or 0),
+        )
+
 
 class Group:
     """The groups of one payload, one in each hierarchy that is of use. Call `remove` at the end, until it says True.
@@ -107,6 +138,8 @@ class Group:
             for item in (hierarchies.cpu, hierarchies.memory, hierarchies.pids, hierarchies.io)
         )
         self._is_memory_limited = False
+        self.memory_bytes: int | None = None
+        """The limit of memory that was asked for."""
 
     def __repr__(self) -> str:
         return f"<Group {', '.join(map(str, self.directories))}>"
@@ -150,6 +183,12 @@ class Group:
         except OSError as exc:
             log.warning("%r: %s = %d refused: %s", self, v2, value, exc)
             return False
+
+    def verdict(self) -> Verdict | None:
+        """That the kernel has killed for the memory that was asked for."""
+        if self.memory_bytes is None or self.out_of_memory() is not OutOfMemory.OWN_LIMIT:
+            return None
+        return Verdict("memory", self.memory_bytes * MEMORY_MARGIN, self.memory_bytes, "bytes", "ended by the kernel")
 
     def out_of_memory(self) -> OutOfMemory | None:
         """Whether the kernel has killed for memory, and whose limit it was. v1 may take another's limit for ours."""
@@ -266,6 +305,35 @@ class Group:
         self.close_descriptors()
         for group in self._groups.values():
             group.close()
+
+
+def group_of(job_id: str, cgroup: str, limits: Limits) -> Group | None:
+    """A group for a payload, the limits that the kernel can hold set in it; None where none can be made.
+
+    `cgroup` is a directory that was delegated to us, or empty for those we are in. What they can do is found out once.
+    """
+    hierarchies = _hierarchies(cgroup)
+    if not hierarchies.directories:
+        if cgroup:
+            log.warning("%s: no groups can be made: %s", cgroup, "; ".join(hierarchies.refusals))
+        return None
+    try:
+        group = Group(hierarchies, job_id)
+    except OSError as exc:
+        log.warning("no control group for %s: %s", job_id, exc)
+        return None
+    if limits.memory_bytes is not None:
+        group.memory_bytes = limits.memory_bytes
+        group.limit_memory(int(limits.memory_bytes * MEMORY_MARGIN))
+    if limits.processes is not None:
+        group.limit_tasks(limits.processes * TASKS_PER_PROCESS + SPARE_TASKS)
+    return group
+
+
+@cache
+def _hierarchies(cgroup: str) -> Hierarchies:
+    """A fact about the node, which costs some 15 ms."""
+    return find_hierarchies([Path(cgroup)] if cgroup else [])
 
 
 # -- what the files say --------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@
 | --------------- | --------------------------------------------------- | ---------------------------------------------- |
 | `pid-namespace` | the shim gives the payload a namespace of its own;  | what another daemon starts on request (cron,   |
 |                 | ending its first process ends all                   | at, ssh): no user-space runtime holds that     |
-| `subreaper`     | orphans come back to the shim, which kills until    | the same, and all once the payload has killed  |
-|                 | nobody is left                                      | the shim                                       |
+| `cgroup`        | as `subreaper`, and the kernel kills all in the     | the same, and who may write to another group   |
+|                 | group, also once the shim is gone                   | once the shim is gone                          |
+| `subreaper`     | orphans come back to the shim, which kills until    | the same; where Linux has no Landlock scopes   |
+|                 | nobody is left                                      | (6.12), also all once the shim was killed      |
 | `session`       | no shim: the process group is signalled             | whatever calls `setsid`                        |
 
 Of those somebody wants, the first that the node allows is taken. A refusal costs one start of
@@ -14,34 +16,46 @@ the shim, about two milliseconds.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import resource
 import signal
+import socket
 import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Final, Protocol
 
 import anyio
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from loadmaster.description import Containment
-from loadmaster.payload.process import UMASK, ExitRecord, Process
-from loadmaster.payload.usage import TreeUsage, read_session, read_tree
+from loadmaster.payload.isolation import isolated
+from loadmaster.payload.launch import Launch, Refused, shim_command
+from loadmaster.payload.launch import shim_kind as shim_kind
+from loadmaster.payload.process import Account, ExitRecord, Process
+from loadmaster.payload.sweep import kill_below, kill_session
+from loadmaster.payload.usage import BLOCK_BYTES, TreeUsage, read_session, read_tree
 
 log = logging.getLogger(__name__)
 
 KILL_SECONDS: Final = 30.0
 """A killed process that is still there after this hangs in the kernel, on a dead file system as a rule."""
 
-_HERE: Final = Path(__file__).parent
+ANSWER_SECONDS: Final = {Containment.PID_NAMESPACE: 10.0, Containment.CGROUP: 2.0, Containment.SUBREAPER: 2.0}
+"""How long a shim has for a kill before we do it ourselves: a thousand processes take it a quarter of a second. What a
+namespace holds cannot hinder it, and a status is lost that we do not wait for."""
 
+LOOK_SECONDS: Final = 0.2
+"""Between two kills of our own; the shim's end is noticed at once."""
 
-class Refused(Exception):
-    """The node does not allow a containment; the message says what and why."""
+LACKS: Final = (errno.EAGAIN, errno.ENOMEM)
+"""What a busy node says, and what says nothing of what it allows."""
+
+_USUALLY_IGNORED: Final = 1 << signal.SIGPIPE - 1 | 1 << signal.SIGXFSZ - 1
+"""By Python; Popen resets these by itself."""
 
 
 class Tree(Protocol):
@@ -92,9 +106,26 @@ class SessionTree(Tree):
         self.pid, self.start_ticks, self.started = process.pid, process.start_ticks, process.started
 
     @classmethod
-    def start(cls, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdout: int, stderr: int) -> SessionTree:
-        """Start it. Blocks for about a millisecond; raises OSError."""
-        return cls(Process(argv, env=env, cwd=cwd, stdout=stdout, stderr=stderr))
+    def start(cls, launch: Launch) -> SessionTree:
+        """Start it. Blocks for about a millisecond; raises OSError, or `Refused` for its isolation.
+
+        A shim that becomes the payload comes first where Popen alone cannot do it: when there is a group to join, and
+        when the embedding program ignores or blocks signals. Without it nice, CPUs and the CPU limit are set once the
+        payload runs, and do not reach what it has forked by then.
+        """
+        launch = isolated(launch, Containment.SESSION)
+        if launch.wrapped or launch.joined or not _has_usual_signals():
+            return cls(_start_through_shim(launch))
+        process = Process(
+            launch.argv, env=launch.env, cwd=launch.cwd, stdout=launch.stdout, stderr=launch.stderr, umask=launch.umask
+        )
+        try:
+            with suppress(ProcessLookupError):  # it was that short
+                _hold(process.pid, launch)
+        except BaseException:
+            process.reap()
+            raise
+        return cls(process)
 
     @property
     def gone(self) -> bool:
@@ -138,47 +169,49 @@ class SessionTree(Tree):
 class ShimTree(Tree):
     """A payload below a shim (shim.c), which is below us."""
 
-    def __init__(
-        self, containment: Containment, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path,
-        stdout: int, stderr: int, grace_seconds: float,
-    ) -> None:  # fmt: skip
-        """Start the shim. Blocks for about a millisecond; raises OSError."""
+    def __init__(self, containment: Containment, launch: Launch) -> None:
+        """Start the shim. Blocks for about a millisecond; raises OSError, or `Refused` when it cannot be executed."""
         self.containment = containment
         self.shim = shim_kind()
         self.pid = self.start_ticks = 0
+        self.fenced = False
+        """Whether the payload can neither signal nor trace anybody outside."""
         self.started = time.monotonic()
+        self._group = launch.group
         self._text = b""
-        self._report, report = os.pipe2(os.O_CLOEXEC)
-        environment = os.memfd_create("environment", os.MFD_CLOEXEC)
-        try:
-            os.set_blocking(self._report, False)
-            _write_environment(environment, env)
-            words = (-1, report, environment, int(grace_seconds * 1000), containment.value, "n")
-            self._popen = subprocess.Popen(
-                [*_shim(), *map(str, words), *argv], env={}, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout,
-                stderr=stderr, pass_fds=(report, environment), start_new_session=True, umask=UMASK,
-            )  # fmt: skip
-        except BaseException:
-            os.close(self._report)
-            raise
-        finally:
-            os.close(report)
-            os.close(environment)
+        mode = Containment.SUBREAPER if containment is Containment.CGROUP else containment
+        command = shim_command()
+        with _Channels(launch, mode) as channels:
+            try:
+                self._popen = subprocess.Popen(
+                    [*command, *channels.words, *launch.argv], env={}, cwd=launch.cwd, stdin=subprocess.DEVNULL,
+                    stdout=launch.stdout, stderr=launch.stderr, pass_fds=channels.passed, start_new_session=True,
+                    umask=launch.umask,
+                )  # fmt: skip
+            except OSError as exc:
+                if exc.filename == command[0]:
+                    raise Refused(f"{containment}: the shim cannot be executed: {exc}") from exc
+                raise
+            self._report = channels.report.detach()
         self._pidfd = os.pidfd_open(self._popen.pid)
 
     async def begin(self) -> None:
-        """Wait until the payload runs. Raises `Refused`, or OSError when it cannot be executed."""
+        """Wait until the payload runs. Raises `Refused`, or OSError when it cannot be executed or no process be had."""
         while b"\n\n" not in self._text and not self._text.startswith(b"refused"):
             await anyio.wait_readable(self._report)
             if not (more := os.read(self._report, 65536)):
                 break
             self._text += more
         facts = _facts(self._text)
-        if "refused" in facts or "payload_pid" not in facts:
-            raise Refused(f"{self.containment}: {facts.get('what', 'the shim')}: {facts.get('reason', 'ended early')}")
-        if error := int(facts["error"]):
-            raise OSError(error, os.strerror(error))
+        if "refused" in facts:
+            if (number := int(facts["errno"])) in LACKS:
+                raise OSError(number, _lack(number, facts["what"]))
+            raise Refused(f"{self.containment}: {facts['what']}: {facts['reason']}")
+        if "payload_pid" not in facts:  # it may have been started: not a matter for a weaker containment
+            raise OSError(errno.EPROTO, "the shim ended before it said what it had started")
+        _check_started(facts)
         self.pid, self.start_ticks = int(facts["payload_pid"]), int(facts["payload_start"])
+        self.fenced = facts["fenced"] == "1"
 
     @property
     def gone(self) -> bool:
@@ -191,102 +224,231 @@ class ShimTree(Tree):
         await anyio.wait_readable(self._pidfd)
 
     async def end(self, grace_seconds: float) -> bool:
-        """The grace is the one the shim was started with; a shorter one here is kept by killing earlier."""
+        """The grace is the one the shim was started with; a shorter one here is kept by killing earlier.
+
+        A shim that does not answer, because the payload has stopped or hindered it, is done without.
+        """
         if not self.gone:
-            self._signal(signal.SIGTERM)
+            self._order(signal.SIGTERM)
             with anyio.move_on_after(grace_seconds + 1):
                 await self.wait()
         if not self.gone:
-            self._signal(signal.SIGUSR1)
+            self._order(signal.SIGUSR1)
+            with anyio.move_on_after(ANSWER_SECONDS[self.containment]):
+                await self.wait()
         with anyio.move_on_after(KILL_SECONDS) as killing:
-            await self.wait()
+            while not self.gone:
+                await self._end_without_shim()
+            await self._end_rest()
         return not killing.cancelled_caught
 
-    def reap(self) -> ExitRecord:
-        """The record came through a pipe of the shim's own; without it the shim was killed and the status is lost."""
-        with suppress(BlockingIOError):
+    async def _end_without_shim(self) -> None:
+        log.warning("process %d: its shim %d does not answer", self.pid, self._popen.pid)
+        found = await _in_thread(self._kill_below)
+        self._order(signal.SIGUSR1)
+        if not found:  # it has nobody to wait for
+            self._signal(signal.SIGKILL)
+        with anyio.move_on_after(LOOK_SECONDS):
+            await self.wait()
+
+    def _kill_below(self) -> int:
+        if self._group is not None:
+            self._group.kill()
+        return kill_below(self._popen.pid)
+
+    async def _end_rest(self) -> None:
+        """What a shim that was killed has left: those in the group, and those who have stayed in the session."""
+        if self._group is not None:
+            await _in_thread(self._group.kill)
+        self._collect()
+        if self.pid and self.containment is not Containment.PID_NAMESPACE and "status" not in _facts(self._text):
+            found = await _in_thread(lambda: kill_session(self.pid, self.start_ticks))
+            log.warning("process %d: its shim was killed; killed %d of its session", self.pid, found)
+
+    def _collect(self) -> None:
+        with suppress(OSError):  # nothing more; or a reset, by somebody who had our end and wrote to it
             while more := os.read(self._report, 65536):
                 self._text += more
+
+    def reap(self) -> ExitRecord:
+        """The record came through a socket of the shim's own; without it the shim was killed and the status is lost."""
+        self._collect()
         os.close(self._report)
         os.close(self._pidfd)
         with suppress(ChildProcessError):
             os.waitpid(self._popen.pid, os.WNOHANG)
         self._popen.returncode = 0
-        facts = _facts(self._text)
-        if "status" not in facts or (status := int(facts["status"])) < 0:
+        facts = _facts(self._text.partition(b"\n\n")[2])
+        if "grace_expired" not in facts:
             return ExitRecord()
+        status = int(facts["status"])
         return ExitRecord(
-            exit_code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
-            signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-            cpu_seconds=(int(facts["tree_user_us"]) + int(facts["tree_system_us"])) / 1e6,
-            peak_bytes=int(facts["tree_peak_kib"]) * 1024,
+            exit_code=os.WEXITSTATUS(status) if status >= 0 and os.WIFEXITED(status) else None,
+            signal=os.WTERMSIG(status) if status >= 0 and os.WIFSIGNALED(status) else None,
+            payload=_account(facts, "payload"),
+            tree=_account(facts, "tree"),
+            asked=facts["asked"],
+            orphans=int(facts["orphans"]),
+            grace_expired=facts["grace_expired"] == "1",
         )
 
     def hurry(self) -> None:
-        self._signal(signal.SIGUSR1)
+        self._order(signal.SIGUSR1)
 
     def usage(self) -> TreeUsage:
         return read_tree(self._popen.pid, helpers=int(self.containment is Containment.PID_NAMESPACE))
+
+    def _order(self, number: signal.Signals) -> None:
+        self._signal(number)
+        self._signal(signal.SIGCONT)  # who has the same user may have stopped it
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, number)
 
 
-async def start_contained(
-    argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdout: int, stderr: int,
-    grace_seconds: float, wanted: Sequence[Containment],
-) -> Tree:  # fmt: skip
+async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree:
     """Start a payload in the first containment of `wanted` that the node allows.
 
-    Raises OSError when it cannot be executed, `Refused` when the node allows none of them. Cancelled, it leaves nothing.
+    Raises OSError when it cannot be executed, or the node has no process left for it, and `Refused` when it allows none
+    of them, or not its isolation. Cancelled, it leaves nothing.
     """
     refusal = Refused("no containment was named")
     for containment in wanted:
-        if containment is Containment.SESSION:
-            return await to_thread.run_sync(
-                lambda: SessionTree.start(argv, env=env, cwd=cwd, stdout=stdout, stderr=stderr)
-            )
-        tree = await to_thread.run_sync(
-            lambda kind: ShimTree(
-                kind, argv, env=env, cwd=cwd, stdout=stdout, stderr=stderr, grace_seconds=grace_seconds
-            ),
-            containment,
-        )
         try:
-            await tree.begin()
+            if containment is Containment.SESSION:
+                return await to_thread.run_sync(SessionTree.start, launch)
+            if containment is Containment.CGROUP and launch.group is None:
+                raise Refused("cgroup: no group was made for the payload")
+            return await _start_shim(containment, launch)
         except Refused as exc:
-            await _abandon(tree)
             refusal = exc
-        except BaseException:
-            await _abandon(tree)
-            raise
-        else:
-            return tree
     raise refusal
 
 
-async def _abandon(tree: ShimTree) -> None:
-    with anyio.CancelScope(shield=True):  # `end` is bounded
-        await tree.end(0)
-        tree.reap()
+async def _start_shim(containment: Containment, launch: Launch) -> ShimTree:
+    tree = await to_thread.run_sync(lambda: ShimTree(containment, isolated(launch, containment)))
+    try:
+        await tree.begin()
+    except BaseException:
+        with anyio.CancelScope(shield=True):  # `end` is bounded
+            await tree.end(0)
+            tree.reap()
+        raise
+    return tree
 
 
-def shim_kind() -> str:
-    """Which shim this installation has: `c`, or its `python` twin where no compiler was found."""
-    return "c" if os.access(_HERE / "shim", os.X_OK) else "python"
+class _Channels:
+    """What we and a shim say to each other: its first words, the report's two ends, the environment. Closed by `with`.
+
+    A socket: what is a pipe, the payload opens through /proc where it may look at the shim or at us.
+    """
+
+    def __init__(self, launch: Launch, mode: Containment) -> None:
+        self.report, self._report_of_shim = socket.socketpair()
+        self._environment = -1
+        try:
+            self.report.setblocking(mode is Containment.SESSION)
+            self._environment = os.memfd_create("environment", os.MFD_CLOEXEC)
+            data = memoryview(b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in launch.env.items()))
+            while data:
+                data = data[os.write(self._environment, data) :]
+        except BaseException:
+            self.close()
+            raise
+        settings = launch.settings(no_new_privileges=mode is not Containment.SESSION)
+        own = (self._report_of_shim.fileno(), self._environment)
+        self.passed = (*own, *launch.joined)
+        self.words = [*map(str, (-1, *own, int(launch.grace_seconds * 1000), mode.value, settings))]
+
+    def __enter__(self) -> _Channels:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close_of_shim(self) -> None:
+        """Ours of its ends: the report ends with the shim's."""
+        self._report_of_shim.close()
+
+    def close(self) -> None:
+        """All that was not detached."""
+        self.report.close()
+        self._report_of_shim.close()
+        if self._environment >= 0:
+            os.close(self._environment)
+            self._environment = -1
 
 
-def _shim() -> list[str]:
-    if shim_kind() == "c":
-        return [str(_HERE / "shim")]
-    return [sys.executable, "-I", "-S", str(_HERE / "shim.py")]
+def _start_through_shim(launch: Launch) -> Process:
+    """By a shim that becomes the payload. Blocks until it has; raises OSError."""
+    with _Channels(launch, Containment.SESSION) as channels:
+        process = Process(
+            [*shim_command(), *channels.words, *launch.argv], env={}, cwd=launch.cwd, stdout=launch.stdout,
+            stderr=launch.stderr, umask=launch.umask, pass_fds=channels.passed,
+        )  # fmt: skip
+        try:
+            channels.close_of_shim()
+            text = b""
+            while more := channels.report.recv(65536):
+                text += more
+            if text:
+                _check_started(_facts(text))
+        except BaseException:
+            process.reap()
+            raise
+    return process
 
 
-def _write_environment(descriptor: int, env: Mapping[str, str]) -> None:
-    data = memoryview(b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in env.items()))
-    while data:
-        data = data[os.write(descriptor, data) :]
+def _has_usual_signals() -> bool:
+    """Whether what we start from this thread has its signals as usual, once Popen has reset what Python ignores."""
+    with open("/proc/thread-self/status", "rb", buffering=0) as file:
+        text = file.readall()
+    blocked, ignored = (int(text.partition(name)[2].split(maxsplit=1)[0], 16) for name in (b"SigBlk:", b"SigIgn:"))
+    return not blocked and not ignored & ~_USUALLY_IGNORED
+
+
+def _hold(pid: int, launch: Launch) -> None:
+    """What a shim would have done before. Raises OSError."""
+    if launch.nice:
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, pid) + launch.nice)
+    if launch.cores:
+        os.sched_setaffinity(pid, launch.cores)
+    if launch.cpu_limit is not None:
+        had = resource.prlimit(pid, resource.RLIMIT_CPU)
+        soft, hard = (min(new, old) if old >= 0 else new for new, old in zip(launch.cpu_limit, had, strict=True))
+        resource.prlimit(pid, resource.RLIMIT_CPU, (soft, hard))
+
+
+async def _in_thread(function: Callable[[], int | None]) -> int:
+    """In one of its own: a kill must not wait for the host's."""
+    return await to_thread.run_sync(function, limiter=CapacityLimiter(1)) or 0
+
+
+def _check_started(facts: dict[str, str]) -> None:
+    if error := int(facts["error"]):
+        failed = "" if facts["failed"] == "execute" else f" ({facts['failed']})"
+        raise OSError(error, os.strerror(error) + failed)
+
+
+def _lack(number: int, what: str) -> str:
+    """What a node has too little of, in its administrator's words."""
+    reason = f"{what}: {os.strerror(number)}"
+    if number == errno.ENOMEM:
+        return f"{reason}: the node, or our memory cgroup, has no memory left for a process"
+    of_user, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    limit = "unlimited" if of_user == resource.RLIM_INFINITY else of_user
+    return f"{reason}: a limit of processes is reached: RLIMIT_NPROC ({limit}), a cgroup's pids.max, or the node's"
+
+
+def _account(facts: dict[str, str], of: str) -> Account:
+    return Account(
+        user_seconds=int(facts[f"{of}_user_us"]) / 1e6,
+        system_seconds=int(facts[f"{of}_system_us"]) / 1e6,
+        peak_bytes=int(facts[f"{of}_peak_kib"]) * 1024 or None,
+        read_bytes=int(facts[f"{of}_inblock"]) * BLOCK_BYTES,
+        written_bytes=int(facts[f"{of}_oublock"]) * BLOCK_BYTES,
+    )
 
 
 def _facts(text: bytes) -> dict[str, str]:

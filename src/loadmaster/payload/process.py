@@ -16,36 +16,89 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import anyio
 from anyio import CapacityLimiter, to_thread
 
-from loadmaster.payload.usage import open_group, read_stat
+from loadmaster.payload.launch import UMASK
+from loadmaster.payload.usage import BLOCK_BYTES, open_group, read_stat
 
-UMASK: Final = 0o022
-"""Outputs can be read by the site's other accounts, as DIRAC's wrapper has it."""
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What the kernel has added up of processes that were reaped."""
+
+    user_seconds: float = 0.0
+    system_seconds: float = 0.0
+    peak_bytes: int | None = None
+    """The most memory that any one of them had resident."""
+    read_bytes: int = 0
+    written_bytes: int = 0
+    """From and to storage, page cache apart, as the kernel counts it for everybody and not for root alone."""
+
+    @property
+    def cpu_seconds(self) -> float:
+        """User and system time together."""
+        return self.user_seconds + self.system_seconds
+
+    @classmethod
+    def of(cls, usage: resource.struct_rusage, *, least_peak_kib: int = 0) -> Account:
+        """Of a wait4. A peak of no more than `least_peak_kib` is not the process's own."""
+        return cls(
+            user_seconds=usage.ru_utime,
+            system_seconds=usage.ru_stime,
+            peak_bytes=usage.ru_maxrss * 1024 if usage.ru_maxrss > least_peak_kib else None,
+            read_bytes=usage.ru_inblock * BLOCK_BYTES,
+            written_bytes=usage.ru_oublock * BLOCK_BYTES,
+        )
+
+
+NOTHING = Account()
 
 
 @dataclass(frozen=True, slots=True)
 class ExitRecord:
-    """What the kernel said of a process when it was reaped. All None when somebody else had reaped it."""
+    """How a payload ended. Without exit code and signal its status is lost: somebody else reaped it, or killed the shim."""
 
     exit_code: int | None = None
     signal: int | None = None
-    cpu_seconds: float = 0.0
-    peak_bytes: int | None = None
+    payload: Account = NOTHING
+    """Its first process and those it has waited for."""
+    tree: Account = NOTHING
+    """All that were reaped, orphans too where a shim collects them; without one, the same."""
+    asked: str = "-"
+    """Who ordered the shim to end it: `-` nobody, `T` politely, `K` at once."""
+    orphans: int = 0
+    """Processes that came back to the shim."""
+    grace_expired: bool = False
+    """Whether somebody did not end when asked."""
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of the tree."""
+        return self.tree.cpu_seconds
+
+    @property
+    def peak_bytes(self) -> int | None:
+        """Of the tree."""
+        return self.tree.peak_bytes
 
 
 class Process:
     """A started process, leader of its own session and group. Call `reap` exactly once, at the end."""
 
-    def __init__(self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdout: int, stderr: int) -> None:
-        """Start it. Blocks for about a millisecond; raises OSError. Nothing is inherited but the two descriptors."""
+    def __init__(
+        self, argv: Sequence[str], *, env: Mapping[str, str], cwd: Path, stdout: int, stderr: int,
+        umask: int = UMASK, pass_fds: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Start it. Blocks for about a millisecond; raises OSError. Nothing is inherited but descriptors that are named.
+
+        And what Popen leaves: signals that we ignore, but for those that Python does by itself, and signals blocked.
+        """
         self.started = time.monotonic()
         self._popen = subprocess.Popen(
             argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-            start_new_session=True, umask=UMASK,
+            start_new_session=True, umask=umask, pass_fds=pass_fds,
         )  # fmt: skip
         self.pid = self._popen.pid
         try:
@@ -108,11 +161,12 @@ class Process:
         if pid == 0:
             return ExitRecord()
         self._popen.returncode = os.waitstatus_to_exitcode(status)
+        account = Account.of(usage, least_peak_kib=self._inherited_peak_kib)
         return ExitRecord(
             exit_code=os.WEXITSTATUS(status) if os.WIFEXITED(status) else None,
             signal=os.WTERMSIG(status) if os.WIFSIGNALED(status) else None,
-            cpu_seconds=usage.ru_utime + usage.ru_stime,
-            peak_bytes=usage.ru_maxrss * 1024 if usage.ru_maxrss > self._inherited_peak_kib else None,
+            payload=account,
+            tree=account,
         )
 
     def _open(self) -> int:

@@ -7,15 +7,26 @@
  *   agent ── shim ─┬─ payload ─ ...            (subreaper: orphans come back to the shim)
  *                  └─ init ── payload ─ ...    (pid-namespace: killing init ends everything in one stroke)
  *
- * usage: shim STATE_FD REPORT_FD ENV_FD GRACE_MS MODE FLAGS PROGRAM [ARGUMENT...]
+ * usage: shim STATE_FD REPORT_FD ENV_FD GRACE_MS MODE SETTINGS PROGRAM [ARGUMENT...]
  *   STATE_FD   a directory, or -1; `lock` is held by flock for the shim's life, `started` and `exit` are renamed into place
- *   REPORT_FD  a pipe; the text of `started` is written to it, an empty line, and at the end the text of `exit`.
- *              The payload cannot forge what comes through it. -1: none
+ *   REPORT_FD  a socket, which nobody can open again through /proc as he can a pipe; the text of `started` is written to
+ *              it, an empty line, and at the end the text of `exit`. -1: none
  *   ENV_FD     a file with the payload's environment, each variable ended by a NUL: our own stays empty, so that no
- *              LD_PRELOAD of the payload's gets hold of us
+ *              LD_PRELOAD of the payload's gets hold of us. -1: our own, passed on
  *   GRACE_MS   between TERM and KILL
- *   MODE       "pid-namespace" or "subreaper"; refused ones are reported as "refused MODE", and nothing was started
- *   FLAGS      "n": no new privileges, so that set-uid programs cannot get out; "-": none
+ *   MODE       "pid-namespace" or "subreaper"; refused ones are reported as "refused MODE", and nothing was started.
+ *              "session": we become the payload, with signals as usual; only what fails is reported
+ *   SETTINGS   "-" for none, or with commas between them, in any order:
+ *     n            no new privileges, so that set-uid programs cannot get out; a payload of root cannot trace us; and
+ *                  where Linux has Landlock's scopes (6.12), nobody outside can be signalled or traced
+ *     nice=N       0..19, added to our own
+ *     cpus=0-3+7   the CPUs it may use
+ *     cpu=S:H      RLIMIT_CPU in seconds, for each process: XCPU at S, KILL at H
+ *     join=FD      an open cgroup.procs or tasks, which the payload joins before anything is executed; up to 16
+ *     private      in pid-namespace: own /tmp, /var/tmp, /dev/shm and IPC, everything else read-only but for the work
+ *                  directory, which is the current one; Linux 5.12
+ *     wrapped      the program is a wrapper (bwrap), at the end of whose words the payload is started by "session" with
+ *                  ENV_FD 3: TERM is ignored up to there, and the payload's environment cannot tamper with the wrapper
  * signals: TERM ends the payload politely (TERM to all, KILL after the grace), USR1 at once.
  * ends with 0 when it has reported an end, with 125 when it has refused, or did not understand its words.
  */
@@ -36,6 +47,7 @@
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -43,12 +55,23 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { USAGE_ERROR = 125 };
+enum { USAGE_ERROR = 125, MOST_CPUS = 8192, MOST_GROUPS = 16 };
+
+/* Of system calls younger than the C libraries we are built with; the same numbers everywhere but on alpha. */
+enum {
+    NR_OPEN_TREE = 428, NR_MOVE_MOUNT = 429, NR_MOUNT_SETATTR = 442, NR_LANDLOCK_CREATE = 444, NR_LANDLOCK_RESTRICT = 446,
+    TREE_CLONE = 1, WHOLE_TREE = 0x8000, FROM_DESCRIPTOR = 4, ATTR_RDONLY = 1,
+    LANDLOCK_VERSION = 1, SCOPE_ABSTRACT_SOCKET = 1, SCOPE_SIGNAL = 2, LANDLOCK_HAS_SCOPES = 6,
+    CAP_SYS_PTRACE = 19, CAP_SYS_ADMIN = 21,
+};
 
 struct options {
     int state, report, environment;
     long grace_ms;
-    int new_namespaces, no_new_privileges;
+    const char *mode;
+    int no_new_privileges, private, wrapped, groups[MOST_GROUPS], group_count, has_cpus;
+    long nice, cpu_soft, cpu_hard;      /* -1: as inherited */
+    unsigned long cpus[MOST_CPUS / (8 * sizeof(long))];
     char **program, **env;
 };
 
@@ -59,7 +82,12 @@ struct outcome {               /* what init, or the shim itself, saw of the payl
     char asked;                /* '-' nobody, 'T' politely, 'K' at once */
 };
 
-struct start { int error; pid_t pid; };   /* of the payload; error is errno of what failed, 0 once it executes */
+/* What is done between fork and exec, and may fail. */
+enum step { EXECUTE, JOIN, AFFINITY, LIMIT, FENCE };
+static const char *const STEPS[] = {"execute", "join", "affinity", "limit", "fence"};
+
+/* Of the payload; error is errno of what failed, 0 once it executes. Without a pid it was the fork, or what comes before. */
+struct start { int error; enum step failed; pid_t pid; const char *doing; };
 
 /* -- small things --------------------------------------------------------------------------------------------- */
 
@@ -107,7 +135,7 @@ static void put(int state, const char *name, const char *text)
     fsync(state);
 }
 
-struct stat_of { pid_t parent; unsigned long long start; };
+struct stat_of { char state; pid_t parent; unsigned long long start; };
 
 /* /proc/PID/stat; zeros when it is gone. The start, field 22, names with the pid one process for good. */
 static struct stat_of stat_of(pid_t pid)
@@ -123,8 +151,8 @@ static struct stat_of stat_of(pid_t pid)
     text[n] = 0;
     after = strrchr(text, ')');     /* the name before it is the process's to choose */
     if (after)
-        sscanf(after + 2, "%*c %d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
-               &found.parent, &found.start);
+        sscanf(after + 2, "%c %d %*d %*d %*d %*d %*u %*u %*u %*u %*u %*u %*u %*d %*d %*d %*d %*d %*d %llu",
+               &found.state, &found.parent, &found.start);
     return found;
 }
 
@@ -168,21 +196,35 @@ static void add_children(struct pids *pids, pid_t parent)
     closedir(tasks);
 }
 
-/* Every descendant gets the signal. A work list, not recursion: chains may be hundreds deep. Each is asked for its
- * parent again when its turn comes: it may have ended since, and its number been given to a process that is not ours. */
-static void signal_tree(int number)
+/* Every descendant gets the signal; how many there are that run. A work list, not recursion: chains may be hundreds deep.
+ * Each is asked for its parent again when its turn comes: it may have ended since, and its number been given to a process
+ * that is not ours. */
+static size_t signal_tree(int number)
 {
     struct pids pids = {0};
+    size_t running = 0;
     pid_t self = getpid();
     add_children(&pids, self);
     for (size_t i = 0; i < pids.count; i++) {
         struct found next = pids.list[i];
-        pid_t parent = stat_of(next.pid).parent;
-        if (parent != next.parent && parent != self) continue;
-        add_children(&pids, next.pid);
-        kill(next.pid, number);
+        struct stat_of found = stat_of(next.pid);
+        if (found.parent != next.parent && found.parent != self) continue;
+        if (found.state == 'R' || found.state == 'S') running++;    /* D starts nothing before it sees its signals */
+        add_children(&pids, next.pid);      /* before they lose their parent, and we the sight of them */
+        if (number != SIGSTOP || !strchr("TtZX", found.state)) kill(next.pid, number);
     }
     free(pids.list);
+    return running;
+}
+
+/* Whoever forks faster than he is killed is stopped first: those who die leave their places to those who fork, those who
+ * stop do not. Two looks in a row that find nobody running: one may have been on its way past us. */
+static void stop_tree(void)
+{
+    for (int look = 0, still = 0; look < 100 && still < 2; look++) {
+        still = signal_tree(SIGSTOP) ? 0 : still + 1;
+        if (!still) nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
+    }
 }
 
 static void signal_all(int in_namespace, int number)
@@ -193,16 +235,16 @@ static void signal_all(int in_namespace, int number)
 
 /* -- the payload ---------------------------------------------------------------------------------------------- */
 
-/* Descriptors above 2 but for one. Old kernels, and old filters of system calls, have no close_range. */
-static void close_all_but(int kept)
+/* Descriptors from one on, but for another. Old kernels, and old filters of system calls, have no close_range. */
+static void close_from(int first, int kept)
 {
-    long below = kept > 3 ? syscall(SYS_close_range, 3, kept - 1, 0) : 0;
-    if (below == 0 && syscall(SYS_close_range, kept + 1, ~0U, 0) == 0) return;
+    long below = kept > first ? syscall(SYS_close_range, first, kept - 1, 0) : 0;
+    if (below == 0 && syscall(SYS_close_range, kept < first ? first : kept + 1, ~0U, 0) == 0) return;
     DIR *open = opendir("/proc/self/fd");
     if (!open) return;
     for (struct dirent *entry; (entry = readdir(open));) {
         int fd = atoi(entry->d_name);
-        if (fd > 2 && fd != kept && fd != dirfd(open)) close(fd);
+        if (fd >= first && fd != kept && fd != dirfd(open)) close(fd);
     }
     closedir(open);
 }
@@ -213,49 +255,108 @@ static void reset_signals(void)
     for (int number = 1; number < NSIG; number++) sigaction(number, &usual, NULL);
 }
 
-/* Start the payload in a session of its own with nothing but its three descriptors; errno if it cannot be executed. */
+/* Nobody outside can be signalled or traced by us and what we start; not where Linux has no such thing. */
+static int fence(const struct options *o)
+{
+    if (syscall(NR_LANDLOCK_CREATE, NULL, 0, LANDLOCK_VERSION) < LANDLOCK_HAS_SCOPES) return 0;
+    uint64_t rules[3] = {0, 0, SCOPE_SIGNAL | (o->private ? SCOPE_ABSTRACT_SOCKET : 0)};    /* files, network, scopes */
+    int ruleset = (int)syscall(NR_LANDLOCK_CREATE, rules, sizeof rules, 0);
+    return ruleset < 0 ? -1 : (int)syscall(NR_LANDLOCK_RESTRICT, ruleset, 0);
+}
+
+/* Not for a payload of root: what it needs to trace us, or to undo its mounts. Executing something gives the rest back. */
+static void drop_capabilities(const struct options *o)
+{
+    struct { uint32_t version; int pid; } head = {0x20080522, 0};
+    struct { uint32_t effective, permitted, inheritable; } sets[2];
+    uint32_t dropped = 1U << CAP_SYS_PTRACE | (o->private ? 1U << CAP_SYS_ADMIN : 0);
+    prctl(PR_CAPBSET_DROP, CAP_SYS_PTRACE, 0, 0, 0);
+    if (o->private) prctl(PR_CAPBSET_DROP, CAP_SYS_ADMIN, 0, 0, 0);
+    if (syscall(SYS_capget, &head, sets) < 0) return;
+    sets[0].inheritable &= ~dropped;
+    syscall(SYS_capset, &head, sets);
+}
+
+static int limit_cpu(const struct options *o)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_CPU, &limit) < 0) return -1;
+    if ((rlim_t)o->cpu_soft < limit.rlim_cur) limit.rlim_cur = (rlim_t)o->cpu_soft;     /* never more than we have */
+    if ((rlim_t)o->cpu_hard < limit.rlim_max) limit.rlim_max = (rlim_t)o->cpu_hard;
+    return setrlimit(RLIMIT_CPU, &limit);
+}
+
+/* Become the payload, with nothing but its three descriptors; returns what failed, and errno. The descriptor kept is
+ * closed by the execution; it is above 3. */
+static enum step become(const struct options *o, int kept)
+{
+    char *nothing[] = {NULL}, **env = o->wrapped ? nothing : o->env;
+    sigset_t none;
+    for (int i = 0; i < o->group_count; i++)
+        if (write(o->groups[i], "0\n", 2) != 2) return JOIN;
+    if (o->nice > 0) setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + (int)o->nice);     /* at most 19 */
+    if (o->has_cpus && syscall(SYS_sched_setaffinity, 0, sizeof o->cpus, o->cpus) < 0) return AFFINITY;
+    if (o->cpu_soft >= 0 && limit_cpu(o) < 0) return LIMIT;
+    setsid();
+    prctl(PR_SET_PDEATHSIG, 0);
+    if (o->no_new_privileges) {
+        drop_capabilities(o);
+        prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
+        if (fence(o) < 0) return FENCE;
+    }
+    if (o->wrapped) {
+        signal(SIGTERM, SIG_IGN);
+        if (o->environment == 3) fcntl(3, F_SETFD, 0);
+        else dup2(o->environment, 3);
+    }
+    close_from(o->wrapped ? 4 : 3, kept);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    execve(o->program[0], o->program, env);
+    if (errno == ENOEXEC) {     /* a script that does not say whose: the shell's, as everywhere */
+        size_t count = 0;
+        while (o->program[count]) count++;
+        char **words = calloc(count + 2, sizeof *words);
+        if (words) {
+            words[0] = "/bin/sh";
+            memcpy(words + 1, o->program, (count + 1) * sizeof *words);
+            execve(words[0], words, env);
+        }
+    }
+    return EXECUTE;
+}
+
+/* Start the payload in a session of its own. */
 static struct start spawn(const struct options *o)
 {
     struct start started = {0};
     int failed[2];
-    if (pipe2(failed, O_CLOEXEC) < 0) { started.error = errno; return started; }
+    if (pipe2(failed, O_CLOEXEC) < 0) return (struct start){.error = errno, .pid = -1, .doing = "pipe"};
     started.pid = fork();
-    if (started.pid < 0) { started.error = errno; close(failed[0]); close(failed[1]); return started; }
+    if (started.pid < 0) return (struct start){.error = errno, .pid = -1, .doing = "fork"};
     if (started.pid == 0) {
-        sigset_t none;
-        sigemptyset(&none);
-        sigprocmask(SIG_SETMASK, &none, NULL);
-        setsid();
-        prctl(PR_SET_PDEATHSIG, 0);
-        if (o->no_new_privileges) prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-        close_all_but(failed[1]);
-        execve(o->program[0], o->program, o->env);
-        if (errno == ENOEXEC) {     /* a script that does not say whose: the shell's, as everywhere */
-            size_t count = 0;
-            while (o->program[count]) count++;
-            char **words = calloc(count + 2, sizeof *words);
-            if (words) {
-                words[0] = "/bin/sh";
-                memcpy(words + 1, o->program, (count + 1) * sizeof *words);
-                execve(words[0], words, o->env);
-            }
-        }
-        int error = errno;
-        write_all(failed[1], &error, sizeof error);
+        int kept = fcntl(failed[1], F_DUPFD_CLOEXEC, 4);
+        started.failed = become(o, kept);
+        started.error = errno;
+        write_all(kept, &started, sizeof started);
         _exit(127);
     }
+    struct start answer;
     close(failed[1]);
-    if (read_all(failed[0], &started.error, sizeof started.error) != sizeof started.error) started.error = 0;
+    if (read_all(failed[0], &answer, sizeof answer) == sizeof answer) {
+        started.error = answer.error;
+        started.failed = answer.failed;
+    }
     close(failed[0]);
     return started;
 }
 
-/* Wait until the payload and all it left are gone. Orders come as signals (orders < 0) or as bytes of a pipe. */
+/* Wait until the payload and all it left are gone. Orders come as signals (orders < 0) or as bytes. */
 static struct outcome reap(pid_t payload, int signals, int orders, int in_namespace, long grace_ms)
 {
     struct outcome out = {.status = -1, .asked = '-'};
     int64_t deadline = -1;
-    int gone = 0, killing = 0, pause_ms = 1;
+    int gone = 0, killing = 0, kills = 0, pause_ms = 1;
     for (;;) {
         int status;
         struct rusage usage;
@@ -270,7 +371,10 @@ static struct outcome reap(pid_t payload, int signals, int orders, int in_namesp
         if (pid < 0 && errno == ECHILD) return out;
         if (gone && deadline < 0) killing = 1;              /* nobody asked: what is left has no one to wait for */
         if (deadline >= 0 && !killing && now_ms() >= deadline) { killing = 1; out.grace_expired = 1; }
-        if (killing) signal_all(in_namespace, SIGKILL);     /* again and again: it may be forking */
+        if (killing) {      /* again and again: it may be forking */
+            if (kills++ && !in_namespace) stop_tree();
+            signal_all(in_namespace, SIGKILL);
+        }
 
         struct pollfd wait[2] = {{.fd = signals, .events = POLLIN}, {.fd = orders, .events = POLLIN}};
         int64_t left = deadline - now_ms();
@@ -331,43 +435,81 @@ static int map_ids(pid_t init)
     return write_file(path, text);
 }
 
-/* Process 1 of the payload's namespace. Cannot be killed from inside; takes everything with it when it ends.
- * A shim that died before PDEATHSIG was set is noticed all the same: nobody holds the other end of orders then. */
-static void init(const struct options *o, int orders, int results)
+/* A directory that is not there any more under a new file system. */
+static void make_directories(char *path)
 {
-    struct start started = {0};
+    for (char *p = path + 1; *p; p++)
+        if (*p == '/') { *p = 0; mkdir(path, 0755); *p = '/'; }
+    mkdir(path, 0755);
+}
+
+/* A mount namespace in which only the work directory, our current one, can be written to, and what is memory of its own.
+ * What failed, or NULL. A directory whose sockets have others start things for us is covered: systemd's in /run/user. */
+static const char *make_private(void)
+{
+    static const char *const own[] = {"/tmp", "/var/tmp", "/dev/shm", "/run/user"};
+    char work[PATH_MAX];
+    if (!getcwd(work, sizeof work)) return "work directory";
+    int tree = (int)syscall(NR_OPEN_TREE, AT_FDCWD, ".", TREE_CLONE | O_CLOEXEC | WHOLE_TREE);
+    if (tree < 0) return "open_tree";
+    uint64_t rdonly[4] = {ATTR_RDONLY, 0, 0, 0}, writable[4] = {0, ATTR_RDONLY, 0, 0};  /* set, clear, propagate, user */
+    if (syscall(NR_MOUNT_SETATTR, AT_FDCWD, "/", WHOLE_TREE, rdonly, sizeof rdonly) < 0) return "mount_setattr";
+    if (syscall(NR_MOUNT_SETATTR, AT_FDCWD, "/proc", 0, writable, sizeof writable) < 0) return "mount_setattr";
+    for (size_t i = 0; i < sizeof own / sizeof *own; i++) {
+        struct stat found;
+        if (lstat(own[i], &found) < 0 || !S_ISDIR(found.st_mode)) continue;
+        if (mount("none", own[i], "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777,size=25%") < 0) return own[i];
+    }
+    make_directories(work);
+    if (syscall(NR_MOVE_MOUNT, tree, "", AT_FDCWD, work, FROM_DESCRIPTOR) < 0 || chdir(work) < 0) return "work directory";
+    close(tree);
+    return NULL;
+}
+
+static const char *mount_all(const struct options *o)
+{
+    /* A slave, not private: what the site's automounter mounts later (CVMFS) has to appear in here too. */
+    if (mount("none", "/", NULL, MS_REC | MS_SLAVE, NULL) < 0) return "mount /";
+    if (mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0) return "mount /proc";
+    return o->private ? make_private() : NULL;
+}
+
+/* Process 1 of the payload's namespace. Cannot be killed from inside; takes everything with it when it ends.
+ * A shim that died before PDEATHSIG was set is noticed all the same: nobody holds the other end of the channel then. */
+static void init(const struct options *o, int channel)
+{
+    struct start started = {.pid = -1};
     char byte;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (read(orders, &byte, 1) != 1) _exit(1);      /* once the shim has mapped us */
+    if (read(channel, &byte, 1) != 1) _exit(1);     /* once the shim has mapped us */
     close(o->report);
     if (o->state >= 0) close(o->state);
-    /* A slave, not private: what the site's automounter mounts later (CVMFS) has to appear in here too. */
-    if (mount("none", "/", NULL, MS_REC | MS_SLAVE, NULL) < 0 ||
-        mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL) < 0) {
-        started.error = errno;
-        started.pid = -1;
-        write_all(results, &started, sizeof started);
-        _exit(1);
-    }
-    prctl(PR_SET_DUMPABLE, 0);
+    started.doing = mount_all(o);
+    started.error = errno;
     int signals = take_signals(0);
-    started = spawn(o);
-    write_all(results, &started, sizeof started);
+    if (!started.doing) {
+        prctl(PR_SET_DUMPABLE, 0);
+        started = spawn(o);
+    }
+    write_all(channel, &started, sizeof started);
     if (started.pid < 0) _exit(1);
-    if (read(orders, &byte, 1) != 1) _exit(1);      /* once it has noted the payload, which nobody has reaped so far */
-    struct outcome out = reap(started.pid, signals, orders, 1, o->grace_ms);
-    write_all(results, &out, sizeof out);
+    if (read(channel, &byte, 1) != 1) _exit(1);     /* once it has noted the payload, which nobody has reaped so far */
+    struct outcome out = reap(started.pid, signals, channel, 1, o->grace_ms);
+    write_all(channel, &out, sizeof out);
     _exit(0);
 }
 
 /* -- the shim ------------------------------------------------------------------------------------------------- */
 
-static void report_start(const struct options *o, const char *mode, struct start started, pid_t payload)
+static void report_start(const struct options *o, struct start started, pid_t payload)
 {
     char text[512];
+    int fenced = o->no_new_privileges && syscall(NR_LANDLOCK_CREATE, NULL, 0, LANDLOCK_VERSION) >= LANDLOCK_HAS_SCOPES;
     snprintf(text, sizeof text,
-             "shim_pid %d\nshim_start %llu\npayload_pid %d\npayload_start %llu\ncontainment %s\nerror %d\n",
-             getpid(), stat_of(getpid()).start, payload, stat_of(payload).start, mode, started.error);
+             "shim_pid %d\nshim_start %llu\npayload_pid %d\npayload_start %llu\ncontainment %s\nfenced %d\n"
+             "error %d\nfailed %s\n",
+             getpid(), stat_of(getpid()).start, payload, stat_of(payload).start, o->mode, fenced,
+             started.error, started.error ? STEPS[started.failed] : "-");
     put(o->state, "started", text);
     write_all(o->report, text, strlen(text));
     write_all(o->report, "\n", 1);
@@ -380,20 +522,25 @@ static void report_end(const struct options *o, struct outcome out, int64_t wall
     char text[1024];
     struct rusage tree;
     getrusage(RUSAGE_CHILDREN, &tree);
-    snprintf(text, sizeof text,
-             "status %d\nwall_ms %lld\npayload_user_us %lld\npayload_system_us %lld\npayload_peak_kib %ld\n"
-             "tree_user_us %lld\ntree_system_us %lld\ntree_peak_kib %ld\n"
-             "asked %c\norphans %d\ngrace_expired %d\n",
-             out.status, (long long)wall_ms, us(out.payload.ru_utime), us(out.payload.ru_stime), out.payload.ru_maxrss,
-             us(tree.ru_utime), us(tree.ru_stime), tree.ru_maxrss, out.asked, out.orphans, out.grace_expired);
+    size_t end = (size_t)snprintf(text, sizeof text, "status %d\nwall_ms %lld\n", out.status, (long long)wall_ms);
+    const struct { const char *name; struct rusage *usage; } of[] = {{"payload", &out.payload}, {"tree", &tree}};
+    for (int i = 0; i < 2; i++)
+        end += (size_t)snprintf(text + end, sizeof text - end,
+                                "%s_user_us %lld\n%s_system_us %lld\n%s_peak_kib %ld\n%s_inblock %ld\n%s_oublock %ld\n",
+                                of[i].name, us(of[i].usage->ru_utime), of[i].name, us(of[i].usage->ru_stime),
+                                of[i].name, of[i].usage->ru_maxrss, of[i].name, of[i].usage->ru_inblock,
+                                of[i].name, of[i].usage->ru_oublock);
+    snprintf(text + end, sizeof text - end, "asked %c\norphans %d\ngrace_expired %d\n",
+             out.asked, out.orphans, out.grace_expired);
     put(o->state, "exit", text);
     write_all(o->report, text, strlen(text));
 }
 
-static void cannot(const struct options *o, const char *mode, const char *what)
+static void cannot(const struct options *o, const char *what)
 {
     char text[256];
-    snprintf(text, sizeof text, "refused %s\nwhat %s\nreason %s\n", mode, what, strerror(errno));
+    int error = errno;
+    snprintf(text, sizeof text, "refused %s\nwhat %s\nerrno %d\nreason %s\n", o->mode, what, error, strerror(error));
     write_all(o->report, text, strlen(text));
     _exit(USAGE_ERROR);
 }
@@ -410,29 +557,31 @@ static pid_t child_of(pid_t init)
 
 static void run_in_namespaces(const struct options *o)
 {
-    const char *mode = "pid-namespace";
-    int orders[2], results[2];
-    if (pipe2(orders, O_CLOEXEC) < 0 || pipe2(results, O_CLOEXEC) < 0) cannot(o, mode, "pipe");
-    int user = geteuid() == 0 ? 0 : CLONE_NEWUSER;      /* root needs no other user to have namespaces */
+    int channel[2];
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, channel) < 0) cannot(o, "socketpair");
     int signals = take_signals(1);
     int64_t begun = now_ms();
-    pid_t child = (pid_t)syscall(SYS_clone, user | CLONE_NEWPID | CLONE_NEWNS | SIGCHLD, NULL, NULL, NULL, NULL);
-    if (child < 0) cannot(o, mode, "clone");
-    if (child == 0) {
-        close(orders[1]);
-        close(results[0]);
-        init(o, orders[0], results[1]);
+    long flags = CLONE_NEWPID | CLONE_NEWNS | (o->private ? CLONE_NEWIPC : 0) | SIGCHLD;
+    long user = geteuid() == 0 ? 0 : CLONE_NEWUSER;     /* root needs no other user to have namespaces */
+    pid_t child = (pid_t)syscall(SYS_clone, user | flags, NULL, NULL, NULL, NULL);
+    if (child < 0 && errno == EPERM && !user) {         /* but a root without CAP_SYS_ADMIN does */
+        user = CLONE_NEWUSER;
+        child = (pid_t)syscall(SYS_clone, user | flags, NULL, NULL, NULL, NULL);
     }
-    close(orders[0]);
-    close(results[1]);
-    if (user && map_ids(child) < 0) { int error = errno; kill(child, SIGKILL); errno = error; cannot(o, mode, "uid_map"); }
+    if (child < 0) cannot(o, "clone");
+    if (child == 0) {
+        close(channel[1]);
+        init(o, channel[0]);
+    }
+    close(channel[0]);
+    if (user && map_ids(child) < 0) { int error = errno; kill(child, SIGKILL); errno = error; cannot(o, "uid_map"); }
     prctl(PR_SET_DUMPABLE, 0);
-    write_all(orders[1], "!", 1);
+    write_all(channel[1], "!", 1);
     struct start started;
-    if (read_all(results[0], &started, sizeof started) != sizeof started) { errno = EPROTO; cannot(o, mode, "init"); }
-    if (started.pid < 0) { errno = started.error; cannot(o, mode, "mount or fork"); }
-    report_start(o, mode, started, child_of(child));
-    write_all(orders[1], "!", 1);
+    if (read_all(channel[1], &started, sizeof started) != sizeof started) { errno = EPROTO; cannot(o, "init"); }
+    if (started.pid < 0) { errno = started.error; cannot(o, started.doing); }   /* our own text: init is a copy of us */
+    report_start(o, started, child_of(child));
+    write_all(channel[1], "!", 1);
 
     struct outcome out = {.status = -1, .asked = '-'};
     char asked = '-';
@@ -442,26 +591,38 @@ static void run_in_namespaces(const struct options *o)
         poll(&wait, 1, -1);
         if (read(signals, &info, sizeof info) != sizeof info) continue;
         if (info.ssi_signo == SIGCHLD) gone = waitpid(child, NULL, WNOHANG) == child;
-        else if (info.ssi_signo == SIGTERM) { asked = asked == '-' ? 'T' : asked; write_all(orders[1], "T", 1); }
-        else { asked = asked == '-' ? 'K' : asked; write_all(orders[1], "K", 1); }
+        else if (info.ssi_signo == SIGTERM) { asked = asked == '-' ? 'T' : asked; write_all(channel[1], "T", 1); }
+        else { asked = asked == '-' ? 'K' : asked; write_all(channel[1], "K", 1); }
     }
-    read_all(results[0], &out, sizeof out);
+    read_all(channel[1], &out, sizeof out);
     if (out.status == -1) out.asked = asked;    /* init was killed from outside: the status is lost, nothing is left */
     report_end(o, out, now_ms() - begun);
 }
 
 static void run_as_subreaper(const struct options *o)
 {
-    const char *mode = "subreaper";
-    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0) cannot(o, mode, "prctl");
+    if (prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) < 0) cannot(o, "prctl");
     prctl(PR_SET_DUMPABLE, 0);
     int signals = take_signals(1);
     int64_t begun = now_ms();
     struct start started = spawn(o);
-    if (started.pid < 0) { errno = started.error; cannot(o, mode, "fork"); }
-    report_start(o, mode, started, started.pid);
+    if (started.pid < 0) { errno = started.error; cannot(o, started.doing); }
+    report_start(o, started, started.pid);
     struct outcome out = reap(started.pid, signals, -1, 0, o->grace_ms);
     report_end(o, out, now_ms() - begun);
+}
+
+/* Nothing of us stays: the report closes by itself once the payload executes. */
+static void run_in_place(const struct options *o)
+{
+    struct start started = {.pid = getpid()};
+    int report = fcntl(o->report, F_DUPFD_CLOEXEC, 4);
+    started.failed = become(o, report);
+    started.error = errno;
+    struct options still = *o;
+    still.report = report;
+    report_start(&still, started, started.pid);
+    _exit(127);
 }
 
 /* A number and nothing else; a descriptor mistaken for another one would be somebody's file. */
@@ -489,30 +650,74 @@ static char **read_environment(int fd)
     return env;
 }
 
+/* CPUs as "0-3+7". */
+static int cpu_list(char *text, struct options *o)
+{
+    const size_t bits = 8 * sizeof *o->cpus;
+    for (char *rest, *part = strtok_r(text, "+", &rest); part; part = strtok_r(NULL, "+", &rest)) {
+        char *dash = strchr(part, '-');
+        long first, last;
+        if (dash) *dash = 0;
+        if (!number(part, 0, MOST_CPUS - 1, &first)) return 0;
+        last = first;
+        if (dash && !number(dash + 1, first, MOST_CPUS - 1, &last)) return 0;
+        for (long cpu = first; cpu <= last; cpu++) o->cpus[(size_t)cpu / bits] |= 1UL << ((size_t)cpu % bits);
+        o->has_cpus = 1;
+    }
+    return o->has_cpus;
+}
+
+/* False for what we do not know: a payload must not run with less than was asked for. */
+static int settings(char *text, struct options *o)
+{
+    if (!*text || text[strlen(text) - 1] == ',') return 0;
+    if (strcmp(text, "-") == 0) return 1;
+    for (char *word; (word = strsep(&text, ","));) {
+        char *value = strchr(word, '=');
+        long found;
+        if (value) *value++ = 0;
+        if (!value && !strcmp(word, "n")) o->no_new_privileges = 1;
+        else if (!value && !strcmp(word, "private") && !strcmp(o->mode, "pid-namespace")) o->private = 1;
+        else if (!value && !strcmp(word, "wrapped") && o->environment >= 0) o->wrapped = 1;
+        else if (value && !strcmp(word, "nice") && number(value, 0, 19, &o->nice)) continue;
+        else if (value && !strcmp(word, "cpus") && cpu_list(value, o)) continue;
+        else if (value && !strcmp(word, "join") && number(value, 0, INT_MAX, &found) && o->group_count < MOST_GROUPS)
+            o->groups[o->group_count++] = (int)found;
+        else if (value && !strcmp(word, "cpu")) {
+            char *hard = strchr(value, ':');
+            if (!hard) return 0;
+            *hard++ = 0;
+            if (!number(value, 0, LONG_MAX, &o->cpu_soft) || !number(hard, o->cpu_soft, LONG_MAX, &o->cpu_hard)) return 0;
+        } else return 0;
+    }
+    return 1;
+}
+
 int main(int count, char **words)
 {
     long state, report, environment, grace_ms;
+    static struct options o = {.nice = -1, .cpu_soft = -1, .cpu_hard = -1};
     if (count < 8 || !number(words[1], -1, INT_MAX, &state) || !number(words[2], -1, INT_MAX, &report) ||
-        !number(words[3], 0, INT_MAX, &environment) || !number(words[4], 0, INT_MAX, &grace_ms) ||
-        (strcmp(words[5], "pid-namespace") && strcmp(words[5], "subreaper")) ||
-        (strcmp(words[6], "n") && strcmp(words[6], "-"))) return USAGE_ERROR;
-    struct options o = {
-        .state = (int)state, .report = (int)report, .environment = (int)environment, .grace_ms = grace_ms,
-        .new_namespaces = strcmp(words[5], "pid-namespace") == 0, .no_new_privileges = words[6][0] == 'n',
-        .program = words + 7,
-    };
+        !number(words[3], -1, INT_MAX, &environment) || !number(words[4], 0, INT_MAX, &grace_ms)) return USAGE_ERROR;
+    int in_place = !strcmp(words[5], "session"), in_namespaces = !strcmp(words[5], "pid-namespace");
+    o.mode = words[5];
+    o.state = (int)state, o.report = (int)report, o.environment = (int)environment, o.grace_ms = grace_ms;
+    if ((!in_place && !in_namespaces && strcmp(words[5], "subreaper")) || !settings(words[6], &o)) return USAGE_ERROR;
+    o.program = words + 7;
     reset_signals();    /* who ignores SIGCHLD, as our parent may, is told of no child's end */
     fcntl(o.report, F_SETFD, FD_CLOEXEC);
-    o.env = read_environment(o.environment);
-    if (!o.env) cannot(&o, words[5], "environment");
-    close(o.environment);
+    o.env = o.environment < 0 ? environ : read_environment(o.environment);
+    if (!o.env) cannot(&o, "environment");
+    if (o.wrapped) fcntl(o.environment, F_SETFD, FD_CLOEXEC);
+    else close(o.environment);
+    if (in_place) run_in_place(&o);
     if (o.state >= 0) {
         fcntl(o.state, F_SETFD, FD_CLOEXEC);
         int lock = openat(o.state, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-        if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) cannot(&o, words[5], "lock");
+        if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) cannot(&o, "lock");
     }
     setsid();
-    if (o.new_namespaces) run_in_namespaces(&o);
+    if (in_namespaces) run_in_namespaces(&o);
     else run_as_subreaper(&o);
     return 0;
 }

@@ -19,16 +19,23 @@ import time
 
 USAGE_ERROR = 125
 # From Linux's headers; alpha, mips, parisc and sparc number their signals otherwise.
-SIGKILL, SIGUSR1, SIGTERM, SIGCHLD, SIGCONT, SIG_SETMASK = 9, 10, 15, 17, 18, 2
-CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
+SIGKILL, SIGUSR1, SIGTERM, SIGCHLD, SIGCONT, SIGSTOP, SIG_IGN, SIG_SETMASK = 9, 10, 15, 17, 18, 19, 1, 2
+CLONE_NEWNS, CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x8000000, 0x10000000, 0x20000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_SLAVE = 2, 4, 8, 0x4000, 0x80000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-WALL = 0x40000000
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 24, 36, 38
+WALL, AT_FDCWD = 0x40000000, -100
+# System calls the C library may not know; the same numbers everywhere but on alpha.
+OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_RESTRICT = 428, 429, 442, 444, 446
+TREE_CLONE, WHOLE_TREE, FROM_DESCRIPTOR, ATTR_RDONLY = 1, 0x8000, 4, 1
+LANDLOCK_VERSION, SCOPE_ABSTRACT_SOCKET, SCOPE_SIGNAL, LANDLOCK_HAS_SCOPES = 1, 1, 2, 6
+CAP_SYS_PTRACE, CAP_SYS_ADMIN = 19, 21
+MOST_CPUS, MOST_GROUPS = 8192, 16
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 libc.mount.argtypes = [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p]
 libc.signal.argtypes = [ctypes.c_int, ctypes.c_void_p]
+libc.syscall.restype = ctypes.c_long
 
 
 class Options:
@@ -37,16 +44,55 @@ class Options:
     def __init__(self, words: list[str]) -> None:
         """Raises ValueError; a descriptor mistaken for another one would be somebody's file."""
         self.state, self.report, self.environment, self.grace_ms = map(int, words[:4])
-        self.mode, flags = words[4:6]
-        self.no_new_privileges = flags == "n"
+        self.mode, settings = words[4:6]
         self.program = [os.fsencode(word) for word in words[6:]]
         self.env: list[bytes] = []
         self.doing = "environment"
-        least = min(self.state + 1, self.report + 1, self.environment, self.grace_ms)
+        least = min(self.state + 1, self.report + 1, self.environment + 1, self.grace_ms)
         if least < 0 or self.grace_ms >= 2**31 or not self.program:
             raise ValueError(words)
-        if self.mode not in ("pid-namespace", "subreaper") or flags not in ("n", "-"):
+        if self.mode not in ("pid-namespace", "subreaper", "session"):
             raise ValueError(words)
+        self.no_new_privileges = self.private = self.wrapped = False
+        self.nice = 0
+        self.cpus: set[int] = set()
+        self.cpu_limit: tuple[int, int] | None = None
+        self.groups: list[int] = []
+        for setting in settings.split(",") if settings != "-" else ():
+            self._set(*setting.partition("="))
+
+    def _set(self, name: str, equals: str, value: str) -> None:
+        if not equals and name == "n":
+            self.no_new_privileges = True
+        elif not equals and name == "private" and self.mode == "pid-namespace":
+            self.private = True
+        elif not equals and name == "wrapped" and self.environment >= 0:
+            self.wrapped = True
+        elif name == "nice" and 0 <= int(value) <= 19:
+            self.nice = int(value)
+        elif name == "cpus":
+            for part in value.split("+"):
+                first, dash, last = part.partition("-")
+                cpus = range(int(first), (int(last) if dash else int(first)) + 1)
+                if not cpus or cpus[0] < 0 or cpus[-1] >= MOST_CPUS:
+                    raise ValueError(value)
+                self.cpus.update(cpus)
+        elif name == "cpu":
+            soft, hard = map(int, value.split(":"))
+            if not 0 <= soft <= hard:
+                raise ValueError(value)
+            self.cpu_limit = soft, hard
+        elif name == "join" and int(value) >= 0 and len(self.groups) < MOST_GROUPS:
+            self.groups.append(int(value))
+        else:  # a payload must not run with less than was asked for
+            raise ValueError(name)
+
+
+class Failed(Exception):
+    """The payload could not be executed, and what was being done."""
+
+    def __init__(self, error: int | None, step: str) -> None:
+        self.error, self.step = error or errno.EIO, step
 
 
 def checked(result: int) -> int:
@@ -94,14 +140,14 @@ def put(state: int, name: str, text: str) -> None:
         return
 
 
-def stat_of(pid: int) -> tuple[int, int]:
-    """A process's parent, and its start, which names with the pid one process for good. Zeros when it is gone."""
+def stat_of(pid: int) -> tuple[str, int, int]:
+    """A process's state, its parent, and its start, which names with the pid one process for good. Zeros when gone."""
     try:
         with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             fields = file.read(1024).rpartition(b")")[2].split()  # the name before it is the process's to choose
     except OSError:
-        return 0, 0
-    return int(fields[1]), int(fields[19])
+        return "X", 0, 0
+    return (fields[0].decode(), int(fields[1]), int(fields[19])) if fields else ("X", 0, 0)
 
 
 def children(pid: int) -> list[int]:
@@ -120,21 +166,46 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def signal_all(in_namespace: bool, number: int) -> None:
-    """Signal every descendant. A work list, not recursion: chains may be hundreds deep.
+def signal_tree(number: int) -> int:
+    """Signal every descendant; how many there are that run. A work list, not recursion: chains may be hundreds deep.
 
     Each is asked for its parent again when its turn comes: it may have ended since, and its number been given to a
     process that is not ours.
     """
-    if in_namespace:
-        libc.kill(-1, number)  # everybody but us: we are process 1
-        return
-    own = os.getpid()
+    own, running = os.getpid(), 0
     queue = [(child, own) for child in children(own)]
     for pid, parent in queue:  # it grows as we go
-        if stat_of(pid)[0] in (parent, own):
-            queue += [(child, pid) for child in children(pid)]
+        state, parent_now, _ = stat_of(pid)
+        if parent_now not in (parent, own):
+            continue
+        running += state in "RS"  # D starts nothing before it sees its signals
+        found = children(pid)  # before they lose their parent, and we the sight of them
+        if number != SIGSTOP or state not in "TtZX":
             libc.kill(pid, number)
+        queue += [(child, pid) for child in found]
+    return running
+
+
+def stop_tree() -> None:
+    """Whoever forks faster than he is killed is stopped first: the dead leave their places to others, the stopped do not.
+
+    Two looks in a row that find nobody running: one may have been on its way past us.
+    """
+    still = 0
+    for _ in range(100):
+        still = 0 if signal_tree(SIGSTOP) else still + 1
+        if still == 2:
+            return
+        if not still:
+            time.sleep(0.0002)
+
+
+def signal_all(in_namespace: bool, number: int) -> None:
+    """Signal everybody but us."""
+    if in_namespace:
+        libc.kill(-1, number)  # we are process 1
+    else:
+        signal_tree(number)
 
 
 def reset_signals(blocked: int) -> None:
@@ -163,42 +234,104 @@ def execute(o: Options) -> int:
     def words(values: list[bytes]) -> ctypes.Array[ctypes.c_char_p]:
         return (ctypes.c_char_p * (len(values) + 1))(*values, None)
 
-    libc.execve(o.program[0], words(o.program), words(o.env))
+    env = words([] if o.wrapped else o.env)
+    libc.execve(o.program[0], words(o.program), env)
     if ctypes.get_errno() == errno.ENOEXEC:  # a script that does not say whose: the shell's, as everywhere
-        libc.execve(b"/bin/sh", words([b"/bin/sh", *o.program]), words(o.env))
+        libc.execve(b"/bin/sh", words([b"/bin/sh", *o.program]), env)
     return ctypes.get_errno()
 
 
-def spawn(o: Options) -> tuple[int, int]:
-    """Start the payload in a session of its own with nothing but its three descriptors; errno or 0, and its pid."""
+def has_fence() -> bool:
+    """Whether Linux can keep the payload from signalling and tracing others."""
+    return bool(libc.syscall(LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION) >= LANDLOCK_HAS_SCOPES)
+
+
+def fence(o: Options) -> None:
+    """Nobody outside can be signalled or traced by us and what we start."""
+    scopes = SCOPE_SIGNAL | (SCOPE_ABSTRACT_SOCKET if o.private else 0)
+    rules = (ctypes.c_uint64 * 3)(0, 0, scopes)  # files, network, scopes
+    ruleset = checked(libc.syscall(LANDLOCK_CREATE, rules, ctypes.c_size_t(ctypes.sizeof(rules)), 0))
+    checked(libc.syscall(LANDLOCK_RESTRICT, ruleset, 0))
+
+
+def drop_capabilities(o: Options) -> None:
+    """Not for a payload of root: what it needs to trace us, or to undo its mounts. Executing gives the rest back."""
+    dropped = [CAP_SYS_PTRACE, CAP_SYS_ADMIN] if o.private else [CAP_SYS_PTRACE]
+    for capability in dropped:
+        libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+    head = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable, twice
+    if libc.capget(head, sets) == 0:
+        sets[2] &= ~sum(1 << capability for capability in dropped)
+        libc.capset(head, sets)
+
+
+def become(o: Options, kept: int) -> None:
+    """Become the payload, with nothing but its three descriptors. The one kept is above 3. Raises `Failed`."""
+    step = "join"
+    try:
+        for group in o.groups:
+            os.write(group, b"0\n")
+        if o.nice:
+            os.nice(o.nice)
+        step = "affinity"
+        if o.cpus:
+            os.sched_setaffinity(0, o.cpus)
+        step = "limit"
+        if o.cpu_limit is not None:  # never more than we have; no limit is a negative number here
+            had = resource.getrlimit(resource.RLIMIT_CPU)
+            soft, hard = (min(new, old) if old >= 0 else new for new, old in zip(o.cpu_limit, had, strict=True))
+            resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
+        if os.getsid(0) != os.getpid():
+            os.setsid()
+        step = "fence"
+        if o.no_new_privileges:
+            drop_capabilities(o)
+            libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+            if has_fence():
+                fence(o)
+        # os.closerange takes minutes where it is not one system call. The listing's own is closed already.
+        if o.wrapped:
+            os.dup2(o.environment, 3)
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > (3 if o.wrapped else 2) and descriptor != kept:
+                libc.close(descriptor)
+        reset_signals(blocked=0)
+        if o.wrapped:
+            libc.signal(SIGTERM, SIG_IGN)
+        raise Failed(execute(o), "execute")
+    except OSError as exc:
+        raise Failed(exc.errno, step) from exc
+
+
+def spawn(o: Options) -> tuple[int, str, int]:
+    """Start the payload in a session of its own; errno or 0, what failed, and its pid. Raises OSError."""
+    o.doing = "pipe"
     failed, failing = os.pipe()
+    o.doing = "fork"
     pid = os.fork()
     if pid == 0:
         try:
-            reset_signals(blocked=0)
-            os.setsid()
-            if o.no_new_privileges:
-                libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-            # os.closerange takes minutes where it is not one system call. The listing's own is closed already.
-            for descriptor in map(int, os.listdir("/proc/self/fd")):
-                if descriptor > 2 and descriptor != failing:
-                    libc.close(descriptor)
-            os.write(failing, b"%d" % execute(o))
+            kept = fcntl.fcntl(failing, fcntl.F_DUPFD_CLOEXEC, 4)
+            become(o, kept)
+        except Failed as exc:
+            os.write(kept, b"%d %s" % (exc.error, exc.step.encode()))
         finally:
             os._exit(127)
     os.close(failing)
     with open(failed, "rb") as file:
-        return int(file.read() or 0), pid
+        error, _, step = file.read().decode().partition(" ")
+    return int(error or 0), step or "-", pid
 
 
 def reap(o: Options, payload: int, signals: int, orders: int) -> dict[str, object]:
-    """Wait until the payload and all it left are gone. Orders come as signals, or to process 1 as bytes of a pipe.
+    """Wait until the payload and all it left are gone. Orders come as signals, or to process 1 as bytes.
 
     The status is raw, as wait4 gives it: an exit code cannot tell `exit 143` from SIGTERM.
     """
     usage = resource.struct_rusage([0] * 16)
     status, asked, orphans, expired = -1, "-", 0, False
-    deadline, gone, killing, pause_ms = -1, False, False, 1
+    deadline, gone, killing, kills, pause_ms = -1, False, False, 0, 1
     poll = select.poll()
     poll.register(signals, select.POLLIN)
     if in_namespace := orders >= 0:
@@ -216,8 +349,11 @@ def reap(o: Options, payload: int, signals: int, orders: int) -> dict[str, objec
         killing = killing or (gone and deadline < 0)  # nobody asked: what is left has no one to wait for
         if deadline >= 0 and not killing and now_ms() >= deadline:
             killing = expired = True
-        if killing:
-            signal_all(in_namespace, SIGKILL)  # again and again: it may be forking
+        if killing:  # again and again: it may be forking
+            if kills and not in_namespace:
+                stop_tree()
+            signal_all(in_namespace, SIGKILL)
+            kills += 1
 
         left = max(0, deadline - now_ms()) if deadline >= 0 else None
         ready = [descriptor for descriptor, _ in poll.poll(pause_ms if killing else left)]
@@ -245,6 +381,7 @@ def end_facts(
     for name in ("payload", "tree"):
         facts[f"{name}_user_us"], facts[f"{name}_system_us"] = round(usage.ru_utime * 1e6), round(usage.ru_stime * 1e6)
         facts[f"{name}_peak_kib"] = usage.ru_maxrss
+        facts[f"{name}_inblock"], facts[f"{name}_oublock"] = usage.ru_inblock, usage.ru_oublock
     return facts | {"asked": asked, "orphans": orphans, "grace_expired": int(expired)}
 
 
@@ -258,11 +395,12 @@ def finish(o: Options, facts: dict[str, object], begun: int) -> None:
     tell(o.report, lines(facts))
 
 
-def say_started(o: Options, error: int, payload: int) -> None:
+def say_started(o: Options, error: int, step: str, payload: int) -> None:
     """Say what has been started."""
     own = os.getpid()
-    facts: dict[str, object] = {"shim_pid": own, "shim_start": stat_of(own)[1]}
-    facts |= {"payload_pid": payload, "payload_start": stat_of(payload)[1], "containment": o.mode, "error": error}
+    facts: dict[str, object] = {"shim_pid": own, "shim_start": stat_of(own)[2]}
+    facts |= {"payload_pid": payload, "payload_start": stat_of(payload)[2], "containment": o.mode}
+    facts |= {"fenced": int(o.no_new_privileges and has_fence()), "error": error, "failed": step}
     if o.state >= 0:
         put(o.state, "started", lines(facts))
     tell(o.report, lines(facts) + "\n")
@@ -280,68 +418,111 @@ def enter_user_namespace() -> None:
             file.write(text.encode())
 
 
-def init(o: Options, orders: int, results: int) -> None:
+def make_private(o: Options) -> None:
+    """Mounts in which only the work directory, our current one, can be written to, and what is memory of its own.
+
+    A directory whose sockets have others start things for us is covered: systemd's in /run/user. Raises OSError.
+    """
+    o.doing = "work directory"
+    work = os.getcwd()
+    o.doing = "open_tree"
+    tree = checked(libc.syscall(OPEN_TREE, AT_FDCWD, b".", TREE_CLONE | os.O_CLOEXEC | WHOLE_TREE))
+    o.doing = "mount_setattr"
+    rdonly, writable = (ctypes.c_uint64 * 4)(ATTR_RDONLY), (ctypes.c_uint64 * 4)(0, ATTR_RDONLY)  # set, clear
+    size = ctypes.c_size_t(ctypes.sizeof(rdonly))
+    checked(libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/", WHOLE_TREE, rdonly, size))
+    checked(libc.syscall(MOUNT_SETATTR, AT_FDCWD, b"/proc", 0, writable, size))
+    for own in ("/tmp", "/var/tmp", "/dev/shm", "/run/user"):  # noqa: S108 - to be covered
+        o.doing = own
+        if os.path.isdir(own) and not os.path.islink(own):
+            checked(libc.mount(b"none", own.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, b"mode=1777,size=25%"))
+    o.doing = "work directory"
+    os.makedirs(work, mode=0o755, exist_ok=True)
+    checked(libc.syscall(MOVE_MOUNT, tree, b"", AT_FDCWD, os.fsencode(work), FROM_DESCRIPTOR))
+    os.chdir(work)
+    os.close(tree)
+
+
+def mount_all(o: Options) -> None:
+    """Make the namespace's own /proc, and what else is to be its own. Raises OSError."""
+    o.doing = "mount /"
+    checked(libc.unshare(CLONE_NEWNS | (CLONE_NEWIPC if o.private else 0)))
+    # A slave, not private: what the site's automounter mounts later (CVMFS) has to appear in here too.
+    checked(libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
+    o.doing = "mount /proc"
+    checked(libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None))
+    if o.private:
+        make_private(o)
+
+
+def init(o: Options, channel: int) -> None:
     """Process 1 of the payload's namespace. Cannot be killed from inside; takes everything with it when it ends.
 
-    A shim that died before PDEATHSIG was set is noticed all the same: nobody holds the other end of `orders` then.
+    A shim that died before PDEATHSIG was set is noticed all the same: nobody holds the other end of the channel then.
     """
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     try:
-        checked(libc.unshare(CLONE_NEWNS))
-        # A slave, not private: what the site's automounter mounts later (CVMFS) has to appear in here too.
-        checked(libc.mount(b"none", b"/", None, MS_REC | MS_SLAVE, None))
-        checked(libc.mount(b"proc", b"/proc", b"proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None))
+        mount_all(o)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         signals = take_signals(SIGCHLD)
-        error, payload = spawn(o)
+        error, step, payload = spawn(o)
     except OSError as exc:
-        tell(results, f"{exc.errno} -1\n")
+        tell(channel, f"{exc.errno} -1 {o.doing}\n")
         return
-    tell(results, f"{error} {payload}\n")
-    if os.read(orders, 1):  # once the shim has noted the payload, which nobody has reaped so far
-        tell(results, lines(reap(o, payload, signals, orders)))
+    tell(channel, f"{error} {payload} {step}\n")
+    if os.read(channel, 1):  # once the shim has noted the payload, which nobody has reaped so far
+        tell(channel, lines(reap(o, payload, signals, channel)))
 
 
 def run_in_namespaces(o: Options) -> None:
     """The payload below a process 1 of its own."""
-    o.doing = "pipe"
-    orders_end, orders = os.pipe()
-    results, results_end = os.pipe()
+    o.doing = "socketpair"
+    ends = (ctypes.c_int * 2)()
+    checked(libc.socketpair(1, 1 | os.O_CLOEXEC, 0, ends))  # AF_UNIX, SOCK_STREAM; `socket` would take 10 ms to import
+    channel, channel_of_init = ends
     signals = take_signals(SIGCHLD, SIGTERM, SIGUSR1)
     begun = now_ms()
-    o.doing = "user namespace"
+    o.doing = "clone"
     if os.geteuid() != 0:  # root needs no other user to have namespaces
         enter_user_namespace()
-    o.doing = "pid namespace"
-    checked(libc.unshare(CLONE_NEWPID))
+        checked(libc.unshare(CLONE_NEWPID))
+    elif libc.unshare(CLONE_NEWPID) < 0:  # but a root without CAP_SYS_ADMIN does
+        if ctypes.get_errno() != errno.EPERM:
+            checked(-1)
+        enter_user_namespace()
+        checked(libc.unshare(CLONE_NEWPID))
     child = os.fork()
     if child == 0:
         try:
-            for inherited in {orders, results, o.report, o.state} - {-1}:
+            for inherited in {channel, o.report, o.state} - {-1}:
                 os.close(inherited)
-            init(o, orders_end, results_end)
+            init(o, channel_of_init)
         finally:
             os._exit(0)
-    os.close(orders_end)
-    os.close(results_end)
+    os.close(channel_of_init)
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
-    o.doing = "mount or fork"
-    answer = open(results, "rb")  # noqa: SIM115 - closed by our end
-    if not (words := answer.readline().split()) or words[1] == b"-1":
-        number = int(words[0]) if words else errno.EPROTO
-        raise OSError(number, os.strerror(number))
-    say_started(o, int(words[0]), children(child)[0])  # the first: init reaps nobody before it is told to
-    tell(orders, "!")
+    o.doing = "init"
+    answer = os.read(channel, 65536).decode() or f"{errno.EPROTO} -1 init"  # it says no more before it is told to
+    error, payload, step = answer.rstrip("\n").split(" ", 2)
+    if payload == "-1":
+        o.doing = step
+        raise OSError(int(error), os.strerror(int(error)))
+    say_started(o, int(error), step, children(child)[0])  # the first: init reaps nobody before it is told to
+    tell(channel, "!")
 
     asked = "-"
     while (number := read_signal(signals)) != SIGCHLD or os.waitpid(child, os.WNOHANG)[0] == 0:
         if number != SIGCHLD:
             letter = "T" if number == SIGTERM else "K"
             asked = asked.replace("-", letter)
-            tell(orders, letter)
+            tell(channel, letter)
     # Without a last word init was killed from outside: the status is lost, and nothing is left.
     facts = end_facts(-1, resource.struct_rusage([0] * 16), asked)
-    finish(o, facts | dict(line.split(" ") for line in answer.read().decode().splitlines()), begun)
+    try:
+        answer = os.read(channel, 65536).decode()
+    except ConnectionResetError:  # nothing was said, and an order was left unread
+        answer = ""
+    finish(o, facts | dict(line.split(" ") for line in answer.splitlines()), begun)
 
 
 def run_as_subreaper(o: Options) -> None:
@@ -351,10 +532,20 @@ def run_as_subreaper(o: Options) -> None:
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     signals = take_signals(SIGCHLD, SIGTERM, SIGUSR1)
     begun = now_ms()
-    o.doing = "fork"
-    error, payload = spawn(o)
-    say_started(o, error, payload)
+    error, step, payload = spawn(o)
+    say_started(o, error, step, payload)
     finish(o, reap(o, payload, signals, -1), begun)
+
+
+def run_in_place(o: Options) -> None:
+    """Nothing of us stays: the report closes by itself once the payload executes."""
+    if o.report >= 0:
+        o.report = fcntl.fcntl(o.report, fcntl.F_DUPFD_CLOEXEC, 4)
+    try:
+        become(o, o.report)
+    except Failed as exc:
+        say_started(o, exc.error, exc.step, os.getpid())
+        os._exit(127)
 
 
 def main(words: list[str]) -> int:
@@ -364,12 +555,17 @@ def main(words: list[str]) -> int:
     except ValueError:
         return USAGE_ERROR
     try:
-        with open(o.environment, "rb") as file:
-            file.seek(0)
-            text = file.read()
-        o.env = text.removesuffix(b"\0").split(b"\0") if text else []
+        if o.environment < 0:
+            o.env = [b"%s=%s" % item for item in os.environb.items()]
+        else:
+            with open(o.environment, "rb", closefd=not o.wrapped) as file:
+                file.seek(0)
+                text = file.read()
+            o.env = text.removesuffix(b"\0").split(b"\0") if text else []
         for descriptor in {o.report, o.state} - {-1}:
             os.set_inheritable(descriptor, False)
+        if o.mode == "session":
+            run_in_place(o)
         o.doing = "lock"
         if o.state >= 0:
             fcntl.flock(os.open("lock", os.O_RDWR | os.O_CREAT, 0o600, dir_fd=o.state), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -377,7 +573,7 @@ def main(words: list[str]) -> int:
             os.setsid()
         (run_in_namespaces if o.mode == "pid-namespace" else run_as_subreaper)(o)
     except OSError as exc:
-        tell(o.report, f"refused {o.mode}\nwhat {o.doing}\nreason {exc.strerror}\n")
+        tell(o.report, f"refused {o.mode}\nwhat {o.doing}\nerrno {exc.errno}\nreason {exc.strerror}\n")
         return USAGE_ERROR
     return 0
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from math import inf
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import anyio
 from anyio import to_thread
@@ -32,7 +32,8 @@ from loadmaster.limits import (
     without_cpu_ratio,
 )
 from loadmaster.payload.command import argv_of
-from loadmaster.payload.containment import Refused, SessionTree, Tree, start_contained
+from loadmaster.payload.containment import SessionTree, Tree, start_contained
+from loadmaster.payload.launch import Launch, Refused
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.usage import (
@@ -47,12 +48,18 @@ from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
 from loadmaster.workdir import Workdir
 from loadmaster.world import USUAL, World
 
+if TYPE_CHECKING:
+    from loadmaster.payload.cgroup import Group
+
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS: Final = 10.0
 
 LAST_LOOK_SECONDS: Final = 0.1
 """As the first look: a payload that ran for less is not worth one more look at /proc: the kernel's figures have to do."""
+
+FEW_PROCESSES: Final = 20
+"""Looking at more of them one by one costs more than a millisecond; a control group costs 0.2 ms however many there are."""
 
 DISK_FULL_BYTES: Final = 64 * 1024
 """Nobody writes anything of use to a disk with less than that."""
@@ -69,13 +76,14 @@ class Payload:
     """A payload that was started. Whoever has one must call `end`, which is sure to return."""
 
     def __init__(
-        self, tree: Tree, output: Output, *, soft_stop: SoftStop | None = None, kept_bytes: int | None = None,
-        outputs_bytes: Callable[[], int] | None = None,
+        self, tree: Tree, output: Output, *, group: Group | None = None, soft_stop: SoftStop | None = None,
+        kept_bytes: int | None = None, outputs_bytes: Callable[[], int] | None = None,
     ) -> None:  # fmt: skip
         self.tree = tree
         self.last_lines: tuple[str, ...] = ()
         """What a payload that did not succeed had to say at the end."""
         self._output = output
+        self._group = group
         self._soft_stop = soft_stop
         self._stopped_softly = False
         self._kept_bytes = kept_bytes
@@ -100,8 +108,7 @@ class Payload:
         return await to_thread.run_sync(self._look, limits, limiter=self._threads)
 
     def _look(self, limits: Limits) -> Usage:
-        found = self.tree.usage()
-        pss = read_pss(found.pids) if needs_pss(found.rss_bytes, limits) else None
+        found, pss = self._look_at_processes(limits)
         self._seen.take(found, pss)
         walked = self._walk() if limits.workdir_bytes is not None else None
         if self._kept_bytes is not None:
@@ -123,6 +130,20 @@ class Payload:
             output_bytes=read_sizes((self._output.stdout, self._output.stderr)),
             outputs_bytes=self._measure_outputs() if limits.deadline is not None else None,
         )
+
+    def _look_at_processes(self, limits: Limits) -> tuple[TreeUsage, int | None]:
+        """CPU, memory and numbers; the second is the memory with each shared page counted once, if it is known."""
+        if self._group is None:
+            found = self.tree.usage()
+            return found, read_pss(found.pids) if needs_pss(found.rss_bytes, limits) else None
+        counted = self._group.usage()
+        if counted.processes > FEW_PROCESSES and counted.is_enough:
+            return counted.added_to(TreeUsage()), counted.memory_bytes  # each process costs as much as this
+        found = self.tree.usage()
+        pss = counted.memory_bytes
+        if pss is None and needs_pss(found.rss_bytes, limits):
+            pss = read_pss(found.pids)
+        return counted.added_to(found), pss
 
     def _walk(self) -> DirectoryUsage:
         """What the work directory takes, as of the last walk when the next one is not due."""
@@ -213,6 +234,8 @@ class Payload:
         ending = time.monotonic() - ordered
         outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
         try:
+            if self._group is not None:
+                outcome = await to_thread.run_sync(self._leave_group, self._group, outcome, limiter=self._threads)
             if not outcome.succeeded:
                 words, full = await to_thread.run_sync(self._look_for_reasons, limiter=self._threads)
                 self.last_lines, outcome = tuple(words), replace(outcome, disk_full=full)
@@ -221,6 +244,25 @@ class Payload:
         finally:
             self._output.close()
         return outcome
+
+    def _leave_group(self, group: Group, outcome: PayloadOutcome) -> PayloadOutcome:
+        """What the group has counted to the end, and whether the kernel has judged in it; then it is removed."""
+        try:
+            counted = group.usage()
+            if outcome.verdict is None and (verdict := group.verdict()) is not None:
+                outcome = replace(outcome, verdict=verdict, ended_by=EndedBy.LIMIT)
+            return replace(
+                outcome,
+                cpu_seconds=max(outcome.cpu_seconds, counted.cpu_seconds or 0),
+                system_seconds=max(outcome.system_seconds, counted.system_seconds or 0),
+                node_out_of_memory=outcome.verdict is None and counted.oom_kills > 0,
+            )
+        except OSError as exc:
+            log.warning("process %d: %r: %s", self.tree.pid, group, exc)
+            return outcome
+        finally:
+            if not group.remove():  # somebody hangs in it: the next agent removes it
+                group.close()
 
     def _look_for_reasons(self) -> tuple[list[str], bool]:
         return self._output.last_words(), read_free_disk(self._output.directory) < DISK_FULL_BYTES
@@ -239,13 +281,15 @@ class Payload:
             exit_code=record.exit_code,
             signal=record.signal,
             wall_seconds=wall,
-            cpu_seconds=max(record.cpu_seconds, seen.cpu_seconds),
-            peak_memory_bytes=max(seen.peak_rss_bytes, record.peak_bytes or 0) or None,
+            cpu_seconds=max(record.tree.cpu_seconds, seen.cpu_seconds),
+            peak_memory_bytes=max(seen.peak_rss_bytes, record.tree.peak_bytes or 0) or None,
             ended_by=by,
             verdict=verdict,
-            system_seconds=seen.system_seconds,
-            read_bytes=seen.read_bytes,
-            written_bytes=seen.written_bytes,
+            system_seconds=max(record.tree.system_seconds, seen.system_seconds),
+            read_bytes=max(record.tree.read_bytes, seen.read_bytes),
+            written_bytes=max(record.tree.written_bytes, seen.written_bytes),
+            grace_expired=record.grace_expired,
+            orphans=record.orphans,
             peak_pss_bytes=seen.peak_pss_bytes or None,
             peak_processes=seen.peak_processes or None,
             stop_signal=self._soft_stop.number if self._soft_stop and self._stopped_softly else None,
@@ -274,52 +318,72 @@ class _Seen:
 
 
 async def start(
-    spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, grace_seconds: float = Limits().grace_seconds,
-    world: World = USUAL, soft_stop: SoftStop | None = None, outputs_bytes: Callable[[], int] | None = None,
+    spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, limits: Limits = NO_LIMITS,
+    world: World = USUAL, cores: frozenset[int] = frozenset(), soft_stop: SoftStop | None = None,
+    outputs_bytes: Callable[[], int] | None = None,
 ) -> Payload:  # fmt: skip
     """Start a payload in the first containment the node allows, its output in two files of the work directory.
 
-    `outputs_bytes` says what would have to be delivered if it
-    ended now; called in a thread. Raises `PayloadNotStarted`. Cancelled, it leaves no payload.
+    What the kernel can hold of the limits it is told; `watch` judges all of them. `cores` are the CPUs it is bound to, if
+    any. `outputs_bytes` says what would have to be delivered if it ended now; called in a thread. Raises
+    `PayloadNotStarted`. Cancelled, it leaves no payload.
     """
 
     near = world.containment[0] is Containment.SESSION
 
-    def prepare() -> tuple[Output, Tree | list[str]]:
+    def prepare() -> tuple[Output, Group | None, Tree | Launch]:
         """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
+        group = None if near or world.cgroup == "none" else _group_of(workdir.path.name, world, limits)
+        launch = Launch(
+            argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
+            nice=world.nice, cores=cores, cpu_seconds=limits.cpu_seconds, isolation=world.isolation, image=world.image,
+            group=group,
+        )  # fmt: skip
         if not near:
-            return output, argv
+            return output, group, launch
         try:
-            tree = SessionTree.start(argv, env=spec.env, cwd=workdir.path, stdout=output.stdout, stderr=output.stderr)
+            tree = SessionTree.start(launch)
         except BaseException:
             output.discard()
             raise
-        return output, tree
+        return output, None, tree
 
     try:
-        output, tree = await to_thread.run_sync(prepare)
-        if isinstance(tree, list):
-            tree = await _start_contained(tree, spec, workdir, output, grace_seconds, world.containment)
+        output, group, tree = await to_thread.run_sync(prepare)
+        if isinstance(tree, Launch):
+            tree = await _start_contained(tree, output, group, world.containment)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
-    return Payload(tree, output, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes, outputs_bytes=outputs_bytes)
+    return Payload(
+        tree, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes, outputs_bytes=outputs_bytes
+    )
+
+
+def _group_of(job_id: str, world: World, limits: Limits) -> Group | None:
+    from loadmaster.payload.cgroup import group_of  # loaded when used
+
+    return group_of(job_id, "" if world.cgroup == "own" else world.cgroup, limits)
 
 
 async def _start_contained(
-    argv: list[str], spec: PayloadSpec, workdir: Workdir, output: Output, grace_seconds: float,
-    containment: Sequence[Containment],
-) -> Tree:  # fmt: skip
+    launch: Launch, output: Output, group: Group | None, containment: Sequence[Containment]
+) -> Tree:
+    def discard() -> None:
+        output.discard()
+        if group is not None and not group.remove():
+            group.close()
+
     try:
-        return await start_contained(
-            argv, env=spec.env, cwd=workdir.path, stdout=output.stdout, stderr=output.stderr,
-            grace_seconds=grace_seconds, wanted=containment,
-        )  # fmt: skip
+        tree = await start_contained(launch, wanted=containment)
     except BaseException:
-        with anyio.CancelScope(shield=True):  # two unlinks on a local disk
-            await to_thread.run_sync(output.discard)
+        with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
+            await to_thread.run_sync(discard)
         raise
+    if group is not None:
+        group.close_descriptors()
+    return tree
 
 
 async def watch(

@@ -69,18 +69,15 @@ class TreeUsage:
     read_bytes: int = 0
     written_bytes: int = 0
     """From and to storage: what the page cache had is not read, what was overwritten there before it left is written."""
+    processes: int = 0
+    """How many live. A zombie does not."""
     pids: tuple[int, ...] = ()
-    """The processes that live, for `read_pss`."""
+    """Their numbers, for `read_pss`."""
 
     @property
     def cpu_seconds(self) -> float:
         """User and system time together."""
         return self.user_seconds + self.system_seconds
-
-    @property
-    def processes(self) -> int:
-        """How many live. A zombie does not."""
-        return len(self.pids)
 
 
 def read_stat(pid: int) -> Stat | None:
@@ -179,6 +176,7 @@ class _Sum:
             threads=self._threads,
             read_bytes=self._read,
             written_bytes=self._written,
+            processes=len(self._pids),
             pids=tuple(self._pids),
         )
 
