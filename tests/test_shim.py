@@ -518,7 +518,7 @@ def test_session_is_the_payload_itself(
         words = [*own, python, "-I", "-S", "-c", PRELUDE + PROBE]
         done = subprocess.run(
             [*shim_argv, *words], stdout=subprocess.PIPE, pass_fds=[report_end.fileno()], preexec_fn=ignore_and_block,
-            restore_signals=False, **rights(case[2]),
+            restore_signals=False, start_new_session=True, **rights(case[2]),
         )  # fmt: skip
         report_end.close()
         assert report.recv(100) == b""
