@@ -11,6 +11,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import select
 import shutil
 import signal
@@ -41,6 +42,8 @@ CASES = [
     for user in ("root", "ordinary")
 ]
 IN_NAMESPACE = [case for case in CASES if "pid-namespace" in str(case.id)]
+IN_ANY = [case for case in CASES if "subreaper" in str(case.id)]
+"""For what has nothing to do with it."""
 
 
 # -- starting one ----------------------------------------------------------------------------------------------------
@@ -441,6 +444,207 @@ def test_payload_in_a_namespace_sees_only_its_own_processes(run_python: Start) -
     assert (found["parent"], found["seen"]) == (1, [1, found["self"]])
 
 
+# -- settings --------------------------------------------------------------------------------------------------------
+
+SETTINGS = """
+import json, resource
+print(json.dumps({
+    "nice": os.getpriority(os.PRIO_PROCESS, 0),
+    "cpus": sorted(os.sched_getaffinity(0)),
+    "cpu": resource.getrlimit(resource.RLIMIT_CPU),
+}))
+"""
+
+
+def settings_of(run_python: Start, settings: str, **options: Any) -> Any:
+    shim = run_python(SETTINGS, settings=settings, **options)
+    assert shim.end()["status"] == "0"
+    return json.loads(shim.output())
+
+
+def test_payload_has_what_the_settings_say(run_python: Start) -> None:
+    own = sorted(os.sched_getaffinity(0))
+    cpus = f"{own[0]}+{own[-1]}-{own[-1]}"
+    found = settings_of(run_python, f"n,nice=3,cpus={cpus},cpu=100:200")
+    assert found == {"nice": 3, "cpus": sorted({own[0], own[-1]}), "cpu": [100, 200]}
+    assert settings_of(run_python, "-") == {"nice": 0, "cpus": own, "cpu": [-1, -1]}
+
+
+def test_limits_are_never_raised(run_python: Start) -> None:
+    found = settings_of(run_python, "cpu=100:200", before=["/usr/bin/prlimit", "--cpu=50:150"])
+    assert found["cpu"] == [50, 150]
+    assert settings_of(run_python, "nice=19", before=["/usr/bin/nice", "-n5"])["nice"] == 19
+
+
+def test_payload_of_too_much_cpu_is_ended_by_the_kernel(run_sh: Start) -> None:
+    shim = run_sh("ulimit -c 0; while :; do :; done", settings="n,cpu=1:2")
+    assert int(shim.end()["status"]) == signal.SIGXCPU
+
+
+def test_cpus_that_are_not_there_start_nothing(run_sh: Start) -> None:
+    shim = run_sh("echo started", settings="cpus=8191")
+    started = shim.started()
+    assert (int(started["error"]), started["failed"]) == (errno.EINVAL, "affinity")
+    shim.end()
+    assert shim.output() == ""
+
+
+def test_groups_are_joined_by_the_payload_before_it_executes(run_sh: Start, home: Path) -> None:
+    """Any file will do to see what is written. A real group is joined in test_containment.py."""
+    with (home / "procs").open("wb") as first, (home / "tasks").open("wb") as second:
+        descriptors = (first.fileno(), second.fileno())
+        words = ",".join(f"join={descriptor}" for descriptor in descriptors)
+        shim = run_sh("cat procs tasks; ls /proc/self/fd | wc -l", settings=f"n,{words}", pass_fds=descriptors)
+        assert shim.end()["status"] == "0"
+    assert shim.output().split() == ["0", "0", "4"]
+
+
+def test_group_that_cannot_be_joined_starts_nothing(run_sh: Start, home: Path) -> None:
+    with (home / "script").open("wb"), (home / "script").open("rb") as only_readable:
+        shim = run_sh("echo started", settings=f"join={only_readable.fileno()}", pass_fds=[only_readable.fileno()])
+        assert (shim.started()["error"], shim.started()["failed"]) == (str(errno.EBADF), "join")
+        shim.end()
+        assert shim.output() == ""
+
+
+@pytest.mark.parametrize("case", IN_ANY, indirect=True)
+def test_session_is_the_payload_itself(
+    shim_argv: list[str], case: tuple[str, str, str], python: str, home: Path
+) -> None:
+    """The third mode: signals as usual, settings, and nothing of the shim stays. Its parent waits for the payload."""
+    report, report_end = socket.socketpair()
+    with report, report_end:
+        own = ["-1", str(report_end.fileno()), "-1", "0", "session", "nice=2"]
+        words = [*own, python, "-I", "-S", "-c", PRELUDE + PROBE]
+        done = subprocess.run(
+            [*shim_argv, *words], stdout=subprocess.PIPE, pass_fds=[report_end.fileno()], preexec_fn=ignore_and_block,
+            restore_signals=False, start_new_session=True, **rights(case[2]),
+        )  # fmt: skip
+        report_end.close()
+        assert report.recv(100) == b""
+    found = json.loads(done.stdout)
+    assert (found["ignored"], found["blocked"], found["session"]) == (0, 0, True)
+    assert (found["descriptors"], found["no new privileges"]) == ([0, 1, 2], 0)
+
+
+@pytest.mark.parametrize("case", IN_ANY, indirect=True)
+def test_session_tells_only_what_failed(shim_argv: list[str], case: tuple[str, str, str]) -> None:
+    report, report_end = socket.socketpair()
+    with report, report_end:
+        words = ["-1", str(report_end.fileno()), "-1", "0", "session", "-", "/nowhere/at/all"]
+        process = subprocess.Popen([*shim_argv, *words], pass_fds=[report_end.fileno()], **rights(case[2]))
+        report_end.close()
+        assert process.wait() == 127
+        said = facts(report.recv(65536).strip())
+    assert (int(said["error"]), said["failed"]) == (errno.ENOENT, "execute")
+
+
+# -- what it may do to others ----------------------------------------------------------------------------------------
+
+
+def test_fenced_payload_signals_nobody_but_its_own(run_python: Start) -> None:
+    """Where Linux has Landlock's scopes. By a kill of the shim a payload below a sub-reaper got away."""
+    shim = run_python("""
+def dies(pid):
+    with contextlib.suppress(PermissionError):
+        os.kill(pid, signal.SIGKILL)
+        return os.waitpid(pid, 0)[1] == signal.SIGKILL
+    return False
+up = os.getppid()
+for number in (0, signal.SIGSTOP, signal.SIGKILL):
+    try:
+        os.kill(up, number)
+    except PermissionError:
+        say(f"refused {number}")
+if (own := os.fork()) == 0:
+    time.sleep(1000)
+say(f"own dies {dies(own)}")
+""")
+    fenced = shim.started()["fenced"] == "1"
+    if not fenced:
+        pytest.skip("this kernel has no Landlock scopes")
+    assert shim.end()["status"] == "0"
+    assert shim.output().split("\n")[:-1] == ["refused 0", "refused 19", "refused 9", "own dies True"]
+
+
+FORGE = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+FORGED = b"status 0\\nforged 1\\n"
+hits = []
+up = os.getppid()
+for fd in range(64):
+    with contextlib.suppress(OSError):
+        link = os.readlink(f"/proc/{up}/fd/{fd}")
+        if link.startswith(("pipe:", "socket:")):
+            os.write(os.open(f"/proc/{up}/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK), FORGED)
+            hits.append(link)
+with contextlib.suppress(OSError):
+    pidfd = os.pidfd_open(up)
+    for fd in range(64):
+        if (got := libc.syscall(438, pidfd, fd, 0)) >= 0:
+            with contextlib.suppress(OSError):
+                os.write(got, FORGED)
+                hits.append(f"got {fd}")
+if libc.ptrace(0x4206, up, None, None) == 0:  # PTRACE_SEIZE
+    hits.append("traced")
+with contextlib.suppress(OSError):
+    os.open(f"/proc/{up}/mem", os.O_RDWR)
+    hits.append("memory")
+say(f"hits {hits}")
+sys.exit(9)
+"""
+
+
+def test_payload_cannot_write_to_what_holds_it(run_python: Start) -> None:
+    """Through /proc, by a copy of a descriptor, by tracing. A payload of root forged its exit by the first of them."""
+    shim = run_python(FORGE)
+    ended = shim.end()
+    assert (int(ended["status"]), "forged" in ended) == (9 << 8, False)
+    assert shim.output() == "hits []\n"
+
+
+# -- private mounts --------------------------------------------------------------------------------------------------
+
+LOOK_AROUND = """
+import json
+def may_write(path):
+    try:
+        os.close(os.open(f"{path}/written", os.O_WRONLY | os.O_CREAT))
+        return True
+    except OSError:
+        return False
+print(json.dumps({
+    "seen": os.listdir("/tmp"),
+    "places": {path: may_write(path) for path in ("/tmp", "/dev/shm", "/var/tmp", "/usr", "/proc/sys/kernel", ".")},
+    "cwd": os.getcwd(),
+    "ipc": os.readlink("/proc/self/ns/ipc"),
+    "null": os.write(os.open("/dev/null", os.O_WRONLY), b"x"),
+    "mounted": os.system("mount -t tmpfs none . 2>/dev/null || mount -o remount,rw / 2>/dev/null") == 0,
+}))
+"""
+
+
+@pytest.mark.parametrize("case", IN_NAMESPACE, indirect=True)
+def test_private_payload_writes_to_its_directory_and_to_memory_of_its_own(run_python: Start, home: Path) -> None:
+    shim = run_python(LOOK_AROUND, settings="n,private")
+    started = shim.started()
+    if started.get("errno") == str(errno.ENOSYS):
+        pytest.skip("takes Linux 5.12")
+    ended = shim.end()
+    assert ended["status"] == "0", (started, shim.output())
+    found = json.loads(shim.output())
+    inside = home.relative_to("/tmp").parts[:1] if home.is_relative_to("/tmp") else ()
+    assert sorted(found["seen"]) == sorted(inside)
+    writable = {"/tmp", "/dev/shm", "/var/tmp", "."}
+    assert {path for path, may in found["places"].items() if may} == writable
+    assert (home / "written").exists()
+    assert not Path("/tmp/written").exists()
+    assert found["cwd"] == str(home)
+    assert found["ipc"] != os.readlink("/proc/self/ns/ipc")
+    assert found["mounted"] is False
+
+
 # -- ending it -------------------------------------------------------------------------------------------------------
 
 
@@ -680,6 +884,38 @@ def test_cpu_and_peak_of_the_payload_count(run_python: Start) -> None:
     assert int(ended["wall_ms"]) >= 90
 
 
+def blocks_of(path: Path) -> bool:
+    """Whether what is written there reaches a disk that counts it."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_oublock
+    with (path / "probe").open("wb") as file:
+        file.write(bytes(100_000))
+        file.flush()
+        os.fsync(file.fileno())
+    (path / "probe").unlink()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_oublock > before
+
+
+def test_what_orphans_wrote_counts_for_the_tree_and_not_for_the_payload(run_python: Start, home: Path) -> None:
+    if not blocks_of(home):
+        pytest.skip("writing here is counted nowhere")
+    shim = run_python("""
+seen, busy = os.pipe()
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        file = os.open("file", os.O_WRONLY | os.O_CREAT)
+        os.write(file, bytes(3_000_000))
+        os.fsync(file)
+        os._exit(0)
+    os._exit(0)
+os.close(busy)
+os.read(seen, 1)
+""")
+    ended = shim.end()
+    assert int(ended["tree_oublock"]) * 512 >= 3_000_000 > int(ended["payload_oublock"]) * 512
+    assert int(ended["tree_inblock"]) >= int(ended["payload_inblock"]) >= 0
+
+
 # -- the state directory ---------------------------------------------------------------------------------------------
 
 
@@ -759,6 +995,32 @@ def test_record_that_cannot_be_written_whole_is_not_there(run_sh: Start, state: 
     shim = run_sh("exit 3", state=descriptor, before=["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
     assert int(shim.end()["status"]) == 3 << 8
     assert os.listdir(path) == ["lock"]
+
+
+# -- where it is hard ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in IN_NAMESPACE if "root" in str(case.id)], indirect=True)
+def test_root_without_the_administrators_capability_has_a_user_namespace(run_python: Start) -> None:
+    """As in most containers. It was refused."""
+    shim = run_python(PROBE, before=["/usr/bin/setpriv", "--bounding-set=-sys_admin"])
+    started = shim.started()
+    if "refused" in started:
+        assert "proc" in started["what"]  # a container may hide parts of /proc, and then no new one can be had
+        pytest.skip(str(started))
+    assert shim.end()["status"] == "0"
+    found = json.loads(shim.output())
+    assert (found["parent"], found["user"]) == (1, [0] * 4)
+
+
+def test_node_without_a_process_left_says_so(run_sh: Start, case: tuple[str, str, str]) -> None:
+    """A busy node is no node that allows no namespaces: what is reported tells one from the other."""
+    if not rights(case[2]):
+        pytest.skip("no limit of processes holds root")
+    shim = run_sh("echo started", before=["/usr/bin/prlimit", "--nproc=1"])
+    refusal = shim.started()
+    assert int(refusal["errno"]) == errno.EAGAIN, refusal
+    assert (shim.end(), shim.popen.returncode, shim.output()) == ({}, 125, "")
 
 
 # -- what it does not do ---------------------------------------------------------------------------------------------

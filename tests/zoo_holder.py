@@ -258,7 +258,13 @@ async def _start_and_kill(order: Order) -> Sighting:
         zoo, zoo_dir = f"{workdir.path}/payloads", workdir.path / "zoo"
         shutil.copytree(order.zoo, zoo)
         zoo_dir.mkdir()
-    env = {"PATH": "/usr/bin:/bin", "ZOO_DIR": str(zoo_dir), "ZOO_AT": f"{order.home}/at.sock", "ZOO_UP": "2"}
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "ZOO_DIR": str(zoo_dir),
+        "ZOO_AT": f"{order.home}/at.sock",
+        "ZOO_UP": "2",
+        "PYTHONUNBUFFERED": "1",
+    }
     output = Output(workdir, "out", "err")
     launch = Launch(
         [order.python, f"{zoo}/{order.payload}.py"], env, workdir.path, output.stdout, output.stderr, GRACE_SECONDS,

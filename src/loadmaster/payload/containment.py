@@ -123,7 +123,7 @@ class SessionTree(Tree):
             with suppress(ProcessLookupError):  # it was that short
                 _hold(process.pid, launch)
         except BaseException:
-            process.reap()
+            process.discard()
             raise
         return cls(process)
 
@@ -395,7 +395,7 @@ def _start_through_shim(launch: Launch) -> Process:
             if text:
                 _check_started(_facts(text))
         except BaseException:
-            process.reap()
+            process.discard()
             raise
     return process
 

@@ -169,6 +169,12 @@ class Process:
             tree=account,
         )
 
+    def discard(self) -> None:
+        """Kill it, and wait: for when the rest of its start has failed. Blocks until it is gone, some milliseconds."""
+        self.kill()
+        self._popen.wait()
+        os.close(self._pidfd)
+
     def _open(self) -> int:
         """A descriptor that can be read from once the process has ended."""
         try:

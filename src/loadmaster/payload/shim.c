@@ -297,7 +297,7 @@ static enum step become(const struct options *o, int kept)
     if (o->nice > 0) setpriority(PRIO_PROCESS, 0, getpriority(PRIO_PROCESS, 0) + (int)o->nice);     /* at most 19 */
     if (o->has_cpus && syscall(SYS_sched_setaffinity, 0, sizeof o->cpus, o->cpus) < 0) return AFFINITY;
     if (o->cpu_soft >= 0 && limit_cpu(o) < 0) return LIMIT;
-    setsid();
+    if (strcmp(o->mode, "session")) setsid();   /* there, its parent has done so, and signals all in it */
     prctl(PR_SET_PDEATHSIG, 0);
     if (o->no_new_privileges) {
         drop_capabilities(o);

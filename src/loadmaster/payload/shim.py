@@ -282,7 +282,7 @@ def become(o: Options, kept: int) -> None:
             had = resource.getrlimit(resource.RLIMIT_CPU)
             soft, hard = (min(new, old) if old >= 0 else new for new, old in zip(o.cpu_limit, had, strict=True))
             resource.setrlimit(resource.RLIMIT_CPU, (soft, hard))
-        if os.getsid(0) != os.getpid():
+        if o.mode != "session":  # there, its parent has done so, and signals all in it
             os.setsid()
         step = "fence"
         if o.no_new_privileges:
