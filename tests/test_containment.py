@@ -21,11 +21,12 @@ from anyio import to_thread
 from conftest import until
 from loadmaster.description import Containment, Isolation
 from loadmaster.payload import containment as containment_module
-from loadmaster.payload.containment import BEST_FIRST, ShimTree, Tree, start_contained
+from loadmaster.payload.containment import ShimTree, Tree, start_contained
 from loadmaster.payload.isolation import apptainer_environment, apptainer_words, isolated
 from loadmaster.payload.launch import Launch, Refused
 from loadmaster.payload.process import ExitRecord
 from loadmaster.payload.usage import read_stat
+from loadmaster.world import BEST_FIRST
 
 ENV = {"PATH": "/usr/bin:/bin"}
 SHIMS = [Containment.PID_NAMESPACE, Containment.SUBREAPER]
@@ -160,7 +161,8 @@ def test_a_busy_node_is_an_error_and_no_reason_for_a_weaker_containment(
     said = as_ordinary_user("""
 import resource
 from pathlib import Path
-from loadmaster.payload.containment import BEST_FIRST, start_contained
+from loadmaster.world import BEST_FIRST
+from loadmaster.payload.containment import start_contained
 from loadmaster.payload.launch import Launch
 
 async def attempt():

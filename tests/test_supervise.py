@@ -43,9 +43,8 @@ async def start(
     **env: str,
 ) -> Payload:
     spec = PayloadSpec(command=command, env={"PATH": os.environ["PATH"], **env})
-    return await supervise.start(
-        spec, workdir, stdout="std.out", stderr="std.err", world=World(containment=tuple(containment))
-    )
+    world = World(containment=tuple(containment), cgroup=cgroup)
+    return await supervise.start(spec, workdir, stdout="std.out", stderr="std.err", limits=limits, world=world)
 
 
 def keep(looks: list[Usage]) -> Callable[[Usage], Awaitable[None]]:
