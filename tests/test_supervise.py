@@ -24,6 +24,7 @@ from loadmaster.description import Containment
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import UNCHECKED
 from loadmaster.payload import supervise
+from loadmaster.payload.hierarchies import find_hierarchies
 from loadmaster.payload.supervise import Payload, watch
 from loadmaster.payload.usage import read_stat
 from loadmaster.result import EndedBy, Usage
@@ -436,6 +437,97 @@ async def test_a_look_tells_all_there_is_to_know(workdir: Workdir) -> None:
     assert full.pss_bytes <= full.rss_bytes
     assert full.workdir_files == 2
     await payload.end(EndedBy.KILL, grace_seconds=10)
+
+
+# -- what is said of an end --------------------------------------------------------------------------------------
+
+SHIMS = (Containment.PID_NAMESPACE, Containment.SUBREAPER)
+
+
+@pytest.mark.parametrize("kind", SHIMS)
+async def test_an_end_says_who_ordered_it_how_long_it_took_and_who_was_left(
+    workdir: Workdir, kind: Containment
+) -> None:
+    script = "(sleep 1000 &); (trap '' TERM; echo ready; sleep 1000; true) & exec sleep 1000"
+    payload = await start(script, workdir, containment=[kind], limits=Limits(grace_seconds=0.3))
+    await says(workdir, "ready")
+    outcome = await payload.end(EndedBy.KILL, grace_seconds=0.3)
+    assert (outcome.ended_by, outcome.signal, outcome.grace_expired) == (EndedBy.KILL, signal.SIGTERM, True)
+    assert 0.3 <= outcome.ending_seconds < 3
+    assert outcome.orphans >= 2  # the sleeper whose parent had gone, and he who does not listen
+    assert not outcome.left_behind
+
+
+@pytest.mark.parametrize("kind", SHIMS)
+async def test_an_end_that_was_polite_says_so(workdir: Workdir, kind: Containment) -> None:
+    payload = await start("echo ready; exec sleep 1000", workdir, containment=[kind])
+    await says(workdir, "ready")
+    outcome = await payload.end(EndedBy.CANCELLATION, grace_seconds=10)
+    assert (outcome.ended_by, outcome.grace_expired, outcome.orphans) == (EndedBy.CANCELLATION, False, 0)
+    assert outcome.ending_seconds < 3
+
+
+@pytest.mark.parametrize("kind", SHIMS)
+async def test_what_it_read_and_wrote_is_the_kernels_account_to_the_end(workdir: Workdir, kind: Containment) -> None:
+    """No sample of a tenth of a second, and no root, is needed for it."""
+    outcome = await run("(head -c 3000000 /dev/zero > file; sync file)", workdir, containment=[kind])
+    assert 3_000_000 <= outcome.written_bytes < 6_000_000
+
+
+# -- the kernel's own word ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def groups() -> None:
+    """Control groups that count memory and processes, or the test is skipped."""
+    found = find_hierarchies()
+    if found.memory is None or found.pids is None or found.cpu is None:
+        pytest.skip(f"control groups here: {found}")
+
+
+@pytest.mark.usefixtures("groups")
+async def test_memory_that_grows_faster_than_anybody_looks_is_the_kernels_to_stop(workdir: Workdir) -> None:
+    script = "x = bytearray(300_000_000)"
+    outcome = await run(
+        f"{sys.executable} -S -c {shlex.quote(script)}; echo {{}}; sleep 9", workdir, memory_bytes=60_000_000
+    )
+    assert outcome.ended_by is EndedBy.LIMIT
+    assert re.match(r"memory of .* MB is over the limit of 60 MB", str(outcome.verdict))
+
+
+@pytest.mark.usefixtures("groups")
+async def test_memory_that_is_in_nobodys_resident_size_is_seen(workdir: Workdir) -> None:
+    """A memfd that nobody has mapped: 200 MB that no look at /proc finds."""
+    script = (
+        "import os, time\nf = os.memfd_create('hidden')\n"
+        "for _ in range(200): os.write(f, bytes(1_000_000))\ntime.sleep(1000)"
+    )
+    with anyio.fail_after(20):
+        outcome = await run(f"exec {sys.executable} -S -c {shlex.quote(script)}", workdir, memory_bytes=150_000_000)
+    assert outcome.verdict is not None
+    assert outcome.verdict.limit == "memory"
+
+
+@pytest.mark.usefixtures("groups")
+async def test_cpu_of_children_nobody_waits_for_is_counted(workdir: Workdir) -> None:
+    script = (
+        "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
+        "for _ in range(5):\n    if os.fork() == 0:\n        while time.process_time() < 0.1: pass\n        os._exit(0)\n"
+        "    time.sleep(0.15)"
+    )
+    outcome = await run(f"exec {sys.executable} -S -c {shlex.quote(script)}", workdir)
+    assert outcome.succeeded
+    assert 0.45 < outcome.cpu_seconds < 1.5
+
+
+async def test_nothing_of_ours_is_left_among_the_control_groups(workdir: Workdir) -> None:
+    before = await to_thread.run_sync(our_groups)
+    await run("sleep 0.2 & exec sleep 0.1", workdir, memory_bytes=10**9)
+    assert await to_thread.run_sync(our_groups) <= before
+
+
+def our_groups() -> set[Path]:
+    return {group for directory in find_hierarchies().directories for group in directory.glob("loadmaster*")}
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------

@@ -1,7 +1,16 @@
 """loadmaster: run a batch job's life inside your event loop. See README.md; start with `run_job`."""
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
-from loadmaster.description import ComputingElement, InputFile, JobDescription, Limits, OutputFile, PayloadSpec
+from loadmaster.description import (
+    ComputingElement,
+    Containment,
+    InputFile,
+    Isolation,
+    JobDescription,
+    Limits,
+    OutputFile,
+    PayloadSpec,
+)
 from loadmaster.errors import (
     HoldJob,
     HookFailed,
@@ -27,9 +36,11 @@ from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, Stored
 from loadmaster.runner import run_job
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
+from loadmaster.world import World
 
 __all__ = [
     "ComputingElement",
+    "Containment",
     "Coordinator",
     "Failure",
     "HoldJob",
@@ -37,6 +48,7 @@ __all__ = [
     "InputFile",
     "InvalidJob",
     "InvalidSite",
+    "Isolation",
     "JobDescription",
     "JobError",
     "JobExecutionCoordinator",
@@ -68,6 +80,7 @@ __all__ = [
     "Transfers",
     "Verdict",
     "WorkdirFault",
+    "World",
     "open_transfers",
     "run_job",
 ]
