@@ -349,3 +349,11 @@ async def test_heartbeats_do_not_wait_for_the_journal() -> None:
         with anyio.fail_after(5):
             assert (await anext(follower)).kind == "Heartbeat"
         paper.ready.set()
+
+
+def test_haste_that_was_asked_for_before_there_was_a_payload_to_end_is_not_forgotten() -> None:
+    """The second Ctrl-C came between the first one's kill and the payload's end, and the grace was kept in full."""
+    handle, ended = JobHandle(), list[str]()
+    handle.hurry()
+    with handle.hurried_by(lambda: ended.append("at once")):
+        assert ended == ["at once"]

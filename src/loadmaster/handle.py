@@ -48,6 +48,7 @@ class JobHandle:
         self._computed = False
         self._closed = False
         self._hurry: Callable[[], None] | None = None
+        self._hurried = False
         self.kill_reason: str | None = None
 
     def __repr__(self) -> str:
@@ -83,6 +84,7 @@ class JobHandle:
 
     def hurry(self) -> None:
         """Whoever is being asked to end is made to, at once: what is left of a grace is not kept."""
+        self._hurried = True
         if self._hurry is not None:
             self._hurry()
 
@@ -165,9 +167,11 @@ class JobHandle:
 
     @contextmanager
     def hurried_by(self, end_at_once: Callable[[], None]) -> Iterator[None]:
-        """While a payload runs: what ends it at once."""
+        """While a payload is being ended: what ends it at once. Haste that was asked for before is not forgotten."""
         self._hurry = end_at_once
         try:
+            if self._hurried:
+                end_at_once()
             yield
         finally:
             self._hurry = None

@@ -114,8 +114,13 @@ class SessionTree(Tree):
         payload runs, and do not reach what it has forked by then.
         """
         launch = isolated(launch, Containment.SESSION)
-        if launch.wrapped or launch.joined or not _has_usual_signals():
+        if launch.wrapped or launch.joined:
             return cls(_start_through_shim(launch))
+        if not _has_usual_signals():
+            try:
+                return cls(_start_through_shim(launch))
+            except Refused as exc:
+                log.warning("%s; what this program does with its signals is passed on to the payload", exc)
         process = Process(
             launch.argv, env=launch.env, cwd=launch.cwd, stdout=launch.stdout, stderr=launch.stderr, umask=launch.umask
         )
@@ -382,11 +387,17 @@ class _Channels:
 
 def _start_through_shim(launch: Launch) -> Process:
     """By a shim that becomes the payload. Blocks until it has; raises OSError."""
+    command = shim_command()
     with _Channels(launch, Containment.SESSION) as channels:
-        process = Process(
-            [*shim_command(), *channels.words, *launch.argv], env={}, cwd=launch.cwd, stdout=launch.stdout,
-            stderr=launch.stderr, umask=launch.umask, pass_fds=channels.passed,
-        )  # fmt: skip
+        try:
+            process = Process(
+                [*command, *channels.words, *launch.argv], env={}, cwd=launch.cwd, stdout=launch.stdout,
+                stderr=launch.stderr, umask=launch.umask, pass_fds=channels.passed,
+            )  # fmt: skip
+        except OSError as exc:
+            if exc.filename == command[0]:
+                raise Refused(f"session: the shim cannot be executed: {exc}") from exc
+            raise
         try:
             channels.close_of_shim()
             text = b""

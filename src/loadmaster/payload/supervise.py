@@ -85,7 +85,7 @@ class Payload:
         self._output = output
         self._group = group
         self._soft_stop = soft_stop
-        self._stopped_softly = False
+        self._stopped_softly = self._hurried = False
         self._kept_bytes = kept_bytes
         self._outputs_bytes = outputs_bytes
         self._outputs_known = 0
@@ -212,6 +212,7 @@ class Payload:
 
     def hurry(self) -> None:
         """End it now: an `end` that keeps a grace returns soon."""
+        self._hurried = True
         self.tree.hurry()
 
     async def end(self, by: EndedBy, *, grace_seconds: float, verdict: Verdict | None = None) -> PayloadOutcome:
@@ -222,7 +223,7 @@ class Payload:
         shielded; it takes at most twice the grace and some 30 s.
         """
         ordered = time.monotonic()
-        if self.tree.gone:
+        if self.tree.gone and not self._hurried:
             by, verdict, grace_seconds = EndedBy.ITSELF, None, 0.0
         elif by is EndedBy.KILL and self.can_be_stopped_softly and await self.stop_softly():
             with anyio.move_on_after(grace_seconds):
