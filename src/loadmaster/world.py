@@ -13,9 +13,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Final
+from typing import Annotated, Final, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from loadmaster.description import Containment, Isolation, Names
 
@@ -63,6 +63,14 @@ class World(BaseModel):
     """Outputs can be read by the site's other accounts, as DIRAC's wrapper has it."""
     kept_output_bytes: int | None = Field(default=1_000_000_000, ge=1_000_000)
     """So much of each of its two logs is kept, beginning and end; it may print more, and is not stopped for it."""
+
+    @model_validator(mode="after")
+    def _has_image(self) -> Self:
+        if (self.isolation is Isolation.APPTAINER) != (self.image is not None):
+            raise ValueError(
+                'isolation = "apptainer" needs an image, a path or docker://..., and nothing else takes one'
+            )
+        return self
 
     def environment(self, pilots: Mapping[str, str] = os.environ) -> dict[str, str]:
         """What of the pilot's environment a payload gets."""
