@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from loadmaster.errors import IllegalEvent
 from loadmaster.events import KINDS, Event, JobFinished, PayloadExited, PayloadStarted, dump, load
 from loadmaster.lifecycle import Lifecycle, Stage
-from loadmaster.result import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Verdict
+from loadmaster.result import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Usage, Verdict
 
 OFTEN = settings(max_examples=200, deadline=None)
 """No deadline: the first example pays for imports and schemas, and the suite shares its machine."""
@@ -38,6 +38,8 @@ OUTCOMES = st.builds(
     st.sampled_from(EndedBy),
     st.none() | st.builds(Verdict, NAMES, NUMBERS, NUMBERS, NAMES),
 )
+USAGES = st.builds(Usage, NUMBERS, NUMBERS, COUNTS, COUNTS, st.none() | COUNTS, NUMBERS)
+LINES = st.lists(NAMES, max_size=3).map(tuple)
 OWN_FIELDS: dict[str, tuple[st.SearchStrategy[object], ...]] = {
     "JobAccepted": (st.dictionaries(NAMES, JSON, max_size=3),),
     "StageInStarted": (),
@@ -53,7 +55,8 @@ OWN_FIELDS: dict[str, tuple[st.SearchStrategy[object], ...]] = {
     "OutputMissing": (NAMES, NAMES),
     "FailoverRequested": (FILES, NAMES),
     "JobFinished": (st.sampled_from(Status), FAILURES),
-    "Heartbeat": (st.sampled_from(Phase), NUMBERS, NUMBERS, COUNTS, COUNTS),
+    "Heartbeat": (st.sampled_from(Phase), NUMBERS, st.none() | USAGES, LINES),
+    "OutputPrinted": (NAMES, NAMES, COUNTS),
     "TransferProgress": (NAMES, NAMES, COUNTS, st.none() | COUNTS),
 }
 
@@ -80,7 +83,8 @@ FIXED: dict[str, tuple[object, ...]] = {
     "OutputMissing": ("a", "b"),
     "FailoverRequested": (FILE, "b"),
     "JobFinished": (Status.DONE, None),
-    "Heartbeat": (Phase.PAYLOAD, 1.0, 1.0, 1, 1),
+    "Heartbeat": (Phase.PAYLOAD, 1.0),
+    "OutputPrinted": ("std.out", "a line\n"),
     "TransferProgress": ("a", "b", 1, None),
 }
 

@@ -378,7 +378,10 @@ static struct outcome reap(pid_t payload, int signals, int orders, int in_namesp
 
         struct pollfd wait[2] = {{.fd = signals, .events = POLLIN}, {.fd = orders, .events = POLLIN}};
         int64_t left = deadline - now_ms();
-        poll(wait, 2, killing ? pause_ms : deadline >= 0 ? (int)(left > 0 ? left : 0) : -1);
+        if (poll(wait, 2, killing ? pause_ms : deadline >= 0 ? (int)(left > 0 ? left : 0) : -1) < 0) {
+            wait[0].revents = POLLIN;       /* RLIMIT_NOFILE is 0, say: whoever has our user may set it */
+            nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
+        }
         if (killing && pause_ms < 100) pause_ms *= 2;       /* what hangs in the kernel needs no thousand looks a second */
         char asked = 0;
         struct signalfd_siginfo info;

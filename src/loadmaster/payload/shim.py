@@ -223,9 +223,11 @@ def take_signals(*wanted: int) -> int:
 
 
 def read_signal(signals: int) -> int:
-    """The number of the next one; waits for it."""
-    select.select([signals], [], [])
-    return int.from_bytes(os.read(signals, 128)[:4], sys.byteorder)
+    """The number of the next one, 0 for none."""
+    try:
+        return int.from_bytes(os.read(signals, 128)[:4], sys.byteorder)
+    except BlockingIOError:
+        return 0
 
 
 def execute(o: Options) -> int:
@@ -356,7 +358,11 @@ def reap(o: Options, payload: int, signals: int, orders: int) -> dict[str, objec
             kills += 1
 
         left = max(0, deadline - now_ms()) if deadline >= 0 else None
-        ready = [descriptor for descriptor, _ in poll.poll(pause_ms if killing else left)]
+        try:
+            ready = [descriptor for descriptor, _ in poll.poll(pause_ms if killing else left)]
+        except OSError:  # RLIMIT_NOFILE is 0, say: whoever has our user may set it
+            time.sleep(0.01)
+            ready = [signals]
         if killing:
             pause_ms = min(pause_ms * 2, 128)  # what hangs in the kernel needs no thousand looks a second
         order = ""
@@ -511,8 +517,9 @@ def run_in_namespaces(o: Options) -> None:
     tell(channel, "!")
 
     asked = "-"
-    while (number := read_signal(signals)) != SIGCHLD or os.waitpid(child, os.WNOHANG)[0] == 0:
-        if number != SIGCHLD:
+    while os.waitpid(child, os.WNOHANG)[0] == 0:
+        select.select([signals], [], [])
+        if (number := read_signal(signals)) in (SIGTERM, SIGUSR1):
             letter = "T" if number == SIGTERM else "K"
             asked = asked.replace("-", letter)
             tell(channel, letter)
