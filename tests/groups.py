@@ -48,9 +48,9 @@ def own_v2() -> Path | None:
 
 
 def groups_in_sight() -> set[str]:
-    """Everything of ours below the mounted hierarchies."""
+    """Everything that tests of groups have made below the mounted hierarchies; payloads of others may run beside them."""
     found: set[str] = set()
     with suppress(OSError):
         for top, names, _ in os.walk("/sys/fs/cgroup"):
-            found.update(os.path.join(top, name) for name in names if name.startswith("loadmaster"))
+            found.update(os.path.join(top, name) for name in names if name.startswith("loadmaster-g-"))
     return found

@@ -60,7 +60,7 @@ def needs(hierarchies: Hierarchies, item: str) -> None:
 
 @pytest.fixture
 def group(hierarchies: Hierarchies) -> Iterator[Group]:
-    group = Group(hierarchies, "7/../x y")
+    group = Group(hierarchies, "g-7/../x y")
     yield group
     with anyio.from_thread.start_blocking_portal() as portal:
         assert portal.call(group.end, 20)
@@ -130,7 +130,7 @@ def test_a_process_joins_and_we_stay_where_we_are(group: Group, join: Join) -> N
 
 
 def test_two_payloads_of_one_job_have_groups_of_their_own(hierarchies: Hierarchies, group: Group) -> None:
-    second = Group(hierarchies, "7/../x y")
+    second = Group(hierarchies, "g-7/../x y")
     assert set(second.directories).isdisjoint(group.directories)
     assert second.remove()
 
@@ -144,7 +144,7 @@ def test_a_group_that_is_made_in_part_is_made_not_at_all(hierarchies: Hierarchie
     before = groups_in_sight()
     half = Hierarchies(kill=hierarchies.directories[0], memory=Path("/sys/fs/cgroup/nowhere"))
     with pytest.raises(FileNotFoundError):
-        Group(half, "7")
+        Group(half, "g-7")
     assert groups_in_sight() == before
 
 
@@ -316,7 +316,7 @@ def test_a_limit_the_kernel_refuses_is_not_held(hierarchies: Hierarchies, group:
 
 
 def test_without_a_controller_a_limit_is_not_held(hierarchies: Hierarchies) -> None:
-    bare = Group(Hierarchies(kill=hierarchies.directories[0]), "7")
+    bare = Group(Hierarchies(kill=hierarchies.directories[0]), "g-7")
     try:
         assert not bare.limit_memory(MB)
         assert not bare.limit_tasks(5)
@@ -442,7 +442,7 @@ def test_many_looks_from_threads_at_once(group: Group, join: Join) -> None:
 
 
 def test_the_groups_of_an_agent_that_died_are_removed_by_the_next(hierarchies: Hierarchies) -> None:
-    left, living = Group(hierarchies, "left"), Group(hierarchies, "living")
+    left, living = Group(hierarchies, "g-left"), Group(hierarchies, "g-living")
     (left.directories[0] / "made-by-the-payload").mkdir()
     left.close()
     find_hierarchies(hierarchies.directories)
@@ -474,7 +474,7 @@ DELEGATED: Final = """
 there = Path(sys.argv[1])
 found = find_hierarchies([there / "payloads"])
 own = Path("/proc/self/cgroup").read_text()
-group = Group(found, "42")
+group = Group(found, "g-42")
 process = subprocess.Popen(
     ["/bin/sh", "-c", "echo 0; exec sleep 60"], stdout=group.descriptors[0], start_new_session=True)
 while Path(f"/proc/{process.pid}/comm").read_text() != "sleep\\n": time.sleep(0.01)
@@ -492,7 +492,7 @@ def test_an_ordinary_user_has_what_was_delegated() -> None:
     own = own_v2()
     if own is None or not os.access(own, os.W_OK) or os.geteuid() != 0:
         pytest.skip("only root can delegate a group of v2")
-    there = GroupDirectory.make(own, "delegated")
+    there = GroupDirectory.make(own, "g-delegated")
     try:
         if available := (there.read("cgroup.controllers") or "").split():
             there.write("cgroup.subtree_control", " ".join(f"+{name}" for name in available if name != "hugetlb"))

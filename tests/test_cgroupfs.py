@@ -20,14 +20,14 @@ def parent() -> Iterator[Path]:
     before = groups_in_sight()
     if (own := own_v2()) is None or not os.access(own, os.W_OK):
         pytest.skip("no cgroup v2 that we may write to")
-    there = GroupDirectory.make(own, "parent")
+    there = GroupDirectory.make(own, "g-parent")
     yield there.path
     assert there.remove()
     assert groups_in_sight() - before == set(), "a test left control groups behind"
 
 
 def test_an_empty_group_that_nobody_holds_is_removed_and_others_are_not(parent: Path) -> None:
-    held, left = GroupDirectory.make(parent, "held"), GroupDirectory.make(parent, "left")
+    held, left = GroupDirectory.make(parent, "g-held"), GroupDirectory.make(parent, "g-left")
     left.close()
     (left.path / "below").mkdir()
     for name in ("foreign", "loadmaster-x", "loadmaster-x-0123"):
@@ -40,7 +40,7 @@ def test_an_empty_group_that_nobody_holds_is_removed_and_others_are_not(parent: 
 
 
 def test_a_group_that_somebody_is_in_is_never_removed(parent: Path) -> None:
-    left = GroupDirectory.make(parent, "left")
+    left = GroupDirectory.make(parent, "g-left")
     (left.path / "below").mkdir()
     with subprocess.Popen(["sleep", "60"]) as process:
         left.write("cgroup.procs", str(process.pid))
@@ -66,7 +66,7 @@ def test_making_and_removing_at_once_lose_no_group(parent: Path) -> None:
     removing.start()
     try:
         for _ in range(300):
-            made = GroupDirectory.make(parent, "x")
+            made = GroupDirectory.make(parent, "g-x")
             assert made.path.exists()
             assert made.remove()
             assert not made.path.exists()
@@ -76,7 +76,7 @@ def test_making_and_removing_at_once_lose_no_group(parent: Path) -> None:
 
 
 def test_only_who_is_in_the_group_is_killed(parent: Path) -> None:
-    group = GroupDirectory.make(parent, "x")
+    group = GroupDirectory.make(parent, "g-x")
     with subprocess.Popen(["sleep", "60"]) as ours, subprocess.Popen(["sleep", "60"]) as other:
         group.write("cgroup.procs", str(ours.pid))
         assert group.pids() == {ours.pid}

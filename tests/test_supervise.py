@@ -522,14 +522,14 @@ async def test_cpu_of_children_nobody_waits_for_is_counted(workdir: Workdir) -> 
     assert 0.45 < outcome.cpu_seconds < 1.5
 
 
-async def test_nothing_of_ours_is_left_among_the_control_groups(workdir: Workdir) -> None:
-    before = await to_thread.run_sync(our_groups)
-    await run("sleep 0.2 & exec sleep 0.1", workdir, memory_bytes=10**9)
-    assert await to_thread.run_sync(our_groups) <= before
+async def test_nothing_of_ours_is_left_among_the_control_groups(root: Path) -> None:
+    async with open_workdir(root, "leaves-nothing") as workdir:
+        await run("sleep 0.2 & exec sleep 0.1", workdir, memory_bytes=10**9)
+    assert await to_thread.run_sync(groups_of, "leaves-nothing") == []
 
 
-def our_groups() -> set[Path]:
-    return {group for directory in find_hierarchies().directories for group in directory.glob("loadmaster*")}
+def groups_of(job_id: str) -> list[Path]:
+    return [group for top in find_hierarchies().directories for group in top.glob(f"loadmaster-{job_id}*")]
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------
