@@ -22,6 +22,8 @@ FLOORS: dict[str, float] = {
     "events": 2,
     # decisions
     "lifecycle": 3,
+    "line": 2.5,
+    "topology": 2.5,
     "ledger": 3,
     "limits": 3,
     # mechanisms
