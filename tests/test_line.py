@@ -110,6 +110,14 @@ def test_what_is_kept_for_somebody_leaves_the_rest_to_others() -> None:
     assert granted(head, beside, too_many, its_gpu) == [True, True, True, False]
 
 
+def test_who_may_take_more_than_it_needs_takes_none_of_what_is_kept() -> None:
+    line = Line((8, 1), patience=0)
+    line.request((1, 1))
+    head = line.request((2, 1))
+    assert line.request((1, 0), most=8).holds == (5, 0)
+    assert (granted(head), line.free) == ([False], (2, 0))
+
+
 def test_who_leaves_the_line_makes_way() -> None:
     line, (holder, *_) = full((2,), patience=0)
     large, small = line.request((2,)), line.request((1,))

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from operator import le
 from typing import Final
 
 import anyio
@@ -26,7 +27,7 @@ SENIORITY: Final = 100
 """One grant in a hundred may go against the priorities: nobody waits for ever, and priorities still mean something."""
 
 LOOK_AHEAD: Final = 100
-"""So many kinds of request, the first in order, are looked at for one that fits: about 20 us when none does."""
+"""So many kinds of request, the first in order, are looked at for one that fits: some 50 us when none does."""
 
 
 @dataclass(eq=False, slots=True)
@@ -165,7 +166,7 @@ def _kind(ticket: Ticket) -> _Kind:
 
 
 def _fits(needs: Amounts, free: Amounts) -> bool:
-    return all(need <= there for need, there in zip(needs, free, strict=True))
+    return all(map(le, needs, free))
 
 
 def _less(free: Amounts, kept: Amounts) -> Amounts:
