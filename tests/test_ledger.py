@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -14,6 +15,10 @@ from loadmaster import JobDescription, Ledger, Slot
 from loadmaster.errors import PayloadNotStarted, StagingFailed
 from loadmaster.ledger import GPUS, HELD, MEMORY, NO_JOB, TOO_FEW, AsAsked
 from loadmaster.topology import Cpu, Gpu
+
+
+# Two NUMA nodes of two cores of two threads each.
+CPUS = [Cpu(number, node=number % 4 // 2, core=number % 4) for number in range(8)]
 
 
 def job(cores: int = 1, memory_mb: int | None = None, **words: Any) -> JobDescription:
@@ -189,6 +194,70 @@ async def test_who_is_cancelled_in_the_moment_of_the_grant_gives_the_slot_back()
     assert repr(ledger) == "<Ledger [1 of 1 cores free, 0 waiting]>"
 
 
+async def test_who_fits_would_have_a_slot_at_once() -> None:
+    ledger = Ledger(cores=4, patience=0)
+    assert (ledger.fits(job(4)), ledger.fits(job(5))) == (True, False)
+    large = Tenant(ledger, job(4))
+    async with anyio.create_task_group() as group:
+        async with ledger.lease(job(2)):
+            assert (ledger.fits(job(2)), ledger.fits(job(3))) == (True, False)
+            group.start_soon(large)
+            await settled()
+            assert not ledger.fits(job(1)), "what is free is kept for the large one"
+        await settled()
+        large.leave.set()
+    assert ledger.fits(job(4))
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_whatever_hundreds_of_jobs_do_nothing_is_held_twice_and_all_comes_back(seed: int) -> None:
+    """They come, wait, are cancelled while they wait, in the moment of the grant, or later, and leave, at random."""
+    chance = random.Random(seed)
+    ledger = Ledger(cores=8, memory_mb=1000, cpus=CPUS, gpus=[Gpu("a", 0), Gpu("b", 1)], disk_bytes=100)
+    held, done, cancelled = set[int | str](), list[int](), list[int]()
+
+    def any_job() -> JobDescription:
+        return job(
+            chance.choice([1, 1, 1, 2, 3, 8]), chance.choice([None, 10, 600]), priority=chance.choice([0, 0, 1]),
+            number_of_gpus=chance.choice([0, 0, 0, 1, 2]), whole_node=chance.random() < 0.02,
+            max_number_of_processors=chance.choice([None, 8]),
+        )  # fmt: skip
+
+    async def stay(number: int, words: JobDescription, size: int, rounds: int) -> None:
+        with anyio.CancelScope() as scope:
+            scopes.append(scope)
+            async with ledger.reserve_disk(size), ledger.lease(words) as slot:
+                mine: set[int | str] = {*slot.cpus, *slot.gpus}
+                assert len(mine) == slot.cores + len(slot.gpus)
+                assert not mine & held
+                held.update(mine)
+                try:
+                    for _ in range(rounds):
+                        await checkpoint()
+                    done.append(number)
+                finally:
+                    held.difference_update(mine)
+        if scope.cancelled_caught:
+            cancelled.append(number)
+
+    scopes: list[anyio.CancelScope] = []
+    with anyio.fail_after(50):
+        async with anyio.create_task_group() as group:
+            for number in range(400):
+                group.start_soon(stay, number, any_job(), chance.randint(0, 60), chance.randint(0, 20))
+                for _ in range(chance.randint(0, 3)):
+                    await checkpoint()
+                if scopes and chance.random() < 0.3:
+                    chance.choice(scopes).cancel()
+    assert sorted(done + cancelled) == list(range(400))
+    assert len(done) > 200
+    assert len(cancelled) > 20
+    assert held == set()
+    assert repr(ledger) == "<Ledger [8 of 8 cores free, 0 waiting]>"
+    assert (ledger.free_memory_mb, ledger.free_gpus, ledger.free_disk_bytes) == (1000, 2, 100)
+    assert (len(ledger._free_cpus), len(ledger._free_gpus), ledger.waiting_for_disk) == (8, 2, 0)
+
+
 # -- how many processors: the rules of DIRAC's pool ------------------------------------------------------------------
 
 
@@ -232,8 +301,6 @@ async def test_who_has_the_whole_node_has_all_of_it() -> None:
 
 
 # -- which ones ------------------------------------------------------------------------------------------------------
-
-CPUS = [Cpu(number, node=number % 4 // 2, core=number % 4) for number in range(8)]
 
 
 async def test_a_slot_names_its_processors_and_gpus_and_nobody_else_has_them() -> None:

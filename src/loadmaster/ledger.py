@@ -163,6 +163,14 @@ class Ledger:
         """Raise `PayloadNotStarted` when the job can never have a slot here."""
         self._needs(job)
 
+    def fits(self, job: JobDescription) -> bool:
+        """Whether the job would have a slot at once, if it asked now."""
+        try:
+            needs = self._needs(job)
+        except PayloadNotStarted:
+            return False
+        return all(need <= spare for need, spare in zip(needs, self._line.spare(), strict=True))
+
     def _needs(self, job: JobDescription) -> Amounts:
         memory_mb = 0 if self.memory_mb is None else job.memory_mb or 0
         extras = (job.resources.get(name, 0) for name in self._extras)
