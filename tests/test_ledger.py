@@ -16,7 +16,6 @@ from loadmaster.errors import PayloadNotStarted, StagingFailed
 from loadmaster.ledger import GPUS, HELD, MEMORY, NO_JOB, TOO_FEW, AsAsked
 from loadmaster.topology import Cpu, Gpu
 
-
 # Two NUMA nodes of two cores of two threads each.
 CPUS = [Cpu(number, node=number % 4 // 2, core=number % 4) for number in range(8)]
 
