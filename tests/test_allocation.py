@@ -27,6 +27,17 @@ def said(environ: dict[str, str], root: Path, host: str = "wn07.example.org") ->
             ["8 (SLURM_CPUS_ON_NODE)", "2 (SLURM_CPUS_PER_TASK)"],
             ["16000 (SLURM_MEM_PER_NODE)"],
         ),
+        (
+            {**SLURM, "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x3)", "SLURM_MEM_PER_NODE": "16000"},
+            ["4 (SLURM_CPUS_ON_NODE, one of 2 tasks)", "2 (SLURM_CPUS_PER_TASK)"],
+            ["8000 (SLURM_MEM_PER_NODE, one of 2 tasks)"],
+        ),
+        (
+            {**SLURM, "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "16", "SLURM_MEM_PER_CPU": "100"},
+            ["1 (SLURM_CPUS_ON_NODE, one of 16 tasks)", "2 (SLURM_CPUS_PER_TASK)"],
+            ["100 (SLURM_MEM_PER_CPU, for each of SLURM_CPUS_ON_NODE, one of 16 tasks)"],
+        ),
+        ({**SLURM, "SLURM_STEP_TASKS_PER_NODE": "2"}, ["8 (SLURM_CPUS_ON_NODE)"], []),
         ({**SLURM, "SLURM_STEP_ID": "4294967291"}, ["8 (SLURM_CPUS_ON_NODE)"], []),
         (
             {**SLURM, "SLURM_MEM_PER_CPU": "2000", "SLURM_MEM_PER_NODE": "0"},

@@ -81,8 +81,9 @@ def allocation(environ: Mapping[str, str], tree: Tree, host: str) -> Allocation:
     disk = [Figure(ad["Disk"] * 1024, "Disk of HTCondor's machine ad")] if "Disk" in ad else []
     cores = [Figure(ad["Cpus"], "Cpus of HTCondor's machine ad")] if "Cpus" in ad else []
     if "SLURM_JOB_ID" in environ:
-        cores += _numbers(environ, *_slurm_variables(environ))
-        memory += _slurm_memory(environ)
+        slurms_cores, slurms_memory = _slurm(environ)
+        cores += slurms_cores
+        memory += slurms_memory
     if "PBS_JOBID" in environ:
         cores += _numbers(environ, "PBS_NUM_PPN", "NCPUS")
     if "LSB_JOBID" in environ:
@@ -101,18 +102,23 @@ def _numbers(environ: Mapping[str, str], *names: str) -> list[Figure]:
     return [Figure(number, name) for name in names if (number := _number(environ.get(name)))]
 
 
-def _slurm_variables(environ: Mapping[str, str]) -> list[str]:
-    """A batch script has all of its node's share, a task of `srun` only its own part."""
+def _slurm(environ: Mapping[str, str]) -> tuple[list[Figure], list[Figure]]:
+    """Cores and memory, in MB. A batch script has all of its node's share, a task of `srun` only its own part: beside a
+    batch script SLURM_CPUS_PER_TASK is about tasks it may start."""
     is_task = "SLURM_STEP_ID" in environ and _number(environ["SLURM_STEP_ID"]) < SPECIAL_STEPS
-    return ["SLURM_CPUS_ON_NODE", *(["SLURM_CPUS_PER_TASK"] if is_task else [])]
-
-
-def _slurm_memory(environ: Mapping[str, str]) -> Iterator[Figure]:
-    """In MB; 0 is all there is."""
-    yield from _numbers(environ, "SLURM_MEM_PER_NODE")
-    per_cpu, cpus = (_number(environ.get(name)) for name in ("SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"))
+    alike = re.fullmatch(r"([0-9]+)(\(x[0-9]+\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "")) if is_task else None
+    tasks = max(1, _number(alike[1])) if alike else 1
+    part = f", one of {tasks} tasks" if tasks > 1 else ""
+    cpus, per_cpu = (_number(environ.get(name)) for name in ("SLURM_CPUS_ON_NODE", "SLURM_MEM_PER_CPU"))
+    cores = [Figure(max(1, cpus // tasks), f"SLURM_CPUS_ON_NODE{part}")] if cpus else []
+    cores += _numbers(environ, "SLURM_CPUS_PER_TASK") if is_task else []
+    memory = [
+        Figure(max(1, whole.value // tasks), whole.source + part) for whole in _numbers(environ, "SLURM_MEM_PER_NODE")
+    ]
     if per_cpu and cpus:
-        yield Figure(per_cpu * cpus, "SLURM_MEM_PER_CPU, for each of SLURM_CPUS_ON_NODE")
+        figure = max(1, cpus // tasks) * per_cpu
+        memory.append(Figure(figure, f"SLURM_MEM_PER_CPU, for each of SLURM_CPUS_ON_NODE{part}"))
+    return cores, memory
 
 
 def _machine_ad(environ: Mapping[str, str], tree: Tree) -> Iterator[tuple[str, int]]:
