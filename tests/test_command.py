@@ -58,6 +58,24 @@ def test_a_payload_is_told_how_many_cores_it_has_and_so_are_libraries_that_start
     assert {"LOADMASTER_CORES", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"} <= told.keys()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "variables", "told"),
+    [
+        (("0", "3"), ("CUDA_VISIBLE_DEVICES",), {"CUDA_VISIBLE_DEVICES": "0,3", "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}),
+        (("GPU-ab", "MIG-cd"), ("CUDA_VISIBLE_DEVICES",), {"CUDA_VISIBLE_DEVICES": "GPU-ab,MIG-cd"}),
+        ((), ("CUDA_VISIBLE_DEVICES",), {"CUDA_VISIBLE_DEVICES": ""}),
+        (("GPU-1f",), ("ROCR_VISIBLE_DEVICES",), {"ROCR_VISIBLE_DEVICES": "GPU-1f"}),
+        ((), (), {}),
+    ],
+)
+def test_a_payload_sees_its_gpus_and_no_others(
+    gpus: tuple[str, ...], variables: tuple[str, ...], told: dict[str, str]
+) -> None:
+    slot = Slot(cores=1, memory_mb=None, gpus=gpus, gpu_variables=variables)
+    env = slot_environment(slot)
+    assert {name: value for name, value in env.items() if "DEVICE" in name} == told
+
+
 def test_a_file_of_the_job_comes_before_one_in_the_path(workdir: Workdir, tmp_path: Path) -> None:
     program(tmp_path / "bin" / "run.sh")
     env = {"PATH": str(tmp_path / "bin")}

@@ -31,7 +31,11 @@ DIRAC_JOB: dict[str, Any] = {
     "StdError": "stderr.txt",
     "CPUTime": "36000",
     "NumberOfProcessors": "4",
+    "MaxNumberOfProcessors": "8",
+    "NumberOfGPUs": "1",
+    "WholeNode": "Yes",
     "Memory": "2000",
+    "Tags": "8Processors, MultiProcessor",
     "Priority": 3,
     "Site": ["LCG.A.org"],
 }
@@ -59,7 +63,9 @@ def test_diracs_dictionary_is_understood() -> None:
     assert found.output_sandbox == (OutputFile(pattern="std.out"), OutputFile(pattern="*.log"))
     assert found.output_data[0] == OutputFile(pattern="vo/out/x.root", target="LFN:/vo/out/x.root")
     assert found.output_se == ("DISK",)
-    assert found.extra == {"Priority": 3, "Site": ["LCG.A.org"]}
+    assert (found.max_number_of_processors, found.number_of_gpus, found.whole_node) == (8, 1, True)
+    assert found.tags == ("8Processors", "MultiProcessor")
+    assert (found.priority, found.extra) == (3, {"Site": ["LCG.A.org"]})
 
 
 def test_it_is_given_back_in_diracs_keys_and_shapes() -> None:
@@ -243,3 +249,55 @@ def test_a_description_cannot_be_changed() -> None:
         job().executable = "x"  # type: ignore[misc]  # the type checker knows it too
     with pytest.raises(ValidationError, match="frozen"):
         InputFile(source="/a").name = "../x"  # type: ignore[misc]  # likewise
+
+
+# -- what the slot must have -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "processors", "memory"),
+    [
+        ({"MinNumberOfProcessors": 4}, 4, None),
+        ({"MinNumberOfProcessors": 4, "NumberOfProcessors": 2}, 2, None),
+        ({"MinNumberOfProcessors": 0}, 1, None),
+        ({"MinRAM": "1000"}, 1, 1000),
+        ({"MinRAM": 1000, "MaxRAM": 3000}, 1, 3000),
+        ({"MinRAM": 1000, "MaxRAM": 0}, 1, 1000),
+        ({"MaxRAM": 3000, "Memory": 2000}, 1, 2000),
+    ],
+)
+def test_diracs_other_keys_count_where_the_first_is_not_given(
+    words: dict[str, Any], processors: int, memory: int | None
+) -> None:
+    found = job(**words)
+    assert (found.number_of_processors, found.memory_mb) == (processors, memory)
+    kept = {key: value for key, value in words.items() if key not in {"NumberOfProcessors", "Memory"}}
+    assert {key: found.extra[key] for key in kept} == kept, "a coordinator finds them as they came"
+    assert JobDescription.load(found.to_dirac()) == found
+
+
+def test_no_maximum_is_written_as_zero_by_dirac() -> None:
+    assert job(MaxNumberOfProcessors=0).max_number_of_processors is None
+
+
+@pytest.mark.parametrize("tags", [["WholeNode", "GPU"], "WholeNode;GPU", "WholeNode, GPU", ["WholeNode", " ", "GPU"]])
+def test_tags_are_a_list_however_they_are_written(tags: object) -> None:
+    assert job(Tags=tags).tags == job(Tag=tags).tags == ("WholeNode", "GPU")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ({"MinNumberOfProcessors": "many"}, "MinNumberOfProcessors: "),
+        ({"MaxRAM": -1}, "MaxRAM: "),
+        ({"NumberOfProcessors": 4, "MaxNumberOfProcessors": 2}, "MaxNumberOfProcessors: 2 is less than the 4 it needs"),
+        ({"NumberOfGPUs": -1}, "NumberOfGPUs: "),
+        ({"WholeNode": "maybe"}, "WholeNode: "),
+        ({"resources": {"licences": -1}}, "resources.licences: "),
+        ({"resources": {"": 1}}, "resources"),
+    ],
+)
+def test_a_slot_that_cannot_be_meant_is_refused_by_the_name_the_user_gave_it(
+    words: dict[str, Any], complaint: str
+) -> None:
+    assert complaint in refused(**words)

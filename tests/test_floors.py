@@ -22,7 +22,12 @@ FLOORS: dict[str, float] = {
     "events": 2,
     # decisions
     "lifecycle": 3,
+    "line": 2.5,
+    "topology": 2.5,
     "ledger": 3,
+    "allocation": 2.5,
+    "gpus": 3,
+    "machine": 3.5,
     "limits": 3,
     # mechanisms
     "handle": 4,

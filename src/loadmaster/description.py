@@ -55,19 +55,33 @@ DIRAC_KEYS: Final[Mapping[str, str]] = {
     "std_output": "StdOutput",
     "std_error": "StdError",
     "cpu_work": "CPUTime",
+    "priority": "Priority",
     "number_of_processors": "NumberOfProcessors",
+    "max_number_of_processors": "MaxNumberOfProcessors",
+    "whole_node": "WholeNode",
+    "number_of_gpus": "NumberOfGPUs",
     "memory_mb": "Memory",
+    "tags": "Tags",
     "stop_pattern": "StopSigRegex",
     "stop_signal": "StopSigNumber",
     "stop_seconds": "StopSigStartSeconds",
 }
 """Our field, DIRAC's key. Any other key that begins with a capital is kept as it is and offered to the coordinator."""
 
+DIRAC_STAND_INS: Final[Mapping[str, tuple[str, ...]]] = {
+    "number_of_processors": ("MinNumberOfProcessors",),
+    "memory_mb": ("MaxRAM", "MinRAM"),
+    "tags": ("Tag",),
+}
+"""Keys of DIRAC's that count, the first that is there and not 0, where the field itself is not given; they stay in
+`extra` as they came."""
+
 CE_KEYS: Final[Mapping[str, str]] = {
     "site": "Site",
     "name": "GridCE",
     "queue": "CEQueue",
     "number_of_processors": "NumberOfProcessors",
+    "number_of_gpus": "NumberOfGPUs",
     "memory_mb": "MaxRAM",
     "cpu_normalization_factor": "CPUNormalizationFactor",
     "cpu_work_left": "CPUTimeLeft",
@@ -83,6 +97,16 @@ def _items(value: object) -> object:
     if isinstance(value, list | tuple):
         return [item for item in value if not (isinstance(item, str) and not item.strip())]
     return value
+
+
+def _none_for_zero(value: object) -> object:
+    """DIRAC's 0 is no maximum."""
+    return None if value in (0, "0", "") else value
+
+
+def _tags(value: object) -> object:
+    """DIRAC's tags: its optimizers join them with commas."""
+    return _items(value.replace(",", ";") if isinstance(value, str) else value)
 
 
 def _environment(value: object) -> object:
@@ -300,6 +324,10 @@ class OutputFile(BaseModel):
 InputFiles = Annotated[tuple[InputFile, ...], BeforeValidator(_items)]
 OutputFiles = Annotated[tuple[OutputFile, ...], BeforeValidator(_items)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items)]
+Amounts = Annotated[
+    dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[int, Field(ge=0)]], Field(max_length=16)
+]
+"""Of named things, how many."""
 JobId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 
 
@@ -380,8 +408,23 @@ class JobDescription(Words):
 
     cpu_work: float | None = Field(default=None, ge=0)
     """CPU time the user foresees, in seconds of a core whose normalization factor is 1 (DIRAC's CPUTime); 0: unknown."""
+    priority: int = 0
+    """A higher one is granted a slot before a lower one."""
     number_of_processors: int = Field(default=1, ge=1)
+    """The least it runs with."""
+    max_number_of_processors: Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_none_for_zero)] = None
+    """It may be given more than the least, up to so many, where they are free when its turn comes."""
+    whole_node: Annotated[bool, BeforeValidator(lambda value: False if value == "" else value)] = False
+    """All cores, memory and GPUs of the node, and nobody beside it."""
+    number_of_gpus: int = Field(default=0, ge=0)
     memory_mb: int | None = Field(default=None, ge=1)
+    disk_bytes: int | None = Field(default=None, ge=0)
+    """What its files take on the node's disk at most, for its whole stay."""
+    resources: Amounts = Field(default_factory=dict)
+    """Other things the node has so many of, under names of the site's: `{"licences": 1}`."""
+    tags: Annotated[tuple[Text, ...], BeforeValidator(_tags)] = ()
+    """DIRAC's: `WholeNode` is `whole_node`, `GPU` is one GPU where no number is given; the others have served their
+    purpose when the job was matched, `MultiProcessor` and `8Processors` too: the numbers say it."""
     limits: Limits = Limits()
     stop_pattern: Annotated[str, Field(max_length=1000)] | None = None
     """Soft stop: the payload's processes whose command line this regular expression is found in get `stop_signal`, once,
@@ -393,6 +436,26 @@ class JobDescription(Words):
     @classmethod
     def _keys(cls) -> Mapping[str, str]:
         return DIRAC_KEYS
+
+    @model_validator(mode="before")
+    @classmethod
+    def _stand_ins(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        found = dict(data)
+        for field, others in DIRAC_STAND_INS.items():
+            if field not in data and DIRAC_KEYS[field] not in data:
+                said = [data[key] for key in others if data.get(key) not in (None, 0, "0", "")]
+                found |= {field: said[0]} if said else {}
+        return found
+
+    @field_validator("max_number_of_processors")
+    @classmethod
+    def _not_less(cls, most: int | None, info: ValidationInfo) -> int | None:
+        least = info.data.get("number_of_processors", 1)
+        if most is not None and most < least:
+            raise ValueError(f"{most} is less than the {least} it needs")
+        return most
 
     @field_validator("stop_pattern")
     @classmethod
@@ -491,6 +554,7 @@ class ComputingElement(Words):
     name: Text = ""
     queue: Text = ""
     number_of_processors: int | None = Field(default=None, ge=1)
+    number_of_gpus: int | None = Field(default=None, ge=0)
     memory_mb: int | None = Field(default=None, ge=1)
     cpu_normalization_factor: float = Field(default=1.0, gt=0)
     cpu_work_left: float | None = Field(default=None, ge=0)
@@ -549,7 +613,9 @@ def complaints(
     lines = []
     for item in error.errors(include_url=False):
         field, *rest = item["loc"] or ("",)
+        stand_in = next((key for key in DIRAC_STAND_INS.get(str(field), ()) if key in used), None)
         spelled = keys.get(str(field), field) if dirac and field not in used else field
+        spelled = stand_in if stand_in is not None and spelled not in used else spelled
         where = ".".join(str(part) for part in (spelled, *rest) if part not in {"", "[key]"})
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "missing":

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from hypothesis import given, settings
+import pytest
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from loadmaster.description import Limits
+from loadmaster.description import JobDescription, Limits
 from loadmaster.errors import PayloadNotStarted
-from loadmaster.ledger import Ledger, Slot, _Ticket
+from loadmaster.ledger import NO_JOB, Ledger, Slot
 from loadmaster.limits import (
     BLIND_LOOK_SECONDS,
     SHORTEST_LOOK_SECONDS,
@@ -20,78 +23,214 @@ from loadmaster.limits import (
     remembered,
     seconds_until_look,
 )
+from loadmaster.line import Amounts, Line, Ticket
 from loadmaster.result import Usage
+from loadmaster.topology import Cpu, Gpu, choose_cpus
 
 OFTEN = settings(max_examples=500, deadline=None)
 """No deadline: the first example pays for imports and schemas, and the suite shares its machine."""
 
-CORES, MEMORY_MB = 4, 1000
+CPUS = [Cpu(number, node=number % 4 // 2, core=number % 4) for number in range(8)]
+GPUS = [Gpu("GPU-a", 0), Gpu("GPU-b", 1)]
+MEMORY_MB, LICENCES = 1000, 2
+
+JOBS = st.builds(
+    JobDescription,
+    executable=st.just("/bin/true"),
+    priority=st.sampled_from([0, 0, 0, 1, -1]),
+    number_of_processors=st.integers(1, len(CPUS)),
+    max_number_of_processors=st.none() | st.just(len(CPUS)),
+    whole_node=st.sampled_from([False] * 5 + [True]),
+    number_of_gpus=st.sampled_from([0, 0, 0, 1, 2]),
+    memory_mb=st.none() | st.integers(1, MEMORY_MB),
+    resources=st.sampled_from([{}, {}, {"licences": 1}, {"licences": 2}]),
+)
+
+
+@dataclass(eq=False)
+class Guest:
+    """A job at the ledger, as `Ledger.lease` handles it."""
+
+    job: JobDescription
+    ticket: Ticket
+    slot: Slot | None = None
+
+    @property
+    def granted(self) -> bool:
+        return self.ticket.granted.is_set()
 
 
 class AnyOrderOfRequests(RuleBasedStateMachine):
-    """Tickets are requested and returned in any order, granted or not: a return of a waiting one is a cancellation."""
+    """Jobs ask, wake up with their slots, and leave, in any order; one that leaves while it waits was cancelled."""
 
-    tickets = Bundle("tickets")
+    guests = Bundle("guests")
 
     def __init__(self) -> None:
         super().__init__()
-        self.ledger = Ledger(CORES, MEMORY_MB)
-        self.open: list[_Ticket] = []
+        self.ledger = Ledger(
+            len(CPUS), MEMORY_MB, cpus=CPUS, gpus=GPUS, gpu_variables=["CUDA_VISIBLE_DEVICES"],
+            extras={"licences": LICENCES}, patience=2,
+        )  # fmt: skip
+        self.open: list[Guest] = []
+        self.claim: tuple[Ticket, list[Guest]] | None = None
 
-    @rule(target=tickets, cores=st.integers(1, CORES), memory_mb=st.none() | st.integers(1, MEMORY_MB))
-    def request(self, cores: int, memory_mb: int | None) -> _Ticket:
-        ticket = self.ledger._request(Slot(cores, memory_mb))
-        self.open.append(ticket)
-        return ticket
+    @rule(target=guests, job=JOBS)
+    def request(self, job: JobDescription) -> Guest:
+        guest = Guest(job, self.ledger._request(job))
+        self.open.append(guest)
+        return guest
 
-    @rule(cores=st.integers(1, 2 * CORES), memory_mb=st.integers(MEMORY_MB + 1, 2 * MEMORY_MB))
-    def request_too_much(self, cores: int, memory_mb: int) -> None:
+    @rule(job=JOBS, cores=st.integers(0, 2), memory_mb=st.integers(0, 2), gpus=st.integers(0, 2))
+    def request_too_much(self, job: JobDescription, cores: int, memory_mb: int, gpus: int) -> None:
+        assume(cores or memory_mb or gpus)
+        much = {"number_of_processors": len(CPUS) + cores} if cores else {}
+        much |= {"memory_mb": MEMORY_MB + memory_mb} if memory_mb else {}
+        much |= {"number_of_gpus": len(GPUS) + gpus} if gpus else {}
         before = repr(self.ledger)
-        try:
-            self.ledger._request(Slot(cores, memory_mb))
-        except PayloadNotStarted:
-            assert repr(self.ledger) == before
-        else:
-            raise AssertionError("a job that can never fit was given a place in the line")
+        with pytest.raises(PayloadNotStarted, match="the node has"):
+            self.ledger._request(job.model_copy(update=much))
+        assert repr(self.ledger) == before
 
-    @rule(ticket=consumes(tickets))
-    def give_back(self, ticket: _Ticket) -> None:
-        self.ledger._return(ticket)
-        self.open.remove(ticket)
+    @rule(guest=guests)
+    def wake(self, guest: Guest) -> None:
+        if guest in self.open and guest.granted and guest.slot is None:
+            guest.slot = self.ledger._assigned(guest.ticket, guest.job)
+
+    @rule(guest=consumes(guests))
+    def leave(self, guest: Guest) -> None:
+        self.ledger._return(guest.ticket, guest.slot)
+        self.open.remove(guest)
 
     @invariant()
     def nothing_is_promised_twice(self) -> None:
-        granted = [ticket.slot for ticket in self.open if ticket.granted.is_set()]
-        assert sum(slot.cores for slot in granted) <= CORES
-        assert sum(slot.memory_mb or 0 for slot in granted) <= MEMORY_MB
-        free = CORES - sum(slot.cores for slot in granted)
-        waiting = len(self.open) - len(granted)
-        assert repr(self.ledger) == f"<Ledger [{free} of {CORES} cores free, {waiting} waiting]>"
+        held = [guest.ticket.holds for guest in self.open if guest.granted]
+        capacity = (len(CPUS), MEMORY_MB, len(GPUS), LICENCES)
+        free = tuple(there - sum(amounts) for there, amounts in zip(capacity, zip(*held, strict=True), strict=False))
+        assert all(amount >= 0 for amount in free)
+        assert (self.ledger.free_cores, self.ledger.free_memory_mb, self.ledger.free_gpus) == (free or capacity)[:3]
+        assert self.ledger.waiting == len(self.open) - len(held)
 
     @invariant()
-    def first_come_first_served(self) -> None:
-        order = [ticket.granted.is_set() for ticket in self.open]
-        assert order == sorted(order, reverse=True)
+    def a_slot_has_what_the_job_needs_and_nobody_else_has_it(self) -> None:
+        cpus: list[int] = []
+        gpus: list[str] = []
+        for guest in self.open:
+            if (slot := guest.slot) is not None:
+                job = guest.job
+                whole = job.whole_node
+                most = job.max_number_of_processors or job.number_of_processors
+                assert job.number_of_processors <= slot.cores == len(slot.cpus)
+                assert slot.cores == len(CPUS) if whole else slot.cores <= most
+                assert len(slot.gpus) == (len(GPUS) if whole else job.number_of_gpus)
+                assert slot.memory_mb == (MEMORY_MB if whole else job.memory_mb)
+                assert slot.extras == ({"licences": LICENCES} if whole else job.resources)
+                cpus += slot.cpus
+                gpus += slot.gpus
+        assert len(cpus) == len(set(cpus))
+        assert len(gpus) == len(set(gpus))
 
     @invariant()
-    def nobody_waits_who_fits(self) -> None:
-        granted = [ticket.slot for ticket in self.open if ticket.granted.is_set()]
-        head = next((ticket.slot for ticket in self.open if not ticket.granted.is_set()), None)
-        if head is not None:
-            cores = head.cores + sum(slot.cores for slot in granted)
-            memory = (head.memory_mb or 0) + sum(slot.memory_mb or 0 for slot in granted)
-            assert cores > CORES or memory > MEMORY_MB
+    def nobody_waits_who_could_have_a_slot(self) -> None:
+        """What is free and not kept for anybody is too little for each of those who wait."""
+        spare = self.ledger._line.spare()
+        for guest in self.open:
+            if not guest.granted:
+                assert any(need > there for need, there in zip(guest.ticket.needs, spare, strict=True))
+
+    @invariant()
+    def who_has_the_best_claim_waits_only_for_those_before(self) -> None:
+        best = next(self.ledger._line.claims(), None)
+        if best is None:
+            self.claim = None
+        elif self.claim is None or self.claim[0] is not best:
+            self.claim = best, [guest for guest in self.open if guest.granted]
+        else:
+            assert any(guest in self.open for guest in self.claim[1])
+
+    @invariant()
+    def every_idle_core_has_a_reason(self) -> None:
+        reasons = self.ledger.idle_reasons()
+        assert sum(reasons.values()) == self.ledger.free_cores
+        assert all(reasons.values())
+        if not self.ledger.waiting:
+            assert set(reasons) <= {NO_JOB}
 
     def teardown(self) -> None:
         """Every ticket ends granted or withdrawn: when the granted ones leave, those behind are granted in their turn."""
         while self.open:
-            assert self.open[0].granted.is_set()
-            self.ledger._return(self.open.pop(0))
-        assert repr(self.ledger) == f"<Ledger [{CORES} of {CORES} cores free, 0 waiting]>"
+            granted = next(guest for guest in self.open if guest.granted)
+            self.wake(granted)
+            self.leave(granted)
+            self.a_slot_has_what_the_job_needs_and_nobody_else_has_it()
+        assert repr(self.ledger) == f"<Ledger [{len(CPUS)} of {len(CPUS)} cores free, 0 waiting]>"
+        assert set(self.ledger._free_cpus) == set(range(len(CPUS)))
+        assert set(self.ledger._free_gpus) == {"GPU-a", "GPU-b"}
 
 
 TestAnyOrderOfRequests = AnyOrderOfRequests.TestCase
-TestAnyOrderOfRequests.settings = settings(max_examples=50, deadline=None)
+TestAnyOrderOfRequests.settings = settings(max_examples=100, deadline=None)
+
+
+class Watched(Line):
+    """Counts for everybody how often they are gone past."""
+
+    def __init__(self, cores: int, *, patience: int, seniority: int) -> None:
+        super().__init__((cores,), patience=patience, seniority=seniority)
+        self.past_head: dict[Ticket, int] = defaultdict(int)
+        self.past_eldest: dict[Ticket, int] = defaultdict(int)
+
+    def _grant(self, ticket: Ticket, spare: Amounts) -> None:
+        waiting = list(self._waiting.values())
+        eldest = min(waiting, key=lambda other: other.number)
+        head = min(waiting, key=lambda other: (-other.priority, other.number))
+        if ticket is not eldest:
+            self.past_eldest[eldest] += 1
+            if ticket is not head:
+                self.past_head[head] += 1
+        super()._grant(ticket, spare)
+
+
+VISITS = st.lists(st.tuples(st.integers(1, 4), st.integers(0, 2), st.integers(0, 10)), max_size=60)
+
+
+@OFTEN
+@given(VISITS, st.integers(0, 4), st.integers(1, 6))
+def test_nobody_is_gone_past_more_often_than_the_rule_says(
+    visits: list[tuple[int, int, int]], patience: int, seniority: int
+) -> None:
+    """The head by those behind it, except who has waited longest; who has waited longest by anybody. All are granted."""
+    line = Watched(4, patience=patience, seniority=seniority)
+    tickets: list[Ticket] = []
+    for cores, priority, leaves in visits:
+        tickets.append(line.request((cores,), priority=priority))
+        holders = [ticket for ticket in tickets if ticket.holds]
+        if holders and leaves < 8:
+            tickets.remove(holder := holders[leaves % len(holders)])
+            line.give_back(holder)
+    while tickets:
+        tickets.remove(holder := next(ticket for ticket in tickets if ticket.holds))
+        line.give_back(holder)
+    assert max(line.past_head.values(), default=0) <= min(patience, seniority)
+    assert max(line.past_eldest.values(), default=0) <= seniority
+    assert (line.free, len(line)) == ((4,), 0)
+
+
+@OFTEN
+@given(st.sets(st.integers(0, 7), min_size=1), st.data())
+def test_chosen_processors_are_free_ones_and_of_one_node_if_they_fit(free: set[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, len(free)))
+    near = data.draw(st.sets(st.integers(0, 1)))
+    chosen = choose_cpus([CPUS[number] for number in free], count, near)
+    assert len(chosen) == len(set(chosen)) == count
+    assert set(chosen) <= free
+    room = [len([number for number in free if CPUS[number].node == node]) for node in (0, 1)]
+    nodes = {CPUS[number].node for number in chosen}
+    assert (len(nodes) == 1) == (count <= max(room))
+    if len(nodes) == 1 and any(room[node] >= count for node in near):
+        assert nodes <= near
+    broken = [number for number in chosen if (number + 4) % 8 in free - set(chosen)]
+    assert len(broken) <= 1, "at most one core is shared with somebody else"
+
 
 NOON = datetime(2030, 5, 1, 12, 0, tzinfo=UTC)
 SECONDS = st.floats(min_value=0, max_value=1e7, allow_nan=False)

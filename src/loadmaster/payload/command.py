@@ -20,6 +20,9 @@ from loadmaster.world import World
 THREAD_VARIABLES: Final = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 """Unset, each of these libraries takes every core of the node, whatever the slot."""
 
+CUDA_ORDER: Final = "CUDA_DEVICE_ORDER"
+"""CUDA numbers GPUs by their speed unless told otherwise; batch systems, and the kernel's files, by their place."""
+
 DEFAULT_PATH: Final = "/usr/local/bin:/usr/bin:/bin"
 
 SHELL: Final = "/bin/sh"
@@ -46,8 +49,15 @@ def default_environment(job: JobDescription, ce: ComputingElement, workdir: Work
 
 
 def slot_environment(slot: Slot) -> dict[str, str]:
-    """What a payload is told of the slot it was granted; libraries that start a thread per core take it for theirs."""
-    return dict.fromkeys(("LOADMASTER_CORES", *THREAD_VARIABLES), str(slot.cores))
+    """What a payload is told of the slot it was granted; libraries that start a thread per core take it for theirs.
+
+    On a node whose GPUs are assigned, a payload that was given none is told so: it would take somebody else's.
+    """
+    told = dict.fromkeys(("LOADMASTER_CORES", *THREAD_VARIABLES), str(slot.cores))
+    told |= dict.fromkeys(slot.gpu_variables, ",".join(slot.gpus))
+    if any(gpu.isdecimal() for gpu in slot.gpus):
+        told[CUDA_ORDER] = "PCI_BUS_ID"
+    return told
 
 
 def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdir) -> str:
