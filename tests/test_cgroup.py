@@ -114,7 +114,7 @@ def wait_for(path: Path, seconds: float = 20) -> None:
 
 def test_a_hostile_job_id_makes_a_group_in_its_place(group: Group, hierarchies: Hierarchies) -> None:
     assert [path.parent for path in group.directories] == list(hierarchies.directories)
-    assert all(path.name.startswith("loadmaster-7____x_y-") for path in group.directories)
+    assert all(path.name.startswith("loadmaster-g-7____x_y-") for path in group.directories)
 
 
 def test_a_process_joins_and_we_stay_where_we_are(group: Group, join: Join) -> None:

@@ -82,6 +82,9 @@ class SlotGranted(Event):
 
     cores: int
     memory_mb: int | None
+    cpus: tuple[int, ...] = ()
+    """Which processors it stays on; none: any."""
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

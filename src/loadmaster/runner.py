@@ -58,7 +58,7 @@ from loadmaster.hooks import call_hook
 from loadmaster.ledger import AsAsked, Slots
 from loadmaster.lifecycle import Stage
 from loadmaster.limits import deadline_verdict, limits_of, seconds_left
-from loadmaster.payload.command import default_command, default_environment, slot_environment
+from loadmaster.payload.command import default_command, default_environment, with_slot
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
@@ -200,16 +200,15 @@ class _Flight:
         with self._in_time() as waiting:
             async with self.slots.lease(self.job.description) as slot:
                 waiting.deadline = inf  # from here on the payload's own supervision keeps it
-                await self.record(SlotGranted, slot.cores, slot.memory_mb)
-                with_slot = spec.model_copy(update={"env": {**slot_environment(slot), **spec.env}})
-                return await self._supervise(with_slot)
+                await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
+                return await self._supervise(with_slot(spec, slot), frozenset(slot.cpus))
 
-    async def _supervise(self, spec: PayloadSpec) -> PayloadOutcome:
+    async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
         """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
         description = self.job.description
         payload = await start(
             spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
-            limits=self.limits, world=self.site.payload,
+            limits=self.limits, world=self.site.payload, cores=cores,
             soft_stop=SoftStop.of(description), outputs_bytes=self.job.outputs_bytes if self._has_outputs else None,
         )  # fmt: skip
         verdict: Verdict | None = None

@@ -60,6 +60,13 @@ def slot_environment(slot: Slot) -> dict[str, str]:
     return told
 
 
+def with_slot(spec: PayloadSpec, slot: Slot) -> PayloadSpec:
+    """A payload that is told its slot. It may know better how many threads it wants, but not which GPUs are its own."""
+    told = slot_environment(slot)
+    own = {name: told[name] for name in slot.gpu_variables}
+    return spec.model_copy(update={"env": {**told, **spec.env, **own}})
+
+
 def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdir) -> str:
     """The shell command of the description: its executable, found, and its arguments as they stand. Blocks.
 
