@@ -1,18 +1,43 @@
-"""What the rest of the house knows of storage: two small protocols and their values."""
+"""What the rest of the house knows of storage: a small protocol, what it moves, and the catalog.
+
+A storage moves *transfers*: one file each, between a URL and a local file. It is given many at once, so that ten
+thousand small files cost ten thousand requests and not ten thousand switches of threads and tasks; it says which have
+ended in batches. A storage that handles one file at a time is made one of these by `storage.single.OneByOne`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, Flag, auto
 from typing import Protocol
+
+from loadmaster.errors import StorageError
+from loadmaster.storage.checksums import Checksum
+
+
+class Ability(Flag):
+    """What a storage can do beyond moving whole files."""
+
+    NONE = 0
+    RANGES = auto()
+    """A part of a file can be read: a download can be resumed, and split."""
+    CHECKSUMS = auto()
+    """`stat` knows a checksum without the file being read."""
+    RENAME = auto()
+    """An upload is written beside its name and renamed: the name never holds half a file, or nothing holds."""
+    MULTIPART = auto()
+    """An upload comes into being by a last word; what was sent before it can be abandoned."""
+    COPY = auto()
+    """A file can be copied within the storage, without its bytes passing through us."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """The size of a file and, where it is known without reading it, its adler32 (eight hex digits)."""
+    """The size of a file and, where it is known without reading it, a checksum."""
 
     size_bytes: int
-    adler32: str | None = None
+    checksum: Checksum | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,40 +57,83 @@ class CatalogEntry:
     replicas: tuple[Replica, ...]
 
 
-class Progress:
-    """How many bytes of one transfer have passed. Written by the storage, from any thread; read by whoever wants."""
+class LocalFile(Protocol):
+    """The local end of a transfer. Its methods block; a storage calls them in a thread of its own, one at a time.
 
-    __slots__ = ("done_bytes",)
+    They raise OSError, which is about this machine and not about the storage, or `StorageError`.
+    """
 
-    def __init__(self) -> None:
-        self.done_bytes = 0
+    def open(self) -> int:
+        """A descriptor: of a new file to write to (and read from), or of the file to read. The storage closes it."""
+        ...
+
+    def keep(self, descriptor: int, info: FileInfo) -> None:
+        """All bytes have passed: verify and give a download its name. Raises `ChecksumMismatch`. Nothing for uploads."""
+        ...
+
+    def discard(self) -> None:
+        """The transfer failed, or was cancelled: remove what was written. Must not raise."""
+        ...
+
+
+class Direction(Enum):
+    """Which way the bytes go."""
+
+    DOWNLOAD = "download"
+    UPLOAD = "upload"
+
+
+@dataclass(eq=False, slots=True)
+class Transfer:
+    """One file to be moved once. Whoever moves it sets `result` and, as bytes pass, `done_bytes`."""
+
+    direction: Direction
+    url: str
+    local: LocalFile
+    algorithm: str = "adler32"
+    """Of the checksum that is computed as the bytes pass."""
+    size_bytes: int | None = None
+    """What is known of the size beforehand."""
+    done_bytes: int = 0
+    """How many bytes have passed; may be read from any thread, at any time."""
+    result: FileInfo | StorageError | None = None
+    """The size and checksum of the bytes that passed, once they are safe; or why they did not."""
 
 
 class Storage(Protocol):
     """One kind of storage, reached by URLs.
 
-    Every method raises `StorageError`, and nothing else but cancellation. A cancelled one stops soon and leaves no
-    partial file that could be taken for a whole one.
+    `stat` and `remove` raise `StorageError`, and nothing else but cancellation; `move` puts it into the results.
     """
+
+    abilities: Ability
+
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        """Move all of these, as many at a time as is good; return when each has its result.
+
+        `ended` is called in the event loop's thread, with those that have ended since it was called last; each is in
+        one call. For a download that succeeded, `local.keep` has been called; for all others `local.discard`. A
+        cancelled call stops soon and leaves no partial file that could be taken for a whole one, here or there.
+        """
+        ...
 
     async def stat(self, url: str) -> FileInfo:
         """What is at the URL. Raises `NotFound` when nothing is."""
         ...
 
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
-        """Write the whole file to an open descriptor; the size and adler32 of the bytes that passed."""
-        ...
-
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        """Store what an open descriptor holds, from its beginning. The URL names the whole file or what it named before.
-
-        Returns the size and adler32 of the bytes that passed, once they are safe.
-        """
-        ...
-
     async def remove(self, url: str) -> None:
         """Remove the file. Raises `NotFound` when there is none."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """What a kind of storage is made with: the site's words for it, and how much it may do at once."""
+
+    streams: int = 8
+    """Transfers at once, in each direction."""
+    words: Mapping[str, object] = field(default_factory=dict)
+    """The table `[storage.<scheme>]` of the site's file; the storage checks it and names what it does not understand."""
 
 
 class Catalog(Protocol):
