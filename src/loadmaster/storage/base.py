@@ -8,18 +8,21 @@ ended in batches. A storage that handles one file at a time is made one of these
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from loadmaster.errors import StorageError
-from loadmaster.storage.checksums import Checksum
+from loadmaster.storage.checksums import Checksum, Running, running
 
 
 class Ability(Flag):
     """What a storage can do beyond moving whole files."""
 
     NONE = 0
+    SIDE_BY_SIDE = auto()
+    """One call of `move` moves several at once, within the storage's own streams; without it, one after another."""
     RANGES = auto()
     """A part of a file can be read: a download can be resumed, and split."""
     CHECKSUMS = auto()
@@ -72,7 +75,7 @@ class LocalFile(Protocol):
         ...
 
     def discard(self) -> None:
-        """The transfer failed, or was cancelled: remove what was written. Must not raise."""
+        """The transfer failed, or was cancelled: remove what was written. Must not raise, also if nothing was opened."""
         ...
 
 
@@ -85,7 +88,11 @@ class Direction(Enum):
 
 @dataclass(eq=False, slots=True)
 class Transfer:
-    """One file to be moved once. Whoever moves it sets `result` and, as bytes pass, `done_bytes`."""
+    """One file, or a part of one, to be moved once. Whoever moves it sets `result` and, as bytes pass, `done_bytes`.
+
+    A part (`first_byte`, `last_byte`) is only asked of a storage with `Ability.RANGES`, and only of downloads. Its bytes
+    go to the same place of the local file: write with `os.pwrite`, or seek first.
+    """
 
     direction: Direction
     url: str
@@ -93,15 +100,46 @@ class Transfer:
     algorithm: str = "adler32"
     """Of the checksum that is computed as the bytes pass."""
     size_bytes: int | None = None
-    """What is known of the size beforehand."""
+    """What is known beforehand of the size of the whole file."""
+    first_byte: int = 0
+    last_byte: int | None = None
+    """The last one of the part; None for the end of the file."""
+    version: str | None = None
+    """What the storage calls this content (an ETag). Set by the storage; given again with a part, which is refused with
+    `StorageUnavailable` when the content is another by now."""
+    passed: Running | None = None
+    """The checksum of what has passed. Given for a part that continues another: it has the bytes before it already."""
+    begun: bool = False
+    """Whether it is under way, or still waits inside the storage."""
     done_bytes: int = 0
-    """How many bytes have passed; may be read from any thread, at any time."""
+    """How many bytes have passed, of this part; may be read from any thread, at any time."""
     result: FileInfo | StorageError | None = None
-    """The size and checksum of the bytes that passed, once they are safe; or why they did not."""
+    """The count of the bytes that passed (`done_bytes`) and the checksum, once they are safe; or why they are not."""
+    given_up: bool = False
+    """Nobody wants it any more: it should end soon, with an error. A storage looks at this between blocks."""
+    when_given_up: Callable[[], None] | None = None
+    """Called, in the event loop's thread, when it is given up. A storage that waits puts here what ends the waiting."""
+
+    def begin(self) -> Running:
+        """To be called by the storage when it begins: the checksum, to be given all bytes in their order."""
+        self.begun = True
+        if self.passed is None:
+            self.passed = running(self.algorithm)
+        return self.passed
+
+    def info(self) -> FileInfo:
+        """What has passed so far."""
+        return FileInfo(self.done_bytes, self.passed.result() if self.passed is not None else None)
+
+    def give_up(self) -> None:
+        """Have it end without being done."""
+        self.given_up = True
+        if self.when_given_up is not None:
+            self.when_given_up()
 
 
 class Storage(Protocol):
-    """One kind of storage, reached by URLs.
+    """One kind of storage, reached by URLs. Made by a factory: `async with factory(StorageOptions(...)) as storage`.
 
     `stat` and `remove` raise `StorageError`, and nothing else but cancellation; `move` puts it into the results.
     """
@@ -112,8 +150,9 @@ class Storage(Protocol):
         """Move all of these, as many at a time as is good; return when each has its result.
 
         `ended` is called in the event loop's thread, with those that have ended since it was called last; each is in
-        one call. For a download that succeeded, `local.keep` has been called; for all others `local.discard`. A
-        cancelled call stops soon and leaves no partial file that could be taken for a whole one, here or there.
+        one call. For a download that succeeded, `local.keep` has been called; for all others `local.discard`. An
+        OSError of the local file becomes a `StorageError` that names this machine's end (`storage.local.translated`).
+        A cancelled call stops soon and leaves no partial file that could be taken for a whole one, here or there.
         """
         ...
 
@@ -130,10 +169,16 @@ class Storage(Protocol):
 class StorageOptions:
     """What a kind of storage is made with: the site's words for it, and how much it may do at once."""
 
+    scheme: str = ""
+    """Of the URLs it is asked for."""
     streams: int = 8
     """Transfers at once, in each direction."""
     words: Mapping[str, object] = field(default_factory=dict)
     """The table `[storage.<scheme>]` of the site's file; the storage checks it and names what it does not understand."""
+
+
+StorageFactory: TypeAlias = Callable[[StorageOptions], AbstractAsyncContextManager[Storage]]
+"""What a scheme stands for, in our own table and in the entry points of the group `loadmaster.storages`."""
 
 
 class Catalog(Protocol):
