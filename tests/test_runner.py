@@ -49,7 +49,7 @@ from loadmaster.events import (
 from loadmaster.lifecycle import Lifecycle
 from loadmaster.names import file_url
 from loadmaster.result import EndedBy, Failure, Phase
-from loadmaster.storage.base import FileInfo, Replica, Transfer
+from loadmaster.storage.base import Replica, Transfer
 from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.testing import Faults, MemoryJournal, MemoryStorage
 
@@ -409,13 +409,12 @@ class AllAtOnce(MemoryStorage):
         self.all_begun = anyio.Event()
 
     async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
-        for _ in transfers:
-            await self._together()
+        await self._together(len(transfers))
         await super().move(transfers, ended)
 
-    async def _together(self) -> None:
-        self.begun += 1
-        if self.begun == self.at_once:
+    async def _together(self, count: int) -> None:
+        self.begun += count
+        if self.begun >= self.at_once:
             self.all_begun.set()
         with anyio.fail_after(20):
             await self.all_begun.wait()
@@ -449,6 +448,334 @@ async def test_no_more_files_are_under_way_at_once_than_the_site_has_streams(fly
     class Counting(AllAtOnce):
         now = most = 0
 
+        async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            try:
+                await super().move(transfers, ended)
+            finally:
+                self.now -= 1
+
+    storage = Counting(3, {f"memory://se/{n}": b"x" for n in range(9)})
+    async with open_transfers(Site(streams=3), storages={"memory": storage}) as transfers:
+        result = await fly({"transfers": transfers, "site": None}, input_data=sorted(storage.files))
+    assert result.status is Status.DONE
+    assert storage.most == 3
+
+
+async def test_an_output_that_was_not_made_is_listed_and_the_job_is_done(fly: Fly, out: Path) -> None:
+    result = await fly(**sh("echo x > made"), output_data=["made", "forgotten", "*.root"])
+    assert result.status is Status.DONE
+    assert result.missing_outputs == ("forgotten", "*.root")
+    assert [file.name for file in result.outputs] == ["made"]
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("ln -s /etc/passwd data", "is a symbolic link out of the work directory"),
+        ("mkfifo data", "is a FIFO, not a file"),
+    ],
+    ids=["symlink", "fifo"],
+)
+async def test_an_output_that_may_not_leave_fails_the_job_with_its_reason(
+    fly: Fly, out: Path, script: str, reason: str
+) -> None:
+    result = await fly(**sh(f"{script}; touch other"), output_data=["data", "other"], output_sandbox=LOGS)
+    assert (result.status, kind(result), phase(result)) == (Status.FAILED, "StagingFailed", Phase.STAGE_OUT)
+    assert f"data: {reason}" in result.failure.message
+    assert not (out / "data").exists()
+    assert (out / "other").exists(), "the others are tried all the same"
+
+
+async def test_an_input_that_is_missing_fails_the_job_before_a_payload(fly: Fly, out: Path) -> None:
+    handle = JobHandle()
+    result = await fly({"handle": handle}, input_data=["/nowhere/a", "/nowhere/b"], output_sandbox=LOGS)
+    assert (result.status, kind(result), phase(result)) == (Status.FAILED, "StagingFailed", Phase.STAGE_IN)
+    assert "a: file:///nowhere/a" in result.failure.message
+    assert "b: file:///nowhere/b" in result.failure.message
+    assert "PayloadPrepared" not in kinds(await history(handle))
+    assert result.missing_outputs == ("std.out", "std.err")
+
+
+async def test_wrong_bytes_are_not_given_to_the_payload(fly: Fly) -> None:
+    storage = Faults(MemoryStorage({"memory://se/a": b"right"}))
+    storage.corrupt("download")
+    async with open_transfers(Site(), storages={"memory": storage}) as transfers:
+        result = await fly(
+            {"transfers": transfers, "site": None}, input_data=[{"source": "memory://se/a", "adler32": "06960211"}]
+        )
+    assert (kind(result), phase(result)) == ("StagingFailed", Phase.STAGE_IN)
+    assert "adler32" in result.failure.message
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    """Two storage elements, one to fall back on, and a catalog."""
+    return Site(
+        vo="example",
+        catalog=str(tmp_path / "catalog.sqlite"),
+        storage_elements={name: str(tmp_path / "se" / name) for name in ("DISK", "TAPE", "BUFFER")},
+        default_se=["DISK"],
+        failover_se=["BUFFER"],
+        sandbox_store=str(tmp_path / "sandboxes"),
+    )
+
+
+DATA = {"owner": "jane", "job_id": "4711", "output_data": ["data"]}
+LFN = "/example/user/j/jane/4/4711/data"
+
+
+async def test_output_data_goes_to_the_storage_element_and_into_the_catalog(
+    fly: Fly, site: Site, tmp_path: Path
+) -> None:
+    result = await fly({"site": site}, **sh("echo x > data"), **DATA)
+    assert result.status is Status.DONE
+    assert [(file.lfn, file.storage_element) for file in result.outputs] == [(LFN, "DISK")]
+    place = tmp_path / "se" / "DISK" / LFN[1:]
+    assert place.read_text() == "x\n"
+    entry = (await SqliteCatalog(tmp_path / "catalog.sqlite").lookup([LFN]))[LFN]
+    assert entry.replicas == (Replica(file_url(place), "DISK"),)
+
+
+async def test_output_data_whose_element_is_broken_is_safe_elsewhere_and_the_job_completed(
+    fly: Fly, site: Site, tmp_path: Path
+) -> None:
+    (tmp_path / "se").mkdir()
+    (tmp_path / "se" / "DISK").write_text("a file where the storage element should be")
+    result = await fly({"site": site}, **sh("echo x > data"), **DATA)
+    assert (result.status, result.failure) == (Status.COMPLETED, None)
+    assert [(file.lfn, file.storage_element) for file in result.outputs] == [(LFN, "BUFFER")]
+    wanted = file_url(tmp_path / "se" / "DISK" / LFN[1:])
+    assert result.pending == (f"move {result.outputs[0].url} to {wanted}",)
+    assert (tmp_path / "se" / "BUFFER" / LFN[1:]).read_text() == "x\n"
+
+
+async def test_output_data_no_element_takes_fails_the_job_and_says_why(fly: Fly, site: Site, tmp_path: Path) -> None:
+    (tmp_path / "se").write_text("no storage at all")
+    result = await fly({"site": site}, **sh("echo x > data; echo log"), **DATA, output_sandbox=["std.out"])
+    assert (result.status, kind(result), phase(result)) == (Status.FAILED, "StagingFailed", Phase.STAGE_OUT)
+    assert "DISK" in result.failure.message, "where it was wanted, not where it was tried last"
+    assert result.outcome.exit_code == 0
+    assert (tmp_path / "sandboxes" / "4711" / "std.out").read_text() == "log\n"
+
+
+@pytest.mark.parametrize("words", [{"output_data": ["data"]}, {"output_sandbox": ["std.out"]}])
+async def test_an_output_with_nowhere_to_go_is_refused_before_anything_is_computed(
+    fly: Fly, words: dict[str, Any]
+) -> None:
+    handle = JobHandle()
+    result = await fly({"site": Site(), "handle": handle}, **words)
+    assert (result.status, kind(result), phase(result)) == (Status.FAILED, "InvalidJob", Phase.STAGE_IN)
+    assert next(iter(words)) in result.failure.message
+    assert "StageInStarted" not in kinds(await history(handle))
+
+
+# -- slots -------------------------------------------------------------------------------------------------------
+
+
+async def test_jobs_that_share_a_core_overlap_their_staging_but_not_their_payloads(fly: Fly, tmp_path: Path) -> None:
+    """Both bring their inputs in before either payload runs; then one payload runs after the other."""
+    order: list[tuple[str, str]] = []
+
+    async def follow(handle: JobHandle) -> None:
+        async for event in handle.events():
+            if isinstance(event, (PayloadStarted, PayloadExited)):
+                order.append((event.job_id, event.kind))
+
+    class Together(JobExecutionCoordinator):
+        async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec:
+            staged.append(self.jobArgs.job_id)
+            if len(staged) == 2:
+                both_staged.set()
+            with anyio.fail_after(20):
+                await both_staged.wait()
+            return PayloadSpec(command=command, env=exeEnv)
+
+    staged: list[str] = []
+    both_staged = anyio.Event()
+    ledger = Ledger(cores=1)
+    (tmp_path / "input").touch()
+    results: list[JobResult] = []
+
+    async def run(job_id: str, handle: JobHandle) -> None:
+        results.append(
+            await fly(
+                {"slots": ledger, "handle": handle, "coordinator": Together},
+                job_id=job_id, **sh(f"mkdir {tmp_path}/core && rmdir {tmp_path}/core"),
+                input_data=[str(tmp_path / "input")],
+            )
+        )  # fmt: skip
+
+    async with anyio.create_task_group() as tg:
+        for job_id in ("one", "two"):
+            handle = JobHandle()
+            tg.start_soon(follow, handle)
+            tg.start_soon(run, job_id, handle)
+    assert [result.status for result in results] == [Status.DONE, Status.DONE]
+    first = order[0][0]
+    second = {"one": "two", "two": "one"}[first]
+    assert order == [
+        (first, "PayloadStarted"), (first, "PayloadExited"), (second, "PayloadStarted"), (second, "PayloadExited"),
+    ]  # fmt: skip
+    assert repr(ledger) == "<Ledger [1 of 1 cores free, 0 waiting]>"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        {"executable": "/bin/false"},
+        {"executable": "/nowhere"},
+        {"executable": "sleep", "arguments": "60", "limits": {"wall_seconds": 0.1}},
+        {"number_of_processors": 3},
+        {"memory_mb": 5000},
+        {"input_data": ["/nowhere"]},
+    ],
+    ids=lambda words: ",".join(words),
+)
+async def test_a_failed_job_leaves_the_ledger_as_it_was(fly: Fly, words: dict[str, Any]) -> None:
+    ledger = Ledger(cores=2, memory_mb=4000)
+    assert (await fly({"slots": ledger}, **words)).status is Status.FAILED
+    assert repr(ledger) == "<Ledger [2 of 2 cores free, 0 waiting]>"
+
+
+async def test_a_job_that_fits_no_slot_is_told_so(fly: Fly) -> None:
+    result = await fly({"slots": Ledger(cores=2)}, number_of_processors=3)
+    assert result.failure == Failure("PayloadNotStarted", "the job needs 3 cores, the node has 2", Phase.PAYLOAD)
+
+
+# -- the work directory ------------------------------------------------------------------------------------------
+
+
+async def test_a_work_directory_that_is_to_be_kept_is_kept_whole(out: Path, tmp_path: Path) -> None:
+    job = JobDescription(**sh("echo x > data"), job_id="kept")
+    result = await run_job(job, root=tmp_path / "elsewhere", keep_workdir=True)
+    assert result.status is Status.DONE
+    assert sorted(path.name for path in (tmp_path / "elsewhere" / "kept").iterdir()) == ["data", "std.err", "std.out"]
+
+
+async def test_a_job_cannot_have_the_work_directory_of_one_that_runs(fly: Fly) -> None:
+    class Twice(JobExecutionCoordinator):
+        async def stageIn(self) -> None:
+            with pytest.raises(WorkdirFault, match="another running job has this work directory"):
+                await fly(job_id=self.jobArgs.job_id)
+
+    assert (await fly({"coordinator": Twice})).status is Status.DONE
+
+
+async def test_a_handle_is_for_one_job_only(fly: Fly) -> None:
+    handle = JobHandle()
+    await fly({"handle": handle}, job_id="one")
+    with pytest.raises(RuntimeFault, match="already used for job one"):
+        await fly({"handle": handle}, job_id="two")
+
+
+# -- events, the journal -----------------------------------------------------------------------------------------
+
+
+async def test_the_result_is_the_fold_of_the_recorded_events(fly: Fly, tmp_path: Path) -> None:
+    journal = MemoryJournal()
+    handle = JobHandle(journal)
+    (tmp_path / "input").touch()
+    result = await fly(
+        {"handle": handle, "coordinator": Asked, "attempt": 2},
+        **sh("echo x > data"), input_data=[str(tmp_path / "input")], output_data=["data", "absent"],
+    )  # fmt: skip
+    assert result.status is Status.DONE
+    assert (result.attempt, result.parameters) == (2, {"postProcess": "called"})
+    assert await history(handle) == journal.events
+    assert Lifecycle.of(journal.events).result() == handle.result == result
+
+
+async def test_nobody_hears_of_an_event_before_the_journal_has_it(fly: Fly) -> None:
+    journal = MemoryJournal()
+    handle = JobHandle(journal)
+
+    async def follow() -> None:
+        async for event in handle.events():
+            assert event in journal.events
+
+    async with anyio.create_task_group() as tg:
+        tg.start_soon(follow)
+        await fly({"handle": handle}, **sh("touch data"), output_data=["data"])
+
+
+async def test_a_journal_that_fails_at_any_event_ends_the_job_and_its_payload(fly: Fly, tmp_path: Path) -> None:
+    """The job stops where the journal stopped; the fault names the event, and no process is left."""
+    (tmp_path / "input").touch()
+
+    async def run(job_id: str, journal: MemoryJournal) -> None:
+        await fly(
+            {"handle": JobHandle(journal), "coordinator": Asked},
+            job_id=job_id, **sh("touch data; [ $JOBID = whole ] || sleep 60"),
+            input_data=[str(tmp_path / "input")], output_data=["data"],
+        )  # fmt: skip
+
+    await run("whole", whole := MemoryJournal())
+    told = kinds(whole.events)
+    for number, event in enumerate(told[: told.index("PayloadExited")], start=1):
+        journal = MemoryJournal()
+        journal.fail_at(number)
+        with pytest.raises(RuntimeFault, match=rf"did not take {event}: \[Errno 28\]") as caught:
+            await run(f"broken-{number}", journal)
+        assert isinstance(caught.value.__cause__, OSError)
+        assert kinds(journal.events) == told[: number - 1]
+        assert processes_of(f"broken-{number}") == []
+
+
+@pytest.mark.parametrize("event", [PayloadExited, ComputingEnded, StageOutStarted, JobFinished])
+async def test_a_journal_that_fails_after_the_payload_claims_no_end(fly: Fly, event: type[Event]) -> None:
+    class Full(MemoryJournal):
+        async def append(self, event: Event) -> None:
+            if isinstance(event, refused):
+                raise OSError("disk on fire")
+            await super().append(event)
+
+    refused = event
+    handle = JobHandle(Full())
+    with pytest.raises(RuntimeFault, match=f"did not take {event.__name__}: disk on fire"):
+        await fly({"handle": handle})
+    assert handle.result is None
+    assert event.__name__ not in kinds(await history(handle))
+
+
+async def test_a_journals_own_runtime_fault_comes_out_as_it_is(fly: Fly) -> None:
+    class Torn(RuntimeFault):
+        pass
+
+    journal = MemoryJournal()
+    journal.fail_at(5, Torn("page 7"))
+    with pytest.raises(Torn, match="page 7"):
+        await fly({"handle": JobHandle(journal)})
+
+
+async def test_a_journal_that_fails_inside_a_hook_is_not_the_hooks_failure(fly: Fly) -> None:
+    """What a coordinator reports goes through the journal; its fault must not become a value of the job."""
+
+    class Reports(JobExecutionCoordinator):
+        async def stageIn(self) -> None:
+            async with anyio.create_task_group() as tg:
+                tg.start_soon(self.job.report, "a", 1)
+
+    journal = MemoryJournal()
+    journal.fail_at(3)
+    with pytest.raises(RuntimeFault, match="did not take ParameterReported"):
+        await fly({"handle": JobHandle(journal), "coordinator": Reports})
+
+
+async def test_a_journal_fault_is_not_hidden_by_an_input_that_fails_at_the_same_time(fly: Fly) -> None:
+    """Both standard steps of stageIn fail at once: the job's own trouble is the lesser one."""
+
+    class Late(MemoryJournal):
+        async def append(self, event: Event) -> None:
+            if event.kind == "FileStagedIn":
+                arrived.set()
+                await failed.wait()
+                await lowlevel.checkpoint()
+                raise OSError("disk on fire")
+            await super().append(event)
+
+    class Missing(MemoryStorage):
         async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
             if any(transfer.url.endswith("missing") for transfer in transfers):
                 await arrived.wait()
