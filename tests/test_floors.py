@@ -44,6 +44,7 @@ FLOORS: dict[str, float] = {
     "dirac": 9,
     "diracx": 9,
     "testing": 9,
+    "conformance": 9,
     "terminal": 9,
     "cli": 9.5,
     "__main__": 10,

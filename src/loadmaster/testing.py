@@ -61,25 +61,33 @@ class MemoryStorage:
         for transfer in transfers:
             from_thread.check_cancelled()
             passed = transfer.begin()
+            content = b""
             try:
                 download = transfer.direction is Direction.DOWNLOAD
-                content = self._part(transfer) if download else b""
+                if download:
+                    content = self._part(transfer)
                 with translated(WORK_DIRECTORY):
                     descriptor = transfer.local.open()
                     try:
                         if download:
-                            _write(descriptor, content, transfer.first_byte)
-                        else:
-                            content = _read(descriptor)
-                        passed.update(content)
-                        transfer.done_bytes = len(content)
-                        if download:
+                            for start in range(0, len(content), COPY_BYTES):
+                                block = content[start : start + COPY_BYTES]
+                                _write(descriptor, block, transfer.first_byte + start)
+                                passed.update(block)
+                                transfer.done_bytes += len(block)
+                                _check(transfer)
                             transfer.local.keep(descriptor, transfer.info())
+                        else:
+                            content = _taken(descriptor, transfer)
+                            passed.update(content)
                     finally:
                         os.close(descriptor)
             except StorageError as exc:
                 transfer.result = exc
                 transfer.local.discard()
+            except BaseException:
+                transfer.local.discard()
+                raise
             else:
                 if not download:
                     self.files[transfer.url] = content
@@ -172,17 +180,19 @@ class Faults:
                 await self._storage.move(plain, ended)
 
     async def _misbehave(self, transfer: Transfer, order: _Order, ended: Callable[[Sequence[Transfer]], None]) -> None:
-        """Have another transfer moved in place of this one, and let this one end as it did."""
+        """Fail or hang, or have it moved with something between it and its local file."""
         with anyio.CancelScope() as scope:
             transfer.when_given_up = scope.cancel
             try:
                 await _obey(order, transfer.url)
                 bent = _Bent(transfer.local, order)
-                other = replace(transfer, local=bent, when_given_up=None)
-                await self._storage.move([other], lambda _: None)
-                transfer.passed, transfer.done_bytes, transfer.result = other.passed, other.done_bytes, other.result
-                if isinstance(other.result, FileInfo):
-                    transfer.result = bent.info or _lie(other.result, order)
+                transfer.local = bent
+                try:
+                    await self._storage.move([transfer], lambda _: None)
+                finally:
+                    transfer.local = bent.local
+                if isinstance(transfer.result, FileInfo):
+                    transfer.result = bent.info or _lie(transfer.result, order)
             except StorageError as exc:
                 transfer.result = exc
                 transfer.local.discard()
@@ -218,17 +228,17 @@ class _Bent:
     """A local file between which and the storage something goes wrong."""
 
     def __init__(self, local: LocalFile, order: _Order) -> None:
-        self._local, self._order = local, order
+        self.local, self._order = local, order
         self.info: FileInfo | None = None
         """What arrived in truth, where that is other than what the storage sent."""
 
     def open(self) -> int:
         if not self._order.wrong_bytes:
-            return self._local.open()
+            return self.local.open()
         passing = os.memfd_create("loadmaster-wrong")
         if self._order.operation == "upload":
             try:
-                source = self._local.open()
+                source = self.local.open()
             except BaseException:
                 os.close(passing)
                 raise
@@ -240,19 +250,19 @@ class _Bent:
 
     def keep(self, descriptor: int, info: FileInfo) -> None:
         if not self._order.wrong_bytes:
-            self._local.keep(descriptor, _lie(info, self._order))
+            self.local.keep(descriptor, _lie(info, self._order))
             return
         content = _wrong(_read(descriptor))
-        target = self._local.open()
+        target = self.local.open()
         try:
             _write(target, content)
             self.info = _info(content)
-            self._local.keep(target, self.info)
+            self.local.keep(target, self.info)
         finally:
             os.close(target)
 
     def discard(self) -> None:
-        self._local.discard()
+        self.local.discard()
 
 
 class MemoryJournal:
@@ -294,6 +304,24 @@ def _lie(info: FileInfo, order: _Order | None) -> FileInfo:
 def _wrong(content: bytes) -> bytes:
     """As many bytes, the last one another."""
     return content[:-1] + bytes([content[-1] ^ 0xFF]) if content else content
+
+
+def _check(transfer: Transfer) -> None:
+    from_thread.check_cancelled()
+    if transfer.given_up:
+        raise StorageUnavailable(transfer.url, "given up")
+
+
+def _taken(descriptor: int, transfer: Transfer) -> bytes:
+    """The whole file of a descriptor, provided that it stays as it is meanwhile."""
+    size, blocks = os.fstat(descriptor).st_size, bytearray()
+    while block := os.pread(descriptor, COPY_BYTES, len(blocks)):
+        blocks += block
+        transfer.done_bytes = len(blocks)
+        _check(transfer)
+    if len(blocks) != size or os.fstat(descriptor).st_size != size:
+        raise StorageUnavailable(transfer.url, "changed while it was copied")
+    return bytes(blocks)
 
 
 def _read(descriptor: int) -> bytes:
