@@ -33,6 +33,7 @@ FLOORS: dict[str, float] = {
     "storage": 4.5,
     "payload": 5,
     "staging": 5,
+    "manifest": 5,
     "companions": 5.5,
     # one job
     "coordinator": 6,
@@ -46,6 +47,7 @@ FLOORS: dict[str, float] = {
     "testing": 9,
     "conformance": 9,
     "terminal": 9,
+    "stage": 9.2,
     "cli": 9.5,
     "__main__": 10,
     "__init__": 10,
