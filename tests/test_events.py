@@ -38,7 +38,7 @@ def test_every_kind_is_known_by_the_name_of_its_class() -> None:
 
 
 def test_only_heartbeats_and_progress_are_not_kept() -> None:
-    assert {name for name, kind in KINDS.items() if not kind.kept} == {"Heartbeat", "TransferProgress"}
+    assert {name for name, kind in KINDS.items() if not kind.kept} == {"Heartbeat", "StagingProgress", "TransferProgress"}
 
 
 def test_an_event_is_written_with_its_kind_its_job_and_its_time() -> None:
