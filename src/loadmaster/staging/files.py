@@ -110,9 +110,15 @@ class IncomingPath(Incoming):
     __slots__ = ()
 
     def __init__(
-        self, path: Path, *, size_bytes: int | None = None, checksum: Checksum | None = None, sync: bool = False
+        self,
+        path: Path | str,
+        *,
+        size_bytes: int | None = None,
+        checksum: Checksum | None = None,
+        sync: bool = False,
     ) -> None:
-        super().__init__(Directory(path.parent), path.name, size_bytes=size_bytes, checksum=checksum, sync=sync)
+        parent, _, name = str(path).rpartition("/")
+        super().__init__(Directory(parent), name, size_bytes=size_bytes, checksum=checksum, sync=sync)
 
 
 class Directory:
@@ -120,8 +126,8 @@ class Directory:
 
     __slots__ = ("_path",)
 
-    def __init__(self, path: Path) -> None:
-        self._path = str(path)
+    def __init__(self, path: Path | str) -> None:
+        self._path = str(path) or "."
 
     def create(self, name: str, *, append: bool = True) -> int:
         """A descriptor of a new file; the directory and its parents are made."""
@@ -201,7 +207,7 @@ class OutgoingPath(_Outgoing):
 
     __slots__ = ("_path",)
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | str) -> None:
         super().__init__()
         self._path = path
 
