@@ -16,13 +16,23 @@ from loadmaster.names import local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
 from loadmaster.staging.errand import Errand, Outcome, told
-from loadmaster.staging.files import Incoming, IncomingPath, Outgoing, OutgoingPath
+from loadmaster.staging.files import Incoming, Outgoing, OutgoingPath
 from loadmaster.staging.lanes import Lanes
+from loadmaster.staging.parts import PartOfPath
 from loadmaster.staging.party import Party
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Meter, Overall, report
 from loadmaster.staging.retry import Patience
-from loadmaster.storage.base import Catalog, CatalogEntry, Direction, FileInfo, Replica, Storage
+from loadmaster.storage.base import (
+    Ability,
+    Catalog,
+    CatalogEntry,
+    Direction,
+    FileInfo,
+    Replica,
+    Storage,
+    Transfer,
+)
 from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.kinds import Storages
 from loadmaster.storage.local import WORK_DIRECTORY, checksum, translated
@@ -114,13 +124,17 @@ class Transfers:
         overall: Callable[[Overall], None] | None = None,
         files: int | None = None,
         sync: bool = False,
+        keeps: bool = False,
+        enough: anyio.Event | None = None,
         deadline_seconds: float | None = None,
     ) -> None:
         """Move files as they come out of `wanted`, and await `ended` once for each: any number of them, in little memory.
 
         `overall` is called now and then with how far all are; `files`: how many there will be, if that is known before.
-        `sync`: what comes in is on the disk when it is said to have ended, not only on its way there. Cancellation leaves
-        nothing half there.
+        `sync`: what comes in is on the disk when it is said to have ended, not only on its way there. `keeps`: what has
+        come in of a large file whose checksum is wanted stays beside its place when it is not finished, and the next call
+        goes on from there. `enough`: once it is set, nothing more is begun; `ended` hears nothing of the rest. Cancellation
+        leaves nothing half there.
         """
 
         async def arrived(errand: Errand, outcome: Outcome) -> None:
@@ -132,10 +146,29 @@ class Transfers:
 
         errands: Iterable[Errand] | AsyncIterable[Errand]
         if isinstance(wanted, AsyncIterable):
-            errands = (_errand(each, sync) async for each in wanted)
+            errands = (await self._take_up(_errand(each, sync, keeps)) async for each in wanted)
+        elif keeps:
+            errands = (await self._take_up(_errand(each, sync, keeps)) for each in wanted)
         else:
-            errands = (_errand(each, sync) for each in wanted)
-        await self._run(errands, arrived, overall=overall, files=files, deadline_seconds=deadline_seconds)
+            errands = (_errand(each, sync, keeps) for each in wanted)
+        await self._run(
+            errands, arrived, overall=overall, files=files, enough=enough, deadline_seconds=deadline_seconds
+        )
+
+    async def _take_up(self, errand: Errand) -> Errand:
+        """The errand, to be continued from what an earlier call has kept of it, where that can be."""
+        end = errand.end
+        if isinstance(end, PartOfPath) and end.keeps and errand.checksum is not None and end.is_worth_it:
+            try:
+                storage = await self.storage(errand.replica.url)
+            except StorageError:
+                return errand
+            if Ability.RANGES in storage.abilities:
+                found = await to_thread.run_sync(end.found, errand.checksum.algorithm)
+                if found is not None:
+                    count, passed = found
+                    errand.rest = Transfer(errand.direction, "", end, done_bytes=count, passed=passed)
+        return errand
 
     # -- for jobs -----------------------------------------------------------------------------------------------------
 
@@ -225,6 +258,7 @@ class Transfers:
         *,
         tellers: int = 1,
         overall: Callable[[Overall], None] | None = None,
+        enough: anyio.Event | None = None,
         deadline_seconds: float | None = None,
     ) -> None:
         """Have a party of its own move these, and tell how far it is to whoever wants to know."""
@@ -236,6 +270,7 @@ class Transfers:
             patience=self._patience,
             stall_seconds=self.site.stall_seconds,
             tellers=tellers,
+            enough=enough,
         )
         one: Callable[..., None] | None = None
         if listener is not None:
@@ -340,11 +375,11 @@ async def open_transfers(
                 await kinds.close()
 
 
-def _errand(wanted: Wanted, sync: bool) -> Errand:
+def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
     """A download if the target is a file of this machine, else an upload of one."""
     known = {"size_bytes": wanted.size_bytes, "checksum": wanted.checksum}
     if wanted.target.startswith("file://"):
-        end: IncomingPath | OutgoingPath = IncomingPath(local_path(wanted.target), sync=sync, **known)  # type: ignore[arg-type]
+        end: PartOfPath | OutgoingPath = PartOfPath(local_path(wanted.target), sync=sync, keeps=keeps, **known)  # type: ignore[arg-type]
         return Errand(wanted.target, Direction.DOWNLOAD, (Replica(wanted.source),), end, key=wanted, **known)  # type: ignore[arg-type]
     end = OutgoingPath(local_path(wanted.source))
     return Errand(wanted.target, Direction.UPLOAD, (Replica(wanted.target),), end, key=wanted, **known)  # type: ignore[arg-type]

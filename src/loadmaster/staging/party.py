@@ -62,7 +62,10 @@ class Party:
         patience: Patience,
         stall_seconds: float,
         tellers: int = 1,
+        enough: anyio.Event | None = None,
     ) -> None:
+        """`enough`: once it is set, nothing more is begun; what has not been begun is not told of."""
+        self._enough = enough
         self._later = source if isinstance(source, AsyncIterable) else None
         self._source = iter(source) if isinstance(source, Iterable) else None
         self._room = anyio.Event()
@@ -85,6 +88,7 @@ class Party:
         self._group: TaskGroup | None = None
         self._deadline_seconds: float | None = None
         self._late = False
+        self._stopped = False
         self._interrupted: list[Errand] = []
         self.moving: dict[Moving, int] = {}
         """The transfers that storages have in hand, and the number of their batch."""
@@ -107,6 +111,8 @@ class Party:
                     group.start_soon(self._watch)
                     if self._later is not None:
                         group.start_soon(self._feed, self._later)
+                    if self._enough is not None:
+                        group.start_soon(self._heed, self._enough)
                     await self._until_over(deadline)
                     group.cancel_scope.cancel()
         finally:
@@ -157,6 +163,8 @@ class Party:
     async def _feed(self, source: AsyncIterable[Errand]) -> None:
         """Queue what comes, no more of it than there is room for."""
         async for errand in source:
+            if self._stopped:
+                break
             self._begin(errand)
             self._changed.set()
             if self._queued >= LOOK_AHEAD or len(self._ended) > UNTOLD:
@@ -175,6 +183,9 @@ class Party:
         self._queue(errand)
 
     def _queue(self, errand: Errand) -> None:
+        if self._stopped:
+            self._interrupted.append(errand)
+            return
         if self._late:
             self._ended.append((errand, self._too_late(errand)))
             return
@@ -304,7 +315,7 @@ class Party:
                 errand.place,
                 self._patience,
                 random.random,
-                retryable=error.retryable,
+                retryable=error.retryable or (transfer is not None and transfer.first_byte > 0),  # as a whole it may do
                 retry_after=error.retry_after,
             )
         if step is None:
@@ -375,6 +386,18 @@ class Party:
         self._due.clear()
         self._queued = 0
         self._queue_all(waiting)
+
+    async def _heed(self, enough: anyio.Event) -> None:
+        """Forget what waits once there has been enough."""
+        await enough.wait()
+        self._interrupted += self._waiting()
+        self._queues.clear()
+        self._due.clear()
+        self._queued = 0
+        self._stopped = True
+        self._source = None
+        self._room.set()
+        self._changed.set()
 
     def _too_late(self, errand: Errand) -> StorageError:
         last = (errand.errors or {}).get(errand.place)

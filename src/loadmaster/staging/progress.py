@@ -25,6 +25,8 @@ class Overall:
     done_files: int
     files: int
     done_bytes: int
+    passing_bytes: int
+    """Those of them that are of files under way."""
     size_bytes: int | None
     """Of all files; None while it is not known of each."""
     bytes_per_second: float
@@ -44,14 +46,15 @@ class Meter:
     def look(self, now: float) -> Overall:
         """How far it is."""
         party = self._party
-        done = party.done_bytes + sum(transfer.first_byte + transfer.done_bytes for transfer in party.moving)
+        passing = sum(transfer.first_byte + transfer.done_bytes for transfer in party.moving)
+        done = party.done_bytes + passing
         self._looks.append((now, done))
         (begun, before), seconds = self._looks[0], now - self._looks[0][0]
         rate = max(0, done - before) / seconds if seconds > 0 and now > begun else 0.0
         size = party.size_bytes if party.has_all and not party.unsized_files else None
         left = max(0, size - done) / rate if size is not None and rate > 0 else None
         files = party.files if party.has_all or self._files is None else self._files
-        return Overall(party.done_files, files, done, size, rate, left, party.transfers)
+        return Overall(party.done_files, files, done, passing, size, rate, left, party.transfers)
 
 
 async def report(party: Party, meter: Meter, one: Callable[..., None] | None, all_: Callable[[Overall], None]) -> None:
