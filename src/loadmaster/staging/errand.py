@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Protocol, TypeAlias
 
 from loadmaster.errors import StorageError
@@ -101,6 +101,13 @@ class Moving(Transfer):
     mark_bytes: int = 0
     mark_time: float = 0.0
     """How far it had come when it was last looked at, and when that was."""
+    parts: list[Transfer] = field(default_factory=list)
+    """What it is moved as, while it is moved as several at once."""
+
+    @property
+    def so_far_bytes(self) -> int:
+        """How many bytes have passed, in all its parts."""
+        return self.done_bytes + sum(part.done_bytes for part in self.parts)
 
 
 def told(errand: Errand, last: StorageError) -> str:
