@@ -104,7 +104,8 @@ class Sharing:
         if not isinstance(filling, Filling):
             return outcome
         try:
-            if not filling.closed:  # a small file was given away in the storage's thread already
+            # A small one was given to the cache and the job in the storage's thread already, if there was room for both.
+            if not filling.closed or isinstance(outcome, NoSpace):
                 return await self._settled(filling, outcome)
         finally:
             self._held.discard(filling)
