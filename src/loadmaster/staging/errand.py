@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Protocol, TypeAlias
 
 from loadmaster.errors import StorageError
@@ -76,7 +77,9 @@ class Errand:
         """The road it takes now."""
         replica = self.replica
         scheme, _, rest = replica.url.partition("://")
-        return Road(self.direction, scheme, replica.storage_element or f"{scheme}://{rest.partition('/')[0]}")
+        return _road(
+            self.direction, scheme, replica.storage_element or rest.partition("/")[0], not replica.storage_element
+        )
 
     @property
     def urgency(self) -> tuple[int, int]:
@@ -87,6 +90,12 @@ class Errand:
     def weight(self) -> int:
         """How much it fills a batch."""
         return UNKNOWN_BYTES if self.size_bytes is None else self.size_bytes
+
+
+@lru_cache(maxsize=256)
+def _road(direction: Direction, scheme: str, element: str, is_host: bool) -> Road:
+    """The same object for the same words: it is looked up for each file."""
+    return Road(direction, scheme, f"{scheme}://{element}" if is_host else element)
 
 
 Outcome: TypeAlias = FileInfo | StorageError
