@@ -92,9 +92,8 @@ def options(scheme: str, words: Mapping[str, object], streams: int = 8) -> Stora
 
 
 def _names(words: objects._Words, prefix: str) -> Callable[[], list[str]]:
-    bucket = words.bucket(BUCKET, None, CLIENT)
-
     def names() -> list[str]:
+        bucket = words.bucket(BUCKET, None, CLIENT)  # let go of each time, and with it its connections
         found = [item["path"] for batch in obstore.list(bucket, prefix) for item in batch]
         return sorted(path.removeprefix(f"{prefix}/") for path in found)
 
