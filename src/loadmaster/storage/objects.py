@@ -234,6 +234,8 @@ class Objects:
         """The object, or a part of it that is still of the same version."""
         bucket, key = self._place(url)
         passed, first = transfer.begin(), transfer.first_byte
+        if _is_small(transfer):
+            return await self._download_small(url, target, transfer)
         options: GetOptions = {}
         if transfer.last_byte is not None:
             options["range"] = (first, transfer.last_byte + 1)
@@ -259,6 +261,20 @@ class Objects:
                 transfer.done_bytes = offset - start
         if offset != end:
             raise StorageUnavailable(_shown(url), f"ended after {offset - start} of {end - start} bytes")
+        return transfer.info()
+
+    async def _download_small(self, url: str, target: int, transfer: Transfer) -> FileInfo:
+        """In one wait, which costs half as much; a byte more is asked for than there should be."""
+        bucket, key = self._place(url)
+        size = transfer.size_bytes or 0
+        with understood(url):
+            data = memoryview(await obstore.get_range_async(bucket, key, start=0, length=size + 1))
+        if len(data) != size:
+            has = f"more than {size}" if len(data) > size else f"{len(data)}"
+            raise ChecksumMismatch(_shown(url), f"has {has} bytes, not the {size} expected")
+        transfer.begin().update(data)
+        write_at(target, data, 0)
+        transfer.done_bytes = size
         return transfer.info()
 
     async def upload(self, source: int, url: str, transfer: Transfer) -> FileInfo:
@@ -324,6 +340,12 @@ class Objects:
             return words.bucket(name, account, {"client_options": client, "retry_config": {"max_retries": 0}})
         except (exceptions.BaseError, OSError, ValueError, TypeError) as exc:
             raise StorageError(_shown(url), f"[storage.{self._scheme}] cannot be used: {_told(exc)}") from None
+
+
+def _is_small(transfer: Transfer) -> bool:
+    """A whole file of a size we know, not so large that it had better come in blocks. An empty one has no ranges."""
+    whole = transfer.first_byte == 0 and transfer.last_byte is None and transfer.version is None
+    return whole and transfer.size_bytes is not None and 0 < transfer.size_bytes <= BLOCK_BYTES
 
 
 class _Parts:
