@@ -23,7 +23,7 @@ from loadmaster.errors import AccessDenied, ChecksumMismatch, InvalidSite, NoSpa
 from loadmaster.storage.base import Direction, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.http import open_http
 from loadmaster.storage.s3 import open_s3
-from servers import Fault, HostileServer, Server, http_date, moto, nginx
+from servers import Fault, HostileServer, Server, http_date, make_certificates, moto, nginx
 
 KEYS = {"access_key": "AK", "secret_key": "SK"}
 
@@ -387,6 +387,44 @@ async def test_words_that_are_not_understood_are_named(words: dict[str, Any]) ->
     with pytest.raises(InvalidSite, match=rf"\[storage.davs\] {next(iter(words))}"):
         async with open_http(StorageOptions(scheme="davs", words=words)):
             raise AssertionError
+
+
+# -- TLS -------------------------------------------------------------------------------------------------------------
+
+
+async def test_tls_shows_token_and_proxy_to_a_server_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    papers = make_certificates(tmp_path)
+    monkeypatch.setenv("X509_USER_PROXY", str(papers.user))
+    monkeypatch.setenv("BEARER_TOKEN", "secret")
+    with HostileServer(tls=papers.for_server()) as server:
+        server.files["/f"] = b"content"
+        url = server.url.replace("https", "davs")
+        transfer, local = await fetched(f"{url}/f", {"ca_file": str(papers.authority)})
+        assert local.content == b"content"
+        assert isinstance(transfer.result, FileInfo)
+        assert server.peers == ["user"]
+        assert server.asked[0].headers["authorization"] == "Bearer secret"
+
+
+async def test_a_server_that_is_not_trusted_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    papers = make_certificates(tmp_path)
+    monkeypatch.setenv("BEARER_TOKEN", "secret")
+    with HostileServer(tls=papers.for_server()) as server:
+        transfer, _ = await fetched(f"{server.url}/f")
+        assert not failure(transfer).retryable
+        assert "not trusted" in str(transfer.result)
+        assert server.asked == []
+
+
+async def test_a_proxy_that_cannot_be_read_is_said_and_not_tried_again(tmp_path: Path) -> None:
+    papers = make_certificates(tmp_path)
+    with HostileServer(tls=papers.for_server()) as server:
+        words = {"ca_file": str(papers.authority), "proxy": str(tmp_path / "nowhere")}
+        transfer, _ = await fetched(f"{server.url}/f", words)
+        assert "our own certificate" in str(transfer.result)
+        assert not failure(transfer).retryable
 
 
 # -- the thread ------------------------------------------------------------------------------------------------------
