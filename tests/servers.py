@@ -30,7 +30,6 @@ import pytest
 START_SECONDS = 30.0
 
 NGINX = """
-{modules}
 {user}
 worker_processes 2;
 error_log {home}/error.log error;
@@ -73,10 +72,8 @@ def nginx(home: Path, *, makes_directories: bool = True) -> Iterator[Server]:
     """An nginx that takes PUT, DELETE, MKCOL and MOVE. `makes_directories`: those a PUT needs."""
     program = program_or_skip("nginx")
     (home / "root").mkdir(parents=True)
-    module = Path("/usr/lib/nginx/modules/ngx_http_dav_ext_module.so")
     port = free_port()
     words = {
-        "modules": f"load_module {module};" if module.exists() else "",
         "user": "user root;" if os.geteuid() == 0 else "",
         "full_path": "on" if makes_directories else "off",
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -440,6 +441,9 @@ async def test_the_thread_is_there_when_it_is_needed_and_gone_at_the_end(hostile
             await storage.stat(f"{hostile.url}/f")
         assert ours() == 1
     assert ours() == 0
+    with pytest.raises(anyio.ClosedResourceError):
+        await storage.stat(f"{hostile.url}/f")
+    assert ours() == 0
 
 
 async def test_the_end_comes_also_while_transfers_hang(hostile: HostileServer) -> None:
@@ -470,6 +474,31 @@ async def test_more_files_than_streams_wait_and_are_counted(hostile: HostileServ
     assert all(isinstance(each.result, FileInfo) for each in transfers)
     assert sum(told) == 500
     assert len(told) < 250, "told in batches"
+
+
+async def test_a_child_of_fork_has_a_thread_of_its_own(hostile: HostileServer) -> None:
+    """The parent's is not in it: a storage that was opened before must not wait for one that is not there."""
+    script = f"""
+import os, sys, anyio
+from loadmaster.storage.base import StorageOptions
+from loadmaster.storage.http import HttpStorage
+async def again(storage):
+    with anyio.fail_after(5):
+        assert (await storage.stat("{hostile.url}/f")).size_bytes == 7
+        await storage.close()
+async def both():
+    storage = HttpStorage(StorageOptions(scheme="http"))
+    assert (await storage.stat("{hostile.url}/f")).size_bytes == 7
+    return storage
+storage = anyio.run(both)
+pid = os.fork()
+anyio.run(again, storage)
+if pid:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    hostile.files["/f"] = b"content"
+    done = await anyio.run_process([sys.executable, "-c", script], check=False)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
 
 
 # -- S3 --------------------------------------------------------------------------------------------------------------
