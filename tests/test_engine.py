@@ -14,6 +14,7 @@ from anyio import to_thread
 
 from conftest import until
 from loadmaster import InvalidSite, Site, StagingFailed, StoredFile, open_transfers
+from loadmaster.errors import StorageUnavailable
 from loadmaster.names import file_url
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Overall
@@ -479,6 +480,25 @@ async def test_a_replica_that_the_catalog_knows_but_storage_has_lost_is_sent_aga
     (se / "a").unlink()
     await deliver([delivery], workdir, told, Site(catalog=str(catalog.path)))
     assert (se / "a").read_bytes() == b"content"
+
+
+async def test_an_output_is_not_lost_for_a_catalog_that_is_busy(
+    workdir: Workdir, se: Path, told: Told, catalog: SqliteCatalog
+) -> None:
+    class Busy(SqliteCatalog):
+        calls = 0
+
+        async def register(self, entry: CatalogEntry) -> None:
+            self.calls += 1
+            if self.calls < 3:
+                raise StorageUnavailable(str(self.path), "locked")
+            await super().register(entry)
+
+    (workdir.path / "out").write_bytes(b"content")
+    busy = Busy(catalog.path)
+    async with open_transfers(HASTY, catalog=busy) as transfers:
+        await transfers.deliver([Delivery("out", (replica(se / "a"),), (), "/vo/a")], workdir, told)
+    assert (busy.calls, list(await catalog.lookup(["/vo/a"]))) == (3, ["/vo/a"])
 
 
 async def test_a_catalog_that_cannot_be_asked_fails_the_staging_with_its_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from loadmaster.staging.parts import PartOfPath
 from loadmaster.staging.party import Party
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Meter, Overall, report
-from loadmaster.staging.retry import Patience
+from loadmaster.staging.retry import Patience, delay
 from loadmaster.storage.base import (
     Ability,
     Catalog,
@@ -350,7 +351,17 @@ class Transfers:
         if file.lfn is not None and self.catalog is not None:
             replica = Replica(file.url, file.storage_element)
             info = FileInfo(file.size_bytes, Checksum.parse(file.checksum) if file.checksum else None)
-            await self.catalog.register(CatalogEntry(file.lfn, info, (replica,)))
+            entry, failures = CatalogEntry(file.lfn, info, (replica,)), 0
+            while True:  # the file is there: it is not to be lost for a catalog that is busy
+                try:
+                    await self.catalog.register(entry)
+                except StorageError as exc:
+                    failures += 1
+                    if not exc.retryable or failures > self.site.retries:
+                        raise
+                    await anyio.sleep(max(delay(self._patience, failures, random.random), exc.retry_after or 0.0))
+                else:
+                    return
 
     async def _without_those_there(
         self, errands: list[Errand], failed: Callable[[Errand, str], Awaitable[None]], listener: Listener
