@@ -523,6 +523,10 @@ async def test_a_catalog_that_is_no_file_is_refused() -> None:
 # -- what it costs the loop --------------------------------------------------------------------------------------
 
 
+ROUNDS = 8
+"""Of a quarter of a second: the 99th percentile of one round is its one worst moment."""
+
+
 async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     workdir: Workdir, there: Path, se: Path, told: Told
 ) -> None:
@@ -542,14 +546,16 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     async with anyio.create_task_group() as group:
         group.start_soon(tick)
         names = [str(number) for number in range(100)]
-        await fetch([Fetch(name, (replica(there / name),), None, checksum) for name in names], workdir, told)
-        await deliver([Delivery(name, (replica(se / name),)) for name in names], workdir, told)
+        fetches = [Fetch(name, (replica(there / name),), None, checksum) for name in names]
+        for _ in range(ROUNDS):
+            await fetch(fetches, workdir, told)
+            await deliver([Delivery(name, (replica(se / name),)) for name in names], workdir, told)
         group.cancel_scope.cancel()
     delays.sort()
     late = delays[int(len(delays) * 0.99)]
     print(f"measured: delay p99 {late * 1000:.2f} ms, max {delays[-1] * 1000:.2f} ms")
-    assert len(told.files) == 200
-    assert len(delays) > 20
+    assert len(told.files) == 200 * ROUNDS
+    assert len(delays) > 200
     assert late < 0.020
 
 
