@@ -14,13 +14,19 @@ from anyio import to_thread
 
 from conftest import until
 from loadmaster import InvalidSite, Site, StagingFailed, StoredFile, open_transfers
+from loadmaster.errors import StorageUnavailable
 from loadmaster.names import file_url
 from loadmaster.staging.plan import Delivery, Fetch
-from loadmaster.storage.base import CatalogEntry, FileInfo, Progress, Replica
+from loadmaster.staging.progress import Overall
+from loadmaster.storage.base import CatalogEntry, Direction, FileInfo, Replica, Transfer
 from loadmaster.storage.catalog import SqliteCatalog
+from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import LocalStorage
+from loadmaster.storage.single import OneByOne
 from loadmaster.tasks import for_each
 from loadmaster.workdir import Workdir
+
+HASTY = Site(retry_seconds=0.001)
 
 LARGE_BYTES = 8 * 1024**3
 """Of a sparse file: far more than can be copied before the test cancels."""
@@ -35,6 +41,7 @@ class Told:
         self.moved: list[tuple[str, str, str]] = []
         self.lost: list[tuple[str, str]] = []
         self.seen: list[tuple[str, str, int, int | None]] = []
+        self.looks: list[Overall] = []
 
     async def staged(self, file: StoredFile) -> None:
         self.files.append(file)
@@ -47,6 +54,9 @@ class Told:
 
     def progress(self, name: str, url: str, done_bytes: int, size_bytes: int | None) -> None:
         self.seen.append((name, url, done_bytes, size_bytes))
+
+    def overall(self, direction: Direction, overall: Overall) -> None:
+        self.looks.append(overall)
 
 
 @pytest.fixture
@@ -80,8 +90,8 @@ def replica(path: Path, element: str | None = None) -> Replica:
     return Replica(file_url(path), element)
 
 
-def adler32(data: bytes) -> str:
-    return f"{zlib.adler32(data):08x}"
+def adler32(data: bytes) -> Checksum:
+    return Checksum("adler32", f"{zlib.adler32(data):08x}")
 
 
 def inside(workdir: Workdir) -> list[str]:
@@ -89,12 +99,12 @@ def inside(workdir: Workdir) -> list[str]:
 
 
 async def fetch(fetches: Sequence[Fetch], workdir: Workdir, told: Told, site: Site | None = None) -> None:
-    async with open_transfers(site or Site()) as transfers:
+    async with open_transfers(site or HASTY) as transfers:
         await transfers.fetch(fetches, workdir, told)
 
 
 async def deliver(deliveries: Sequence[Delivery], workdir: Workdir, told: Told, site: Site | None = None) -> None:
-    async with open_transfers(site or Site()) as transfers:
+    async with open_transfers(site or HASTY) as transfers:
         await transfers.deliver(deliveries, workdir, told)
 
 
@@ -105,7 +115,7 @@ async def test_an_input_arrives_whole_under_its_name(workdir: Workdir, there: Pa
     (there / "a").write_bytes(b"content")
     await fetch([Fetch("b", (replica(there / "a", "DISK"),), 7, adler32(b"content"), "/vo/a")], workdir, told)
     assert (workdir.path / "b").read_bytes() == b"content"
-    assert told.files == [StoredFile("b", file_url(there / "a"), 7, adler32(b"content"), "/vo/a", "DISK")]
+    assert told.files == [StoredFile("b", file_url(there / "a"), 7, str(adler32(b"content")), "/vo/a", "DISK")]
     assert inside(workdir) == ["b"]
 
 
@@ -136,7 +146,7 @@ async def test_when_no_replica_is_right_each_is_named_with_its_reason(
         await fetch([Fetch("a", sources, 7, adler32(b"content"))], workdir, told)
     assert caught.value.problems == (
         f"a: {file_url(there / 'nowhere')}: No such file or directory; "
-        f"{file_url(there / 'other')}: adler32 {adler32(b'consent')}, expected {adler32(b'content')}; "
+        f"{file_url(there / 'other')}: adler32 {adler32(b'consent').digits}, expected {adler32(b'content').digits}; "
         f"{file_url(there / 'short')}: has 3 bytes, expected 7",
     )
     assert inside(workdir) == []
@@ -254,7 +264,7 @@ class Gate:
         self.now = self.most = self.total = 0
         self.open = anyio.Event()
 
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
+    async def download(self, url: str, target: int, transfer: Transfer) -> FileInfo:
         self.now += 1
         self.total += 1
         self.most = max(self.most, self.now)
@@ -263,10 +273,10 @@ class Gate:
         await self.open.wait()
         await anyio.sleep(0)
         self.now -= 1
-        return FileInfo(0, "00000001")
+        return transfer.info()
 
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        return await self.download(url, source, progress)
+    async def upload(self, source: int, url: str, transfer: Transfer) -> FileInfo:
+        return await self.download(url, source, transfer)
 
     async def stat(self, url: str) -> FileInfo:
         raise NotImplementedError
@@ -282,7 +292,7 @@ async def test_as_many_files_move_at_once_as_there_are_streams_and_no_more(
     gate = Gate(streams)
     site = Site(streams=streams)
     with anyio.fail_after(10):
-        async with open_transfers(site, storages={"gate": gate}) as transfers:
+        async with open_transfers(site, storages={"gate": OneByOne(gate, streams=streams)}) as transfers:
             await transfers.fetch([Fetch(f"f{n}", (Replica(f"gate://{n}"),)) for n in range(40)], workdir, told)
     assert (gate.most, gate.total, len(told.files)) == (streams, 40, 40)
 
@@ -326,7 +336,7 @@ async def test_an_output_arrives_whole_where_it_was_wanted(workdir: Workdir, se:
     (workdir.path / "out").write_bytes(b"content")
     await deliver([Delivery("out", (replica(se / "d" / "a", "DISK"),))], workdir, told)
     assert (se / "d" / "a").read_bytes() == b"content"
-    assert told.files == [StoredFile("out", file_url(se / "d" / "a"), 7, adler32(b"content"), None, "DISK")]
+    assert told.files == [StoredFile("out", file_url(se / "d" / "a"), 7, str(adler32(b"content")), None, "DISK")]
 
 
 async def test_the_next_storage_element_takes_what_the_first_does_not(
@@ -472,6 +482,25 @@ async def test_a_replica_that_the_catalog_knows_but_storage_has_lost_is_sent_aga
     assert (se / "a").read_bytes() == b"content"
 
 
+async def test_an_output_is_not_lost_for_a_catalog_that_is_busy(
+    workdir: Workdir, se: Path, told: Told, catalog: SqliteCatalog
+) -> None:
+    class Busy(SqliteCatalog):
+        calls = 0
+
+        async def register(self, entry: CatalogEntry) -> None:
+            self.calls += 1
+            if self.calls < 3:
+                raise StorageUnavailable(str(self.path), "locked")
+            await super().register(entry)
+
+    (workdir.path / "out").write_bytes(b"content")
+    busy = Busy(catalog.path)
+    async with open_transfers(HASTY, catalog=busy) as transfers:
+        await transfers.deliver([Delivery("out", (replica(se / "a"),), (), "/vo/a")], workdir, told)
+    assert (busy.calls, list(await catalog.lookup(["/vo/a"]))) == (3, ["/vo/a"])
+
+
 async def test_a_catalog_that_cannot_be_asked_fails_the_staging_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "spoilt").write_bytes(b"not a database" * 100)
     async with open_transfers(Site(catalog=str(tmp_path / "spoilt"))) as transfers:
@@ -494,6 +523,10 @@ async def test_a_catalog_that_is_no_file_is_refused() -> None:
 # -- what it costs the loop --------------------------------------------------------------------------------------
 
 
+ROUNDS = 8
+"""Of a quarter of a second: the 99th percentile of one round is its one worst moment."""
+
+
 async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     workdir: Workdir, there: Path, se: Path, told: Told
 ) -> None:
@@ -502,6 +535,7 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     for number in range(100):
         (there / str(number)).write_bytes(content)
     delays: list[float] = []
+    checksum = adler32(content)  # a hundred of them, in the loop, were the delay that was measured
 
     async def tick() -> None:
         while True:
@@ -512,14 +546,16 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     async with anyio.create_task_group() as group:
         group.start_soon(tick)
         names = [str(number) for number in range(100)]
-        await fetch([Fetch(name, (replica(there / name),), None, adler32(content)) for name in names], workdir, told)
-        await deliver([Delivery(name, (replica(se / name),)) for name in names], workdir, told)
+        fetches = [Fetch(name, (replica(there / name),), None, checksum) for name in names]
+        for _ in range(ROUNDS):
+            await fetch(fetches, workdir, told)
+            await deliver([Delivery(name, (replica(se / name),)) for name in names], workdir, told)
         group.cancel_scope.cancel()
     delays.sort()
     late = delays[int(len(delays) * 0.99)]
     print(f"measured: delay p99 {late * 1000:.2f} ms, max {delays[-1] * 1000:.2f} ms")
-    assert len(told.files) == 200
-    assert len(delays) > 20
+    assert len(told.files) == 200 * ROUNDS
+    assert len(delays) > 200
     assert late < 0.020
 
 
@@ -529,9 +565,9 @@ async def test_a_storage_of_the_embedding_program_replaces_ours(workdir: Workdir
     class Counting(LocalStorage):
         calls = 0
 
-        async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
+        async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
             Counting.calls += 1
-            return await super().download(url, target, progress)
+            await super().move(transfers, ended)
 
     async with open_transfers(Site(), storages={"file": Counting()}) as transfers:
         await transfers.fetch([Fetch("a", (replica(there / "a"),))], workdir, told)

@@ -124,16 +124,22 @@ class Workdir:
             finally:
                 os.close(parent)
 
-    def create(self, name: str) -> int:
-        """A descriptor of a new, empty file for reading and appending. Parents are made; links are not followed.
+    def create(self, name: str, *, append: bool = True) -> int:
+        """A descriptor of a new, empty file for reading and appending, or for writing anywhere in it.
 
-        What has the name is removed, not opened: it may be a FIFO, or be open elsewhere.
+        Parents are made; links are not followed. What has the name is removed, not opened: it may be a FIFO, or be open
+        elsewhere.
         """
         with self._parent(name, make=True) as (parent, last):
             with suppress(FileNotFoundError):
                 os.unlink(last, dir_fd=parent)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(last, flags, 0o644, dir_fd=parent)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(last, flags | os.O_APPEND if append else flags, 0o644, dir_fd=parent)
+
+    def reopen_file(self, name: str) -> int:
+        """A descriptor of a file that was created, for reading and writing; links are not followed."""
+        with self._parent(name) as (parent, last):
+            return os.open(last, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
 
     def make_directory(self, name: str) -> None:
         """A directory, its parents too; links are not followed. None is a fault."""
@@ -201,6 +207,13 @@ class Workdir:
             return stat.S_ISDIR(os.stat(self.path / check_local_name(name), follow_symlinks=False).st_mode)
         return False
 
+    def size_of(self, name: str) -> int | None:
+        """The size of a file as it looks from outside, links followed; None when nothing can be seen."""
+        try:
+            return os.stat(self.path / name).st_size
+        except (OSError, ValueError):
+            return None
+
     def files_below(self, directory: str) -> Iterator[str]:
         """The names of everything below a directory that is not a directory, without following links, sorted by folder.
 
@@ -214,7 +227,7 @@ class Workdir:
             yield from (f"{folder}/{entry.name}" for entry in entries if not entry.is_dir(follow_symlinks=False))
             folders += [f"{folder}/{entry.name}" for entry in reversed(entries) if entry.is_dir(follow_symlinks=False)]
 
-    def size_of(self, names: Iterable[str], *, at_most_files: int = SIZED_FILES) -> int:
+    def sizes_of(self, names: Iterable[str], *, at_most_files: int = SIZED_FILES) -> int:
         """The sizes of files, and of all files in directories, added up; of at most so many. What is gone has none."""
         files = chain.from_iterable(self.files_below(name) if self.is_directory(name) else (name,) for name in names)
         total = 0

@@ -58,6 +58,7 @@ OWN_FIELDS: dict[str, tuple[st.SearchStrategy[object], ...]] = {
     "Heartbeat": (st.sampled_from(Phase), NUMBERS, st.none() | USAGES, LINES),
     "OutputPrinted": (NAMES, NAMES, COUNTS),
     "TransferProgress": (NAMES, NAMES, COUNTS, st.none() | COUNTS),
+    "StagingProgress": (NAMES, COUNTS, COUNTS, COUNTS, st.none() | COUNTS, NUMBERS, st.none() | NUMBERS),
 }
 
 
@@ -86,6 +87,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "Heartbeat": (Phase.PAYLOAD, 1.0),
     "OutputPrinted": ("std.out", "a line\n"),
     "TransferProgress": ("a", "b", 1, None),
+    "StagingProgress": ("download", 1, 2, 3, None, 4.0, None),
 }
 
 
