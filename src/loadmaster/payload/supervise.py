@@ -82,6 +82,8 @@ class Payload:
         self.tree = tree
         self.last_lines: tuple[str, ...] = ()
         """What a payload that did not succeed had to say at the end."""
+        self.kernels_verdict: Verdict | None = None
+        """That the kernel has killed for a limit it holds; some of the payload may still run."""
         self._output = output
         self._group = group
         self._soft_stop = soft_stop
@@ -137,6 +139,8 @@ class Payload:
             found = self.tree.usage()
             return found, read_pss(found.pids) if needs_pss(found.rss_bytes, limits) else None
         counted = self._group.usage()
+        if counted.oom_kills:
+            self.kernels_verdict = self._group.verdict()
         if counted.processes > FEW_PROCESSES and counted.is_enough:
             return counted.added_to(TreeUsage()), counted.memory_bytes  # each process costs as much as this
         found = self.tree.usage()
@@ -416,7 +420,7 @@ async def watch(
         usage = await payload.usage(limits)
         samples = remembered(samples, usage, limits)
         await on_sample(usage)
-        verdict = judge(samples, limits, now=datetime.now(UTC))
+        verdict = payload.kernels_verdict or judge(samples, limits, now=datetime.now(UTC))
         if verdict is not None and verdict.limit == CPU_RATIO and await payload.has_file(UNCHECKED):
             limits, verdict = without_cpu_ratio(limits), None
         if verdict is not None:
