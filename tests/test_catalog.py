@@ -15,6 +15,7 @@ import pytest
 from loadmaster.errors import AlreadyExists, StorageUnavailable
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
 from loadmaster.storage.catalog import SqliteCatalog
+from loadmaster.storage.checksums import Checksum
 
 
 @pytest.fixture
@@ -23,7 +24,8 @@ def catalog(tmp_path: Path) -> SqliteCatalog:
 
 
 def entry(lfn: str, *urls: str, size: int = 3, adler32: str | None = "024d0127") -> CatalogEntry:
-    return CatalogEntry(lfn, FileInfo(size, adler32), tuple(Replica(url, "DISK") for url in urls))
+    checksum = Checksum("adler32", adler32) if adler32 else None
+    return CatalogEntry(lfn, FileInfo(size, checksum), tuple(Replica(url, "DISK") for url in urls))
 
 
 async def test_what_was_registered_is_found(catalog: SqliteCatalog) -> None:

@@ -16,9 +16,11 @@ from conftest import until
 from loadmaster import InvalidSite, Site, StagingFailed, StoredFile, open_transfers
 from loadmaster.names import file_url
 from loadmaster.staging.plan import Delivery, Fetch
-from loadmaster.storage.base import CatalogEntry, FileInfo, Progress, Replica
+from loadmaster.storage.base import CatalogEntry, FileInfo, Replica, Transfer
 from loadmaster.storage.catalog import SqliteCatalog
+from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import LocalStorage
+from loadmaster.storage.single import OneByOne
 from loadmaster.tasks import for_each
 from loadmaster.workdir import Workdir
 
@@ -80,8 +82,8 @@ def replica(path: Path, element: str | None = None) -> Replica:
     return Replica(file_url(path), element)
 
 
-def adler32(data: bytes) -> str:
-    return f"{zlib.adler32(data):08x}"
+def adler32(data: bytes) -> Checksum:
+    return Checksum("adler32", f"{zlib.adler32(data):08x}")
 
 
 def inside(workdir: Workdir) -> list[str]:
@@ -105,7 +107,7 @@ async def test_an_input_arrives_whole_under_its_name(workdir: Workdir, there: Pa
     (there / "a").write_bytes(b"content")
     await fetch([Fetch("b", (replica(there / "a", "DISK"),), 7, adler32(b"content"), "/vo/a")], workdir, told)
     assert (workdir.path / "b").read_bytes() == b"content"
-    assert told.files == [StoredFile("b", file_url(there / "a"), 7, adler32(b"content"), "/vo/a", "DISK")]
+    assert told.files == [StoredFile("b", file_url(there / "a"), 7, str(adler32(b"content")), "/vo/a", "DISK")]
     assert inside(workdir) == ["b"]
 
 
@@ -136,7 +138,7 @@ async def test_when_no_replica_is_right_each_is_named_with_its_reason(
         await fetch([Fetch("a", sources, 7, adler32(b"content"))], workdir, told)
     assert caught.value.problems == (
         f"a: {file_url(there / 'nowhere')}: No such file or directory; "
-        f"{file_url(there / 'other')}: adler32 {adler32(b'consent')}, expected {adler32(b'content')}; "
+        f"{file_url(there / 'other')}: adler32 {adler32(b'consent').digits}, expected {adler32(b'content').digits}; "
         f"{file_url(there / 'short')}: has 3 bytes, expected 7",
     )
     assert inside(workdir) == []
@@ -254,7 +256,7 @@ class Gate:
         self.now = self.most = self.total = 0
         self.open = anyio.Event()
 
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
+    async def download(self, url: str, target: int, transfer: Transfer) -> FileInfo:
         self.now += 1
         self.total += 1
         self.most = max(self.most, self.now)
@@ -263,10 +265,10 @@ class Gate:
         await self.open.wait()
         await anyio.sleep(0)
         self.now -= 1
-        return FileInfo(0, "00000001")
+        return transfer.info()
 
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        return await self.download(url, source, progress)
+    async def upload(self, source: int, url: str, transfer: Transfer) -> FileInfo:
+        return await self.download(url, source, transfer)
 
     async def stat(self, url: str) -> FileInfo:
         raise NotImplementedError
@@ -282,7 +284,7 @@ async def test_as_many_files_move_at_once_as_there_are_streams_and_no_more(
     gate = Gate(streams)
     site = Site(streams=streams)
     with anyio.fail_after(10):
-        async with open_transfers(site, storages={"gate": gate}) as transfers:
+        async with open_transfers(site, storages={"gate": OneByOne(gate, streams=streams)}) as transfers:
             await transfers.fetch([Fetch(f"f{n}", (Replica(f"gate://{n}"),)) for n in range(40)], workdir, told)
     assert (gate.most, gate.total, len(told.files)) == (streams, 40, 40)
 
@@ -326,7 +328,7 @@ async def test_an_output_arrives_whole_where_it_was_wanted(workdir: Workdir, se:
     (workdir.path / "out").write_bytes(b"content")
     await deliver([Delivery("out", (replica(se / "d" / "a", "DISK"),))], workdir, told)
     assert (se / "d" / "a").read_bytes() == b"content"
-    assert told.files == [StoredFile("out", file_url(se / "d" / "a"), 7, adler32(b"content"), None, "DISK")]
+    assert told.files == [StoredFile("out", file_url(se / "d" / "a"), 7, str(adler32(b"content")), None, "DISK")]
 
 
 async def test_the_next_storage_element_takes_what_the_first_does_not(
@@ -529,9 +531,9 @@ async def test_a_storage_of_the_embedding_program_replaces_ours(workdir: Workdir
     class Counting(LocalStorage):
         calls = 0
 
-        async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
+        async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
             Counting.calls += 1
-            return await super().download(url, target, progress)
+            await super().move(transfers, ended)
 
     async with open_transfers(Site(), storages={"file": Counting()}) as transfers:
         await transfers.fetch([Fetch("a", (replica(there / "a"),))], workdir, told)

@@ -35,6 +35,7 @@ FLOORS: dict[str, float] = {
     "storage": 4.5,
     "payload": 5,
     "staging": 5,
+    "manifest": 5,
     "companions": 5.5,
     # one job
     "coordinator": 6,
@@ -46,7 +47,9 @@ FLOORS: dict[str, float] = {
     "dirac": 9,
     "diracx": 9,
     "testing": 9,
+    "conformance": 9,
     "terminal": 9,
+    "stage": 9.2,
     "cli": 9.5,
     "__main__": 10,
     "__init__": 10,

@@ -18,6 +18,7 @@ from loadmaster.staging.plan import (
     without_collisions,
 )
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
+from loadmaster.storage.checksums import Checksum
 
 SITE = Site(
     catalog="/catalog.sqlite",
@@ -52,16 +53,31 @@ def test_the_catalog_is_asked_for_lfns_and_for_paths_that_may_be_some() -> None:
 
 def test_a_file_of_the_catalog_comes_from_this_sites_storage_first() -> None:
     far, near = Replica("root://far//vo/a", "FAR"), Replica("file:///se/disk/vo/a", "DISK")
-    known = {"/vo/a": CatalogEntry("/vo/a", FileInfo(7, "AB"), (far, near))}
+    known = {"/vo/a": CatalogEntry("/vo/a", FileInfo(7, Checksum("adler32", "000000ab")), (far, near))}
     assert plan_fetches([InputFile(source="LFN:/vo/a")], known, SITE) == [
-        Fetch("a", (near, far), 7, "000000ab", "/vo/a")
+        Fetch("a", (near, far), 7, Checksum("adler32", "000000ab"), "/vo/a")
     ]
 
 
 def test_what_the_user_says_of_a_file_wins_over_the_catalog() -> None:
-    known = {"/vo/a": CatalogEntry("/vo/a", FileInfo(7, "00000001"), (Replica("file:///a"),))}
+    known = {"/vo/a": CatalogEntry("/vo/a", FileInfo(7, Checksum("adler32", "00000001")), (Replica("file:///a"),))}
     [fetch] = plan_fetches([InputFile(source="LFN:/vo/a", size_bytes=0, adler32="F")], known, SITE)
-    assert (fetch.size_bytes, fetch.adler32) == (0, "0000000f")
+    assert (fetch.size_bytes, str(fetch.checksum)) == (0, "adler32:0000000f")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ("F", "adler32:0000000f"),
+        ("ADLER32:0a1b2c3d", "adler32:0a1b2c3d"),
+        ("md5:" + "Ab" * 16, "md5:" + "ab" * 16),
+        ("1220" + "0c" * 32, "sha256:" + "0c" * 32),
+        ("crc32c:01020304", "crc32c:01020304"),
+    ],
+)
+def test_a_checksum_is_read_in_all_its_spellings(said: str, meant: str) -> None:
+    [fetch] = plan_fetches([InputFile(source="/a", checksum=said)], {}, SITE)
+    assert str(fetch.checksum) == meant
 
 
 def test_paths_urls_and_sandboxes_are_fetched_from_where_they_are() -> None:

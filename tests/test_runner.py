@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from loadmaster.events import (
 from loadmaster.lifecycle import Lifecycle
 from loadmaster.names import file_url
 from loadmaster.result import EndedBy, Failure, Phase
-from loadmaster.storage.base import FileInfo, Progress, Replica
+from loadmaster.storage.base import Replica, Transfer
 from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.testing import Faults, MemoryJournal, MemoryStorage
 
@@ -408,17 +408,13 @@ class AllAtOnce(MemoryStorage):
         self.begun = 0
         self.all_begun = anyio.Event()
 
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
-        await self._together()
-        return await super().download(url, target, progress)
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        await self._together(len(transfers))
+        await super().move(transfers, ended)
 
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        await self._together()
-        return await super().upload(source, url, progress)
-
-    async def _together(self) -> None:
-        self.begun += 1
-        if self.begun == self.at_once:
+    async def _together(self, count: int) -> None:
+        self.begun += count
+        if self.begun >= self.at_once:
             self.all_begun.set()
         with anyio.fail_after(20):
             await self.all_begun.wait()
@@ -452,11 +448,11 @@ async def test_no_more_files_are_under_way_at_once_than_the_site_has_streams(fly
     class Counting(AllAtOnce):
         now = most = 0
 
-        async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
+        async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
             self.now += 1
             self.most = max(self.most, self.now)
             try:
-                return await super().download(url, target, progress)
+                await super().move(transfers, ended)
             finally:
                 self.now -= 1
 
@@ -780,11 +776,11 @@ async def test_a_journal_fault_is_not_hidden_by_an_input_that_fails_at_the_same_
             await super().append(event)
 
     class Missing(MemoryStorage):
-        async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
-            if url.endswith("missing"):
+        async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+            if any(transfer.url.endswith("missing") for transfer in transfers):
                 await arrived.wait()
                 failed.set()
-            return await super().download(url, target, progress)
+            await super().move(transfers, ended)
 
     arrived, failed = anyio.Event(), anyio.Event()
     async with open_transfers(Site(), storages={"memory": Missing({"memory://se/a": b""})}) as transfers:

@@ -2,122 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
 
 import anyio
 import pytest
 
 from loadmaster import RuntimeFault, StorageError
-from loadmaster.errors import NoSpace, NotFound, StorageUnavailable
+from loadmaster.conformance import LocalBytes, Place
+from loadmaster.errors import NoSpace, StorageUnavailable
 from loadmaster.events import StageInStarted
-from loadmaster.names import file_url
-from loadmaster.storage.base import FileInfo, Progress, Storage
-from loadmaster.storage.local import LocalStorage
+from loadmaster.storage.base import FileInfo
 from loadmaster.testing import Faults, MemoryJournal, MemoryStorage, Operation
 
 CONTENT = b"cargo" * 300_000
 """More than one block."""
-
-ADLER32 = f"{zlib.adler32(CONTENT):08x}"
-
-
-class Place:
-    """A storage, and URLs in it."""
-
-    def __init__(self, storage: Storage, base: str) -> None:
-        self.storage = storage
-        self.base = base
-
-    def url(self, name: str) -> str:
-        return f"{self.base}/{name}"
-
-    async def upload(self, name: str, content: bytes = CONTENT) -> FileInfo:
-        with descriptor(content) as source:
-            return await self.storage.upload(source, self.url(name), Progress())
-
-    async def download(self, name: str) -> tuple[FileInfo, bytes]:
-        with descriptor() as target:
-            info = await self.storage.download(self.url(name), target, Progress())
-            return info, os.pread(target, 10_000_000, 0)
-
-
-@contextmanager
-def descriptor(content: bytes = b"") -> Iterator[int]:
-    """An open file with something in it, positioned at its end."""
-    number = os.memfd_create("test")
-    try:
-        os.write(number, content)
-        yield number
-    finally:
-        os.close(number)
-
-
-@pytest.fixture(params=["local", "memory", "faults around local", "faults around memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    kind = str(request.param)
-    storage: Storage = LocalStorage() if "local" in kind else MemoryStorage()
-    base = file_url(tmp_path / "se") if "local" in kind else "memory://se"
-    return Place(Faults(storage) if "faults" in kind else storage, base)
-
-
-# -- what every storage does ---------------------------------------------------------------------------------------
-
-
-async def test_what_is_uploaded_can_be_downloaded_and_its_size_and_checksum_are_those_of_the_bytes(
-    place: Place,
-) -> None:
-    expected = FileInfo(len(CONTENT), ADLER32)
-    assert await place.upload("a") == expected
-    assert await place.download("a") == (expected, CONTENT)
-    assert (await place.storage.stat(place.url("a"))).size_bytes == len(CONTENT)
-
-
-async def test_the_checksum_is_adler32_in_eight_hex_digits(place: Place) -> None:
-    assert await place.upload("a", b"Wikipedia") == FileInfo(9, "11e60398")
-
-
-async def test_an_empty_file_is_a_file(place: Place) -> None:
-    assert await place.upload("empty", b"") == FileInfo(0, "00000001")
-    assert await place.download("empty") == (FileInfo(0, "00000001"), b"")
-
-
-async def test_an_upload_replaces_what_was_there(place: Place) -> None:
-    await place.upload("a", b"old and longer")
-    await place.upload("a", b"new")
-    assert (await place.download("a"))[1] == b"new"
-
-
-async def test_progress_ends_at_the_size_of_the_file(place: Place) -> None:
-    up, down = Progress(), Progress()
-    with descriptor(CONTENT) as source, descriptor() as target:
-        await place.storage.upload(source, place.url("a"), up)
-        await place.storage.download(place.url("a"), target, down)
-    assert (up.done_bytes, down.done_bytes) == (len(CONTENT), len(CONTENT))
-
-
-async def test_what_is_removed_is_not_found_any_more(place: Place) -> None:
-    await place.upload("a")
-    await place.storage.remove(place.url("a"))
-    with pytest.raises(NotFound):
-        await place.storage.stat(place.url("a"))
-    with pytest.raises(NotFound):
-        await place.storage.remove(place.url("a"))
-    with pytest.raises(NotFound):
-        await place.download("a")
-
-
-async def test_a_cancelled_upload_leaves_what_was_there(place: Place) -> None:
-    await place.upload("a", b"old")
-    with anyio.CancelScope() as scope:
-        scope.cancel()
-        await place.upload("a", b"new")
-    assert scope.cancelled_caught
-    assert (await place.download("a"))[1] == b"old"
 
 
 # -- faults --------------------------------------------------------------------------------------------------------
@@ -126,7 +24,7 @@ async def test_a_cancelled_upload_leaves_what_was_there(place: Place) -> None:
 def faulty(**files: bytes) -> tuple[MemoryStorage, Faults, Place]:
     memory = MemoryStorage({f"memory://se/{name}": content for name, content in files.items()})
     faults = Faults(memory)
-    return memory, faults, Place(faults, "memory://se")
+    return memory, faults, Place(faults, "memory://se", lambda: sorted(memory.files))
 
 
 async def test_the_third_upload_fails_and_only_that_one() -> None:
@@ -135,7 +33,7 @@ async def test_the_third_upload_fails_and_only_that_one() -> None:
     failed = []
     for name in "abcd":
         try:
-            await place.upload(name)
+            await place.put(name, CONTENT)
         except StorageUnavailable as error:
             failed.append((name, error.url, error.retryable))
     assert failed == [("c", "memory://se/c", True)]
@@ -158,9 +56,9 @@ async def asked(place: Place, operation: Operation) -> None:
         case "stat":
             await place.storage.stat(place.url("a"))
         case "download":
-            await place.download("a")
+            await place.get("a")
         case "upload":
-            await place.upload("a", b"other")
+            await place.put("a", b"other")
         case "remove":
             await place.storage.remove(place.url("a"))
 
@@ -171,10 +69,11 @@ async def test_a_lie_about_the_size_changes_nothing_but_the_answer() -> None:
     faults.lie_about_size("download", by_bytes=-3)
     faults.lie_about_size("upload", at=2)
     assert (await place.storage.stat(place.url("a"))).size_bytes == 4
-    info, content = await place.download("a")
-    assert (info.size_bytes, content) == (0, b"abc")
-    assert (await place.upload("b", b"abc")).size_bytes == 3
-    assert (await place.upload("b", b"abc")).size_bytes == 4
+    down = place.download("a", local := LocalBytes())
+    await place.move(down)
+    assert (down.result.size_bytes, local.content, local.kept) == (0, b"abc", down.result)  # type: ignore[union-attr]
+    assert (await place.put("b", b"abc")).size_bytes == 3
+    assert (await place.put("b", b"abc")).size_bytes == 4
     assert memory.files["memory://se/b"] == b"abc"
 
 
@@ -183,14 +82,18 @@ async def test_wrong_bytes_are_as_many_and_come_with_their_own_checksum() -> Non
     faults.corrupt("download")
     faults.corrupt("upload", at=1)
     right = await place.storage.stat(place.url("a"))
-    info, content = await place.download("a")
+    down = place.download("a", local := LocalBytes())
+    await place.move(down)
+    info, content = down.result, local.content
+    assert isinstance(info, FileInfo)
+    assert local.kept == info
     assert len(content) == 3
     assert content != b"abc"
     assert info.size_bytes == 3
-    assert info.adler32 != right.adler32
-    assert (await place.upload("b", b"abc")).adler32 == info.adler32
+    assert info.checksum != right.checksum
+    assert (await place.put("b", b"abc")).checksum == info.checksum
     assert memory.files["memory://se/b"] == content
-    await place.upload("b", b"abc")
+    await place.put("b", b"abc")
     assert memory.files["memory://se/b"] == b"abc"
 
 

@@ -16,7 +16,8 @@ from anyio import to_thread
 
 from loadmaster import Site, StorageError, open_transfers
 from loadmaster.names import join_url
-from loadmaster.storage.base import Catalog, CatalogEntry, Progress, Replica
+from loadmaster.staging.files import OutgoingPath
+from loadmaster.storage.base import Catalog, CatalogEntry, Direction, FileInfo, Replica, Transfer
 from loadmaster.storage.local import LocalStorage
 
 HERE = Path(__file__).parent
@@ -55,10 +56,13 @@ async def publish(lfns: list[str], site: Site, catalog: Catalog) -> None:
         parts = await to_thread.run_sync(split, sample(), Path(scratch))
         for lfn in lfns:
             url = join_url(site.storage_elements[STORAGE_ELEMENT], lfn)
-            async with await anyio.open_file(parts[LFNS.index(lfn)], "rb") as part:
-                info = await LocalStorage().upload(part.wrapped.fileno(), url, Progress())
+            part = Transfer(Direction.UPLOAD, url, OutgoingPath(parts[LFNS.index(lfn)]))
+            await LocalStorage().move([part], lambda _: None)
+            info = part.result
+            if not isinstance(info, FileInfo):
+                sys.exit(str(info))
             await catalog.register(CatalogEntry(lfn, info, (Replica(url, STORAGE_ELEMENT),)))
-            print(f"LFN:{lfn}: {info.size_bytes} bytes, adler32 {info.adler32}, at {STORAGE_ELEMENT}")
+            print(f"LFN:{lfn}: {info.size_bytes} bytes, {info.checksum}, at {STORAGE_ELEMENT}")
 
 
 def sample() -> Path:

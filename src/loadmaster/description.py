@@ -203,6 +203,13 @@ class Words(BaseModel):
         return {**self.extra, **{dirac: values[field] for field, dirac in self._keys().items() if field in values}}
 
 
+CHECKSUM: Final = (
+    r"^(?i:(adler32:)?[0-9a-f]{1,8}|crc32c:[0-9a-f]{8}|md5:[0-9a-f]{32}|sha256:[0-9a-f]{64}|1220[0-9a-f]{64}|"
+    r"d50110[0-9a-f]{32})$"
+)
+"""The spellings of a checksum, as `storage.checksums` reads them."""
+
+
 class InputFile(BaseModel):
     """One file the payload needs: where it is, and what it is called in the work directory."""
 
@@ -214,6 +221,14 @@ class InputFile(BaseModel):
     """Its name in the work directory; the last part of the source when not given."""
     size_bytes: int | None = Field(default=None, ge=0)
     adler32: str | None = Field(default=None, pattern="^[0-9a-fA-F]{1,8}$")
+    checksum: str | None = Field(default=None, pattern=CHECKSUM)
+    """`<algorithm>:<digits>` (adler32, crc32c, md5, sha256), the digits of an adler32, or a multihash."""
+
+    @model_validator(mode="after")
+    def _one_checksum(self) -> Self:
+        if self.adler32 is not None and self.checksum is not None:
+            raise ValueError("adler32 and checksum: give one of them")
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -214,9 +214,16 @@ class StoredFile:
     name: str
     url: str
     size_bytes: int
-    adler32: str
+    checksum: str
+    """Of the bytes that passed, with its algorithm: `adler32:0a1b2c3d`."""
     lfn: str | None = None
     storage_element: str | None = None
+
+    @property
+    def adler32(self) -> str:
+        """The digits of the checksum if it is an adler32, else nothing."""
+        algorithm, _, digits = self.checksum.partition(":")
+        return digits if algorithm == "adler32" else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,16 +13,18 @@ from __future__ import annotations
 import errno
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
 
 import anyio
-from anyio import lowlevel, to_thread
+from anyio import from_thread, lowlevel, to_thread
 
 from loadmaster.errors import NotFound, StorageError, StorageUnavailable
 from loadmaster.events import Event
-from loadmaster.storage.base import FileInfo, Progress, Storage
+from loadmaster.storage.base import Ability, Direction, FileInfo, LocalFile, Storage, Transfer
+from loadmaster.storage.checksums import Checksum
+from loadmaster.storage.local import WORK_DIRECTORY, translated
 
 Operation: TypeAlias = Literal["stat", "download", "upload", "remove"]
 """What a storage can be asked for."""
@@ -32,6 +34,8 @@ COPY_BYTES: Final = 1024 * 1024
 
 class MemoryStorage:
     """Files by URL, in a dictionary that is yours to fill and to look into: `files`."""
+
+    abilities = Ability.RANGES | Ability.CHECKSUMS | Ability.RENAME
 
     def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
         self.files: dict[str, bytes] = dict(files or {})
@@ -44,21 +48,56 @@ class MemoryStorage:
         await lowlevel.checkpoint()
         return _info(self._file(url))
 
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
-        """Write the file to the descriptor, from its beginning."""
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        """All of them in one thread. A URL names a new file once all of it has been read."""
         await lowlevel.checkpoint()
-        content = self._file(url)
-        await to_thread.run_sync(_write, target, content)
-        progress.done_bytes = len(content)
-        return _info(content)
+        done: list[Transfer] = []
+        try:
+            await to_thread.run_sync(self._move, transfers, done)
+        finally:
+            ended(done)
 
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        """Keep what the descriptor holds. The URL names the new file once all of it has been read."""
-        await lowlevel.checkpoint()
-        content = await to_thread.run_sync(_read, source)
-        progress.done_bytes = len(content)
-        self.files[url] = content
-        return _info(content)
+    def _move(self, transfers: Sequence[Transfer], done: list[Transfer]) -> None:
+        for transfer in transfers:
+            from_thread.check_cancelled()
+            passed = transfer.begin()
+            content = b""
+            try:
+                download = transfer.direction is Direction.DOWNLOAD
+                if download:
+                    content = self._part(transfer)
+                with translated(WORK_DIRECTORY):
+                    descriptor = transfer.local.open()
+                    try:
+                        if download:
+                            for start in range(0, len(content), COPY_BYTES):
+                                block = content[start : start + COPY_BYTES]
+                                _write(descriptor, block, transfer.first_byte + start)
+                                passed.update(block)
+                                transfer.done_bytes += len(block)
+                                _check(transfer)
+                            transfer.local.keep(descriptor, transfer.info())
+                        else:
+                            content = _taken(descriptor, transfer)
+                            passed.update(content)
+                    finally:
+                        os.close(descriptor)
+            except StorageError as exc:
+                transfer.result = exc
+                transfer.local.discard()
+            except BaseException:
+                transfer.local.discard()
+                raise
+            else:
+                if not download:
+                    self.files[transfer.url] = content
+                    transfer.local.discard()
+                transfer.result = transfer.info()
+            done.append(transfer)
+
+    def _part(self, transfer: Transfer) -> bytes:
+        last = None if transfer.last_byte is None else transfer.last_byte + 1
+        return self._file(transfer.url)[transfer.first_byte : last]
 
     async def remove(self, url: str) -> None:
         """Forget the file."""
@@ -94,6 +133,7 @@ class Faults:
     def __init__(self, storage: Storage) -> None:
         self.calls: list[tuple[Operation, str]] = []
         """What was asked for, in order: the operation and the URL."""
+        self.abilities = storage.abilities
         self._storage = storage
         self._orders: list[_Order] = []
 
@@ -122,53 +162,107 @@ class Faults:
 
     async def stat(self, url: str) -> FileInfo:
         """As the storage does, unless there is an order."""
-        order = await self._obey("stat", url)
+        order = await _obey(self._order("stat", url), url)
         return _lie(await self._storage.stat(url), order)
 
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
-        """As the storage does, unless there is an order."""
-        order = await self._obey("download", url)
-        if order is None or not order.wrong_bytes:
-            return _lie(await self._storage.download(url, target, progress), order)
-        passing = os.memfd_create("loadmaster-wrong")
-        try:
-            await self._storage.download(url, passing, progress)
-            content = _wrong(await to_thread.run_sync(_read, passing))
-            await to_thread.run_sync(_write, target, content)
-        finally:
-            os.close(passing)
-        return _info(content)
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        """As the storage does, unless there is an order; all that have none go to it in one call."""
+        plain: list[Transfer] = []
+        async with anyio.create_task_group() as group:
+            for transfer in transfers:
+                operation: Operation = "download" if transfer.direction is Direction.DOWNLOAD else "upload"
+                order = self._order(operation, transfer.url)
+                if order is None:
+                    plain.append(transfer)
+                else:
+                    group.start_soon(self._misbehave, transfer, order, ended)
+            if plain:
+                await self._storage.move(plain, ended)
 
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        """As the storage does, unless there is an order."""
-        order = await self._obey("upload", url)
-        if order is None or not order.wrong_bytes:
-            return _lie(await self._storage.upload(source, url, progress), order)
-        passing = os.memfd_create("loadmaster-wrong")
-        try:
-            await to_thread.run_sync(_write, passing, _wrong(await to_thread.run_sync(_read, source)))
-            return await self._storage.upload(passing, url, progress)
-        finally:
-            os.close(passing)
+    async def _misbehave(self, transfer: Transfer, order: _Order, ended: Callable[[Sequence[Transfer]], None]) -> None:
+        """Fail or hang, or have it moved with something between it and its local file."""
+        with anyio.CancelScope() as scope:
+            transfer.when_given_up = scope.cancel
+            try:
+                await _obey(order, transfer.url)
+                bent = _Bent(transfer.local, order)
+                transfer.local = bent
+                try:
+                    await self._storage.move([transfer], lambda _: None)
+                finally:
+                    transfer.local = bent.local
+                if isinstance(transfer.result, FileInfo):
+                    transfer.result = bent.info or _lie(transfer.result, order)
+            except StorageError as exc:
+                transfer.result = exc
+                transfer.local.discard()
+        if transfer.result is None:
+            transfer.result = StorageUnavailable(transfer.url, "given up")
+        ended([transfer])
 
     async def remove(self, url: str) -> None:
         """As the storage does, unless there is an order."""
-        await self._obey("remove", url)
+        await _obey(self._order("remove", url), url)
         await self._storage.remove(url)
 
-    async def _obey(self, operation: Operation, url: str) -> _Order | None:
-        """Count the call, fail or hang if that is the order, and return it."""
+    def _order(self, operation: Operation, url: str) -> _Order | None:
+        """Count the call, and see whether there is an order for it."""
         self.calls.append((operation, url))
         number = sum(1 for called, _ in self.calls if called == operation)
         orders = (order for order in self._orders if order.operation == operation and order.at in {None, number})
-        order = next(orders, None)
-        if order is not None and order.error is not None:
-            await lowlevel.checkpoint()
-            raise order.error(url)
-        if order is not None and order.hangs is not None:
-            order.hangs.set()
-            await anyio.sleep_forever()
-        return order
+        return next(orders, None)
+
+
+async def _obey(order: _Order | None, url: str) -> _Order | None:
+    """Fail or hang if that is the order; else return it."""
+    if order is not None and order.error is not None:
+        await lowlevel.checkpoint()
+        raise order.error(url)
+    if order is not None and order.hangs is not None:
+        order.hangs.set()
+        await anyio.sleep_forever()
+    return order
+
+
+class _Bent:
+    """A local file between which and the storage something goes wrong."""
+
+    def __init__(self, local: LocalFile, order: _Order) -> None:
+        self.local, self._order = local, order
+        self.info: FileInfo | None = None
+        """What arrived in truth, where that is other than what the storage sent."""
+
+    def open(self) -> int:
+        if not self._order.wrong_bytes:
+            return self.local.open()
+        passing = os.memfd_create("loadmaster-wrong")
+        if self._order.operation == "upload":
+            try:
+                source = self.local.open()
+            except BaseException:
+                os.close(passing)
+                raise
+            try:
+                _write(passing, _wrong(_read(source)))
+            finally:
+                os.close(source)
+        return passing
+
+    def keep(self, descriptor: int, info: FileInfo) -> None:
+        if not self._order.wrong_bytes:
+            self.local.keep(descriptor, _lie(info, self._order))
+            return
+        content = _wrong(_read(descriptor))
+        target = self.local.open()
+        try:
+            _write(target, content)
+            self.info = _info(content)
+            self.local.keep(target, self.info)
+        finally:
+            os.close(target)
+
+    def discard(self) -> None:
+        self.local.discard()
 
 
 class MemoryJournal:
@@ -200,7 +294,7 @@ def _unavailable(url: str) -> StorageError:
 
 
 def _info(content: bytes) -> FileInfo:
-    return FileInfo(len(content), f"{zlib.adler32(content):08x}")
+    return FileInfo(len(content), Checksum("adler32", f"{zlib.adler32(content):08x}"))
 
 
 def _lie(info: FileInfo, order: _Order | None) -> FileInfo:
@@ -212,6 +306,24 @@ def _wrong(content: bytes) -> bytes:
     return content[:-1] + bytes([content[-1] ^ 0xFF]) if content else content
 
 
+def _check(transfer: Transfer) -> None:
+    from_thread.check_cancelled()
+    if transfer.given_up:
+        raise StorageUnavailable(transfer.url, "given up")
+
+
+def _taken(descriptor: int, transfer: Transfer) -> bytes:
+    """The whole file of a descriptor, provided that it stays as it is meanwhile."""
+    size, blocks = os.fstat(descriptor).st_size, bytearray()
+    while block := os.pread(descriptor, COPY_BYTES, len(blocks)):
+        blocks += block
+        transfer.done_bytes = len(blocks)
+        _check(transfer)
+    if len(blocks) != size or os.fstat(descriptor).st_size != size:
+        raise StorageUnavailable(transfer.url, "changed while it was copied")
+    return bytes(blocks)
+
+
 def _read(descriptor: int) -> bytes:
     """The whole file of a descriptor, wherever it stands."""
     blocks = bytearray()
@@ -220,7 +332,8 @@ def _read(descriptor: int) -> bytes:
     return bytes(blocks)
 
 
-def _write(descriptor: int, content: bytes) -> None:
+def _write(descriptor: int, content: bytes, offset: int = 0) -> None:
     rest = memoryview(content)
     while rest:
-        rest = rest[os.write(descriptor, rest) :]
+        count = os.pwrite(descriptor, rest, offset)
+        rest, offset = rest[count:], offset + count

@@ -124,16 +124,17 @@ class Workdir:
             finally:
                 os.close(parent)
 
-    def create(self, name: str) -> int:
-        """A descriptor of a new, empty file for reading and appending. Parents are made; links are not followed.
+    def create(self, name: str, *, append: bool = True) -> int:
+        """A descriptor of a new, empty file for reading and appending, or for writing anywhere in it.
 
-        What has the name is removed, not opened: it may be a FIFO, or be open elsewhere.
+        Parents are made; links are not followed. What has the name is removed, not opened: it may be a FIFO, or be open
+        elsewhere.
         """
         with self._parent(name, make=True) as (parent, last):
             with suppress(FileNotFoundError):
                 os.unlink(last, dir_fd=parent)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(last, flags, 0o644, dir_fd=parent)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            return os.open(last, flags | os.O_APPEND if append else flags, 0o644, dir_fd=parent)
 
     def make_directory(self, name: str) -> None:
         """A directory, its parents too; links are not followed. None is a fault."""

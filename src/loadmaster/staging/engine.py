@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import AlreadyExists, ChecksumMismatch, InvalidSite, StagingFailed, StorageError
+from loadmaster.errors import (
+    AlreadyExists,
+    ChecksumMismatch,
+    InvalidSite,
+    StagingFailed,
+    StorageError,
+    StorageUnavailable,
+)
 from loadmaster.names import local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
+from loadmaster.staging.files import Incoming, Outgoing
 from loadmaster.staging.plan import Delivery, Fetch
-from loadmaster.storage.base import Catalog, CatalogEntry, FileInfo, Progress, Replica, Storage
+from loadmaster.storage.base import Catalog, CatalogEntry, Direction, FileInfo, Replica, Storage, Transfer
+from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, translated
 from loadmaster.tasks import for_each, single_error
 from loadmaster.workdir import Workdir
@@ -58,7 +67,7 @@ class _Moving:
     name: str
     url: str
     size_bytes: int | None
-    progress: Progress
+    transfer: Transfer
 
 
 class Transfers:
@@ -113,23 +122,19 @@ class Transfers:
         moving: set[_Moving] = set()
 
         async def one(delivery: Delivery) -> None:
-            try:
-                source = await to_thread.run_sync(workdir.open_output, delivery.name)
-            except FileNotFoundError:
-                await listener.missing(delivery.name, NOT_MADE)
-                return
-            except OSError as exc:
-                reason = str(exc.strerror)
-                await listener.missing(delivery.name, reason)
-                problems.append(f"{delivery.name}: {reason}")
-                return
+            source = Outgoing(workdir, delivery.name)
             try:
                 async with self._outgoing:
-                    await self._deliver(delivery, source, moving, listener)
+                    await self._deliver(delivery, source, workdir, moving, listener)
             except StorageError as exc:
-                problems.append(f"{delivery.name}: {_told(exc)}")
-            finally:
-                os.close(source)
+                if source.refused is None:
+                    problems.append(f"{delivery.name}: {_told(exc)}")
+                elif isinstance(source.refused, FileNotFoundError):
+                    await listener.missing(delivery.name, NOT_MADE)
+                else:
+                    reason = str(source.refused.strerror)
+                    await listener.missing(delivery.name, reason)
+                    problems.append(f"{delivery.name}: {reason}")
 
         await self._all(deliveries, one, moving, listener)
         if problems:
@@ -138,35 +143,37 @@ class Transfers:
     async def _fetch(self, fetch: Fetch, workdir: Workdir, moving: set[_Moving]) -> StoredFile:
         """The first replica that gives the right bytes. Raises what the last one raised."""
 
+        algorithm = fetch.checksum.algorithm if fetch.checksum is not None else "adler32"
+        local = Incoming(workdir, fetch.name, size_bytes=fetch.size_bytes, checksum=fetch.checksum)
+
         async def attempt(source: Replica) -> StoredFile:
-            part = f".{os.urandom(8).hex()}.part"
-            with _progress(moving, fetch.name, source.url, fetch.size_bytes) as progress:
-                with translated(WORK_DIRECTORY):
-                    descriptor = await to_thread.run_sync(workdir.create, part)
-                try:
-                    info = await self._storage(source.url).download(source.url, descriptor, progress)
-                    _verify(info, fetch, source.url)
-                    with translated(WORK_DIRECTORY):
-                        await to_thread.run_sync(workdir.rename, part, fetch.name)
-                except BaseException:
-                    with anyio.move_on_after(10, shield=True):  # one unlink on a local disk
-                        await to_thread.run_sync(workdir.remove, part)
-                    raise
-                finally:
-                    os.close(descriptor)
-            return _stored(fetch.name, source, info, fetch.lfn)
+            local.url = source.url
+            transfer = Transfer(Direction.DOWNLOAD, source.url, local, algorithm, fetch.size_bytes)
+            return _stored(fetch.name, source, await self._move(fetch.name, transfer, moving), fetch.lfn)
 
         return await _first(fetch.sources, attempt)
 
-    async def _deliver(self, delivery: Delivery, source: int, moving: set[_Moving], listener: Listener) -> None:
+    async def _move(self, name: str, transfer: Transfer, moving: set[_Moving]) -> FileInfo:
+        """Have one file moved. Raises `StorageError`."""
+        under_way = _Moving(name, transfer.url, transfer.size_bytes, transfer)
+        moving.add(under_way)
+        try:
+            await self._storage(transfer.url).move([transfer], lambda _: None)
+        finally:
+            moving.discard(under_way)
+        if isinstance(transfer.result, FileInfo):
+            return transfer.result
+        raise transfer.result or StorageUnavailable(transfer.url, "the storage said nothing of what came of it")
+
+    async def _deliver(
+        self, delivery: Delivery, source: Outgoing, workdir: Workdir, moving: set[_Moving], listener: Listener
+    ) -> None:
         """The first storage that takes it; else the first failover one. Raises what the last wanted one raised."""
 
         async def attempt(target: Replica) -> StoredFile:
-            size = os.fstat(source).st_size
-            with _progress(moving, delivery.name, target.url, size) as progress:
-                info = await self._storage(target.url).upload(source, target.url, progress)
-            if info.size_bytes != size:
-                raise ChecksumMismatch(target.url, f"took {info.size_bytes} bytes of {size}")
+            info = await self._move(delivery.name, Transfer(Direction.UPLOAD, target.url, source), moving)
+            if info.size_bytes != source.size_bytes:
+                raise ChecksumMismatch(target.url, f"took {info.size_bytes} bytes of {source.size_bytes}")
             return _stored(delivery.name, target, info, delivery.lfn)
 
         if file := await self._already_there(delivery, source):
@@ -190,21 +197,23 @@ class Transfers:
     async def _register(self, file: StoredFile) -> None:
         if file.lfn is not None and self.catalog is not None:
             replica = Replica(file.url, file.storage_element)
-            await self.catalog.register(CatalogEntry(file.lfn, FileInfo(file.size_bytes, file.adler32), (replica,)))
+            info = FileInfo(file.size_bytes, Checksum.parse(file.checksum) if file.checksum else None)
+            await self.catalog.register(CatalogEntry(file.lfn, info, (replica,)))
 
-    async def _already_there(self, delivery: Delivery, source: int) -> StoredFile | None:
+    async def _already_there(self, delivery: Delivery, source: Outgoing) -> StoredFile | None:
         """The file, if an earlier attempt has brought it where it is wanted. Other content is never written over."""
         if delivery.lfn is None or self.catalog is None:
             return None
         entry = (await self.catalog.lookup([delivery.lfn])).get(delivery.lfn)
         if entry is None:
             return None
-        info = await to_thread.run_sync(checksum, source)
+        algorithm = entry.info.checksum.algorithm if entry.info.checksum is not None else "adler32"
+        info = await to_thread.run_sync(_read_through, source, algorithm)
         if info != entry.info:
             raise AlreadyExists(
                 f"LFN:{delivery.lfn}",
-                f"is in the catalog with other content ({entry.info.size_bytes} bytes, adler32 {entry.info.adler32}; "
-                f"this one has {info.size_bytes}, {info.adler32})",
+                f"is in the catalog with other content ({entry.info.size_bytes} bytes, {entry.info.checksum}; "
+                f"this one has {info.size_bytes}, {info.checksum})",
             )
         for target in delivery.targets:
             if target in entry.replicas and await self._has(target, info.size_bytes):
@@ -275,15 +284,13 @@ def _told(exc: StorageError) -> str:
     return "; ".join([*getattr(exc, "__notes__", ()), str(exc)])
 
 
-@contextmanager
-def _progress(moving: set[_Moving], name: str, url: str, size_bytes: int | None) -> Iterator[Progress]:
-    """Be among the transfers under way."""
-    transfer = _Moving(name, url, size_bytes, Progress())
-    moving.add(transfer)
-    try:
-        yield transfer.progress
-    finally:
-        moving.discard(transfer)
+def _read_through(source: Outgoing, algorithm: str) -> FileInfo:
+    with translated(WORK_DIRECTORY):
+        descriptor = source.open()
+        try:
+            return checksum(descriptor, algorithm)
+        finally:
+            os.close(descriptor)
 
 
 async def _report(moving: set[_Moving], listener: Listener) -> None:
@@ -291,15 +298,8 @@ async def _report(moving: set[_Moving], listener: Listener) -> None:
     while True:
         await anyio.sleep(PROGRESS_SECONDS)
         for transfer in moving:
-            listener.progress(transfer.name, transfer.url, transfer.progress.done_bytes, transfer.size_bytes)
-
-
-def _verify(info: FileInfo, fetch: Fetch, url: str) -> None:
-    if fetch.size_bytes is not None and info.size_bytes != fetch.size_bytes:
-        raise ChecksumMismatch(url, f"has {info.size_bytes} bytes, expected {fetch.size_bytes}")
-    if fetch.adler32 is not None and info.adler32 != fetch.adler32:
-        raise ChecksumMismatch(url, f"adler32 {info.adler32}, expected {fetch.adler32}")
+            listener.progress(transfer.name, transfer.url, transfer.transfer.done_bytes, transfer.size_bytes)
 
 
 def _stored(name: str, place: Replica, info: FileInfo, lfn: str | None) -> StoredFile:
-    return StoredFile(name, place.url, info.size_bytes, info.adler32 or "", lfn, place.storage_element)
+    return StoredFile(name, place.url, info.size_bytes, str(info.checksum or ""), lfn, place.storage_element)

@@ -10,6 +10,7 @@ from loadmaster.errors import InvalidJob, StagingFailed
 from loadmaster.names import SANDBOX_PREFIX, as_url, is_lfn, is_url, join_url, parse_lfn, user_lfn
 from loadmaster.site import Site
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
+from loadmaster.storage.checksums import Checksum
 
 MAGIC = frozenset("*?[")
 
@@ -21,7 +22,7 @@ class Fetch:
     name: str
     sources: tuple[Replica, ...]
     size_bytes: int | None = None
-    adler32: str | None = None
+    checksum: Checksum | None = None
     lfn: str | None = None
 
 
@@ -78,8 +79,9 @@ def _fetch(
     file: InputFile, sources: tuple[Replica, ...], info: FileInfo | None = None, lfn: str | None = None
 ) -> Fetch:
     size = file.size_bytes if file.size_bytes is not None else info.size_bytes if info else None
-    adler32 = file.adler32 or (info.adler32 if info else None)
-    return Fetch(file.name, sources, size, adler32.lower().rjust(8, "0") if adler32 else None, lfn)
+    said = file.checksum or file.adler32
+    checksum = Checksum.parse(said) if said else info.checksum if info else None
+    return Fetch(file.name, sources, size, checksum, lfn)
 
 
 def _possible_lfn(source: str) -> str | None:

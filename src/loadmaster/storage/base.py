@@ -1,18 +1,46 @@
-"""What the rest of the house knows of storage: two small protocols and their values."""
+"""What the rest of the house knows of storage: a small protocol, what it moves, and the catalog.
+
+A storage moves *transfers*: one file each, between a URL and a local file. It is given many at once, so that ten
+thousand small files cost ten thousand requests and not ten thousand switches of threads and tasks; it says which have
+ended in batches. A storage that handles one file at a time is made one of these by `storage.single.OneByOne`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import Enum, Flag, auto
+from typing import Protocol, TypeAlias
+
+from loadmaster.errors import StorageError
+from loadmaster.storage.checksums import Checksum, Running, running
+
+
+class Ability(Flag):
+    """What a storage can do beyond moving whole files."""
+
+    NONE = 0
+    SIDE_BY_SIDE = auto()
+    """One call of `move` moves several at once, within the storage's own streams; without it, one after another."""
+    RANGES = auto()
+    """A part of a file can be read: a download can be resumed, and split."""
+    CHECKSUMS = auto()
+    """`stat` knows a checksum without the file being read."""
+    RENAME = auto()
+    """An upload is written beside its name and renamed: the name never holds half a file, or nothing holds."""
+    MULTIPART = auto()
+    """An upload comes into being by a last word; what was sent before it can be abandoned."""
+    COPY = auto()
+    """A file can be copied within the storage, without its bytes passing through us."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileInfo:
-    """The size of a file and, where it is known without reading it, its adler32 (eight hex digits)."""
+    """The size of a file and, where it is known without reading it, a checksum."""
 
     size_bytes: int
-    adler32: str | None = None
+    checksum: Checksum | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,40 +60,125 @@ class CatalogEntry:
     replicas: tuple[Replica, ...]
 
 
-class Progress:
-    """How many bytes of one transfer have passed. Written by the storage, from any thread; read by whoever wants."""
+class LocalFile(Protocol):
+    """The local end of a transfer. Its methods block; a storage calls them in a thread of its own, one at a time.
 
-    __slots__ = ("done_bytes",)
+    They raise OSError, which is about this machine and not about the storage, or `StorageError`.
+    """
 
-    def __init__(self) -> None:
-        self.done_bytes = 0
+    def open(self) -> int:
+        """A descriptor: of a new file to write to (and read from), or of the file to read. The storage closes it."""
+        ...
+
+    def keep(self, descriptor: int, info: FileInfo) -> None:
+        """All bytes have passed: verify and give a download its name. Raises `ChecksumMismatch`. Nothing for uploads."""
+        ...
+
+    def discard(self) -> None:
+        """The transfer failed, or was cancelled: remove what was written. Must not raise, also if nothing was opened."""
+        ...
+
+
+class Direction(Enum):
+    """Which way the bytes go."""
+
+    DOWNLOAD = "download"
+    UPLOAD = "upload"
+
+
+@dataclass(eq=False, slots=True)
+class Transfer:
+    """One file, or a part of one, to be moved once. Whoever moves it sets `result` and, as bytes pass, `done_bytes`.
+
+    A part (`first_byte`, `last_byte`) is only asked of a storage with `Ability.RANGES`, and only of downloads. Its bytes
+    go to the same place of the local file: write with `os.pwrite`, or seek first.
+    """
+
+    direction: Direction
+    url: str
+    local: LocalFile
+    algorithm: str = "adler32"
+    """Of the checksum that is computed as the bytes pass."""
+    size_bytes: int | None = None
+    """What is known beforehand of the size of the whole file."""
+    first_byte: int = 0
+    last_byte: int | None = None
+    """The last one of the part; None for the end of the file."""
+    version: str | None = None
+    """What the storage calls this content (an ETag). Set by the storage; given again with a part, which is refused with
+    `StorageUnavailable` when the content is another by now."""
+    passed: Running | None = None
+    """The checksum of what has passed. Given for a part that continues another: it has the bytes before it already."""
+    begun: bool = False
+    """Whether it is under way, or still waits inside the storage."""
+    done_bytes: int = 0
+    """How many bytes have passed, of this part; may be read from any thread, at any time."""
+    result: FileInfo | StorageError | None = None
+    """The count of the bytes that passed (`done_bytes`) and the checksum, once they are safe; or why they are not."""
+    given_up: bool = False
+    """Nobody wants it any more: it should end soon, with an error. A storage looks at this between blocks."""
+    when_given_up: Callable[[], None] | None = None
+    """Called, in the event loop's thread, when it is given up. A storage that waits puts here what ends the waiting."""
+
+    def begin(self) -> Running:
+        """To be called by the storage when it begins: the checksum, to be given all bytes in their order."""
+        self.begun = True
+        if self.passed is None:
+            self.passed = running(self.algorithm)
+        return self.passed
+
+    def info(self) -> FileInfo:
+        """What has passed so far."""
+        return FileInfo(self.done_bytes, self.passed.result() if self.passed is not None else None)
+
+    def give_up(self) -> None:
+        """Have it end without being done."""
+        self.given_up = True
+        if self.when_given_up is not None:
+            self.when_given_up()
 
 
 class Storage(Protocol):
-    """One kind of storage, reached by URLs.
+    """One kind of storage, reached by URLs. Made by a factory: `async with factory(StorageOptions(...)) as storage`.
 
-    Every method raises `StorageError`, and nothing else but cancellation. A cancelled one stops soon and leaves no
-    partial file that could be taken for a whole one.
+    `stat` and `remove` raise `StorageError`, and nothing else but cancellation; `move` puts it into the results.
     """
+
+    abilities: Ability
+
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        """Move all of these, as many at a time as is good; return when each has its result.
+
+        `ended` is called in the event loop's thread, with those that have ended since it was called last; each is in
+        one call. For a download that succeeded, `local.keep` has been called; for all others `local.discard`. An
+        OSError of the local file becomes a `StorageError` that names this machine's end (`storage.local.translated`).
+        A cancelled call stops soon and leaves no partial file that could be taken for a whole one, here or there.
+        """
+        ...
 
     async def stat(self, url: str) -> FileInfo:
         """What is at the URL. Raises `NotFound` when nothing is."""
         ...
 
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
-        """Write the whole file to an open descriptor; the size and adler32 of the bytes that passed."""
-        ...
-
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        """Store what an open descriptor holds, from its beginning. The URL names the whole file or what it named before.
-
-        Returns the size and adler32 of the bytes that passed, once they are safe.
-        """
-        ...
-
     async def remove(self, url: str) -> None:
         """Remove the file. Raises `NotFound` when there is none."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class StorageOptions:
+    """What a kind of storage is made with: the site's words for it, and how much it may do at once."""
+
+    scheme: str = ""
+    """Of the URLs it is asked for."""
+    streams: int = 8
+    """Transfers at once, in each direction."""
+    words: Mapping[str, object] = field(default_factory=dict)
+    """The table `[storage.<scheme>]` of the site's file; the storage checks it and names what it does not understand."""
+
+
+StorageFactory: TypeAlias = Callable[[StorageOptions], AbstractAsyncContextManager[Storage]]
+"""What a scheme stands for, in our own table and in the entry points of the group `loadmaster.storages`."""
 
 
 class Catalog(Protocol):

@@ -12,6 +12,7 @@ from anyio import to_thread
 
 from loadmaster.errors import AlreadyExists, StorageUnavailable
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
+from loadmaster.storage.checksums import Checksum
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ BUSY_SECONDS: Final = 30.0
 """How long to wait for another process that writes."""
 
 _SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS files (lfn TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, adler32 TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS files (lfn TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, checksum TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS replicas (
     lfn TEXT NOT NULL REFERENCES files, url TEXT NOT NULL, storage_element TEXT, PRIMARY KEY (lfn, url)
 ) WITHOUT ROWID;
@@ -51,9 +52,9 @@ class SqliteCatalog:
                 query = f"SELECT lfn, url, storage_element FROM replicas WHERE lfn IN ({places}) ORDER BY url"  # noqa: S608 - only question marks
                 for lfn, url, element in connection.execute(query, batch):
                     replicas.setdefault(lfn, []).append(Replica(url, element))
-                query = f"SELECT lfn, size_bytes, adler32 FROM files WHERE lfn IN ({places})"  # noqa: S608 - likewise
-                for lfn, size, adler32 in connection.execute(query, batch):
-                    found[lfn] = CatalogEntry(lfn, FileInfo(size, adler32), tuple(replicas.get(lfn, ())))
+                query = f"SELECT lfn, size_bytes, checksum FROM files WHERE lfn IN ({places})"  # noqa: S608 - likewise
+                for lfn, size, checksum in connection.execute(query, batch):
+                    found[lfn] = CatalogEntry(lfn, _info(size, checksum), tuple(replicas.get(lfn, ())))
             return found
 
         return await self._in_thread(ask) if lfns else {}
@@ -63,14 +64,14 @@ class SqliteCatalog:
 
         def add(connection: sqlite3.Connection) -> None:
             connection.execute("BEGIN IMMEDIATE")
-            known = connection.execute("SELECT size_bytes, adler32 FROM files WHERE lfn = ?", [entry.lfn]).fetchone()
+            known = connection.execute("SELECT size_bytes, checksum FROM files WHERE lfn = ?", [entry.lfn]).fetchone()
             if known is None:
-                row = (entry.lfn, entry.info.size_bytes, entry.info.adler32)
+                row = (entry.lfn, entry.info.size_bytes, str(entry.info.checksum) if entry.info.checksum else None)
                 connection.execute("INSERT INTO files VALUES (?, ?, ?)", row)
-            elif FileInfo(*known) != entry.info:
+            elif _info(*known) != entry.info:
                 raise AlreadyExists(
                     f"LFN:{entry.lfn}",
-                    f"is already in {self.path} with other content ({known[0]} bytes, adler32 {known[1]})",
+                    f"is already in {self.path} with other content ({known[0]} bytes, {known[1]})",
                 )
             rows = [(entry.lfn, replica.url, replica.storage_element) for replica in entry.replicas]
             connection.executemany("INSERT OR REPLACE INTO replicas VALUES (?, ?, ?)", rows)
@@ -88,3 +89,7 @@ class SqliteCatalog:
                 raise StorageUnavailable(str(self.path), f"the catalog cannot be used: {exc}") from exc
 
         return await to_thread.run_sync(job)
+
+
+def _info(size_bytes: int, checksum: str | None) -> FileInfo:
+    return FileInfo(size_bytes, Checksum.parse(checksum) if checksum else None)

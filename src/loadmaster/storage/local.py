@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -15,12 +15,16 @@ from anyio import CapacityLimiter, from_thread, to_thread
 
 from loadmaster.errors import AccessDenied, NoSpace, NotFound, StorageError, StorageUnavailable
 from loadmaster.names import local_path
-from loadmaster.storage.base import FileInfo, Progress
+from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.checksums import Running, running
 
 T = TypeVar("T")
 
 BLOCK_BYTES: Final = 1024 * 1024
 """Large enough that the interpreter's share of a copy is small, small enough to stay in a core's cache."""
+
+REPORT_SECONDS: Final = 0.1
+"""How long a file that has ended may wait to be told of, while others of its batch are copied."""
 
 WORK_DIRECTORY: Final = "the work directory"
 """What an error names that is not the storage's fault."""
@@ -43,50 +47,28 @@ _ERRORS: Final[dict[int, type[StorageError]]] = {
 class LocalStorage:
     """Files by path. Written beside the target, synced, renamed: a name never holds half a file."""
 
-    def __init__(self, threads: int = 16) -> None:
-        """`threads`: so many calls at once, each in a thread; none of them is taken from the host's."""
+    abilities = Ability.RANGES | Ability.RENAME
+
+    def __init__(self, threads: int = 16, *, sync: bool = True) -> None:
+        """`threads`: so many calls at once, each in a thread; none of them is taken from the host's.
+
+        `sync`: whether what was uploaded is on the disk, and not only on its way there, when it is said to be safe.
+        """
         self._threads = CapacityLimiter(threads)
+        self._sync = sync
+
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        """All of them one after another, in one thread."""
+        batch = _Batch(self._sync, lambda done: from_thread.run_sync(ended, done))
+        try:
+            await to_thread.run_sync(batch.move, transfers, limiter=self._threads)
+        finally:
+            if batch.untold:
+                ended(batch.untold)
 
     async def stat(self, url: str) -> FileInfo:
         """The size of the file; its checksum is not known without reading it."""
         return await self._in_thread(url, lambda path: FileInfo(_stat_regular(path).st_size))
-
-    async def download(self, url: str, target: int, progress: Progress) -> FileInfo:
-        """Copy the file to the descriptor. `NoSpace` names the work directory when that is what is full."""
-
-        def copy(path: Path) -> FileInfo:
-            mode = _stat_regular(path).st_mode
-            if mode & 0o111 and stat.S_ISREG(os.fstat(target).st_mode):
-                os.fchmod(target, 0o644 | mode & 0o111)  # a script stays one
-            source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                return _copy(source, url, target, WORK_DIRECTORY, progress)
-            finally:
-                os.close(source)
-
-        return await self._in_thread(url, copy)
-
-    async def upload(self, source: int, url: str, progress: Progress) -> FileInfo:
-        """Copy the descriptor's file beside the target, sync it, rename it, sync the directory."""
-
-        def copy(path: Path) -> FileInfo:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.parent / f".{os.urandom(8).hex()}.part"
-            target = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            try:
-                try:
-                    info = _copy(source, "the output", target, url, progress)
-                    os.fsync(target)
-                finally:
-                    os.close(target)
-                part.replace(path)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-            _sync_directory(path.parent)
-            return info
-
-        return await self._in_thread(url, copy)
 
     async def remove(self, url: str) -> None:
         """Remove the file."""
@@ -98,6 +80,139 @@ class LocalStorage:
                 return work(local_path(url))
 
         return await to_thread.run_sync(job, limiter=self._threads)
+
+
+@asynccontextmanager
+async def open_storage(options: StorageOptions) -> AsyncIterator[LocalStorage]:
+    """What `file://` stands for. `[storage.file]` may have `sync = false`: faster, and no promise for a power failure."""
+    unknown = set(options.words) - {"sync"}
+    sync = options.words.get("sync", True)
+    if unknown or not isinstance(sync, bool):
+        raise ValueError(f"{', '.join(sorted(unknown)) or 'sync'}: there is `sync`, true or false")
+    yield LocalStorage(2 * options.streams, sync=sync)
+
+
+class _Batch:
+    """Some transfers, in a thread. What has ended is safe before it is told: directories are synced once for many."""
+
+    def __init__(self, sync: bool, tell: Callable[[Sequence[Transfer]], None]) -> None:
+        self._sync = sync
+        self._tell = tell
+        self._block = memoryview(b"")
+        self._made: set[Path] = set()
+        self._unsynced: set[Path] = set()
+        self.untold: list[Transfer] = []
+
+    def move(self, transfers: Sequence[Transfer]) -> None:
+        """Move them all. Stops between blocks when cancelled."""
+        told = time.monotonic()
+        for transfer in transfers:
+            self._move(transfer)
+            self.untold.append(transfer)
+            if time.monotonic() - told > REPORT_SECONDS:
+                self._sync_directories()
+                done, self.untold = self.untold, []
+                self._tell(done)
+                told = time.monotonic()
+        self._sync_directories()
+
+    def _move(self, transfer: Transfer) -> None:
+        try:
+            from_thread.check_cancelled()
+            with translated(transfer.url):
+                path = local_path(transfer.url)
+                info = self._download(transfer, path) if transfer.direction is Direction.DOWNLOAD else None
+                transfer.result = info or self._upload(transfer, path)
+        except StorageError as exc:
+            transfer.result = exc
+            transfer.local.discard()
+        except BaseException:
+            transfer.local.discard()
+            raise
+        else:
+            if transfer.direction is Direction.UPLOAD:
+                transfer.local.discard()
+
+    def _download(self, transfer: Transfer, path: Path) -> FileInfo:
+        mode = _stat_regular(path).st_mode
+        source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            with translated(WORK_DIRECTORY):
+                target = transfer.local.open()
+            try:
+                if mode & 0o111 and stat.S_ISREG(os.fstat(target).st_mode):
+                    with translated(WORK_DIRECTORY):
+                        os.fchmod(target, 0o644 | mode & 0o111)  # a script stays one
+                self._copy(transfer, source, transfer.url, target, WORK_DIRECTORY)
+                with translated(WORK_DIRECTORY):
+                    transfer.local.keep(target, info := transfer.info())
+                return info
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+
+    def _upload(self, transfer: Transfer, path: Path) -> FileInfo:
+        """Beside the target, synced, renamed."""
+        with translated(WORK_DIRECTORY):
+            source = transfer.local.open()
+        try:
+            folder = path.parent
+            if folder not in self._made:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._made.add(folder)
+            part = f"{folder}/.{os.urandom(8).hex()}.part"
+            target = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            try:
+                try:
+                    self._copy(transfer, source, "the output", target, transfer.url)
+                    if self._sync:
+                        os.fsync(target)
+                finally:
+                    os.close(target)
+                os.replace(part, path)
+            except BaseException:
+                with suppress(FileNotFoundError):
+                    os.unlink(part)
+                raise
+            self._unsynced.add(folder)
+            return transfer.info()
+        finally:
+            os.close(source)
+
+    def _copy(self, transfer: Transfer, source: int, source_name: str, target: int, target_name: str) -> None:
+        """Copy what is wanted of the file, the checksum computed as the bytes pass."""
+        passed, offset, size = transfer.begin(), transfer.first_byte, os.fstat(source).st_size
+        end = size if transfer.last_byte is None else min(size, transfer.last_byte + 1)
+        block = self._block_for(end - offset)
+        while True:
+            with translated(source_name):
+                count = os.preadv(source, [block[: end - offset + 1]], offset)
+            count = min(count, end - offset) if transfer.last_byte is not None else count
+            if count <= 0:
+                if os.fstat(source).st_size != size or offset < end:
+                    raise StorageUnavailable(source_name, "changed while it was copied")
+                return
+            data = block[:count]
+            passed.update(data)
+            with translated(target_name):
+                _write_all(target, data, offset)
+            offset += count
+            transfer.done_bytes += count
+            if transfer.given_up:
+                raise StorageUnavailable(transfer.url, "given up")
+            from_thread.check_cancelled()
+
+    def _block_for(self, size: int) -> memoryview:
+        if len(self._block) < min(BLOCK_BYTES, size + 1):
+            self._block = memoryview(bytearray(min(BLOCK_BYTES, max(65536, size + 1))))
+        return self._block
+
+    def _sync_directories(self) -> None:
+        if self._sync:
+            for folder in self._unsynced:
+                _sync_directory(folder)
+        self._unsynced.clear()
 
 
 @contextmanager
@@ -112,34 +227,25 @@ def translated(name: str) -> Iterator[None]:
         raise StorageError(name, str(exc)) from exc
 
 
-def _copy(source: int, source_name: str, target: int | None, target_name: str, progress: Progress) -> FileInfo:
-    """Copy from the beginning to the end, the checksum computed as the bytes pass. Stops between blocks if cancelled."""
-    value, offset, size = zlib.adler32(b""), 0, os.fstat(source).st_size
-    block = memoryview(bytearray(min(BLOCK_BYTES, max(4096, size))))
-    while True:
-        from_thread.check_cancelled()
-        with translated(source_name):
-            count = os.preadv(source, [block], offset)
-        if count == 0:
-            if os.fstat(source).st_size != size:
-                raise StorageUnavailable(source_name, "changed while it was copied")
-            return FileInfo(offset, f"{value:08x}")
-        value = zlib.adler32(block[:count], value)
-        if target is not None:
-            with translated(target_name):
-                _write_all(target, block[:count])
-        offset += count
-        progress.done_bytes = offset
+def checksum(descriptor: int, algorithm: str = "adler32") -> FileInfo:
+    """The size and checksum of what an open descriptor holds. Blocks; stops between blocks if cancelled."""
+    return _read_through(descriptor, running(algorithm))
 
 
-def checksum(descriptor: int) -> FileInfo:
-    """The size and adler32 of what an open descriptor holds. Blocks; stops between blocks if cancelled."""
-    return _copy(descriptor, "the file", None, "", Progress())
+def _read_through(descriptor: int, passed: Running) -> FileInfo:
+    offset, block = 0, memoryview(bytearray(BLOCK_BYTES))
+    with translated("the file"):
+        while count := os.preadv(descriptor, [block], offset):
+            from_thread.check_cancelled()
+            passed.update(block[:count])
+            offset += count
+    return FileInfo(offset, passed.result())
 
 
-def _write_all(descriptor: int, data: memoryview) -> None:
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
     while data:
-        data = data[os.write(descriptor, data) :]
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
 
 
 def _stat_regular(path: Path) -> os.stat_result:

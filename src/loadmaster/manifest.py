@@ -1,0 +1,207 @@
+"""The manifest of `loadmaster stage`: JSON Lines, in each line one file to move.
+
+    {"source": "https://example.org/a.root", "target": "data/a.root", "size_bytes": 4096, "checksum": "adler32:0a1b2c3d"}
+
+`source` and `target` are URLs or paths, relative ones from the current directory; the other two may be left out. Empty lines
+mean nothing. A manifest is checked whole before anything moves, and then read again as the files are moved: what is
+remembered of a line is 16 bytes, so that a hundred thousand lines are no burden.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from hashlib import blake2b
+from itertools import pairwise
+from tempfile import TemporaryFile
+from typing import Annotated, BinaryIO, Final
+
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, PlainValidator, ValidationError
+
+from loadmaster.description import complaints
+from loadmaster.errors import LoadmasterError
+from loadmaster.names import file_url, is_url, local_path
+from loadmaster.storage.checksums import Checksum, running
+
+MAX_LINE_BYTES: Final = 64 * 1024
+"""Longer than any two URLs; a file that is no manifest at all is not read into memory."""
+
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
+
+
+class BadManifest(LoadmasterError):
+    """A manifest that cannot be used; `problems` names every line at fault by its number."""
+
+    def __init__(self, name: str, problems: list[str]) -> None:
+        super().__init__(f"{name}: " + "; ".join(problems))
+        self.name, self.problems = name, problems
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file to move, and what is known of its content."""
+
+    line: int
+    source: str
+    """A URL, as the target is."""
+    target: str
+    size_bytes: int | None = None
+    checksum: Checksum | None = None
+
+
+def _checksum(value: object) -> Checksum:
+    if not isinstance(value, str):
+        raise ValueError("a text is expected, as adler32:0a1b2c3d")  # noqa: TRY004 - pydantic collects these
+    found = Checksum.parse(value)
+    _check_computable(found.algorithm)
+    return found
+
+
+def _clean(text: str) -> str:
+    if not text.isprintable() and any(character < " " or character == "\x7f" for character in text):
+        raise ValueError("a path or URL may not have control characters")
+    return text
+
+
+@cache
+def _check_computable(algorithm: str) -> None:
+    running(algorithm)
+
+
+_Place = Annotated[str, Field(min_length=1), AfterValidator(_clean)]
+
+
+class _Words(BaseModel):
+    """A line as it is written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: _Place
+    target: _Place
+    size_bytes: int | None = Field(None, ge=0, validation_alias=AliasChoices("size_bytes", "size"))
+    checksum: Annotated[Checksum, PlainValidator(_checksum)] | None = None
+
+
+class Manifest:
+    """The lines of a manifest, all of them good. Made by `read`; to be closed."""
+
+    def __init__(self, name: str, lines: BinaryIO, base: str, files: int, bytes_known: int) -> None:
+        self.name = name
+        self.files = files
+        self.bytes_known = bytes_known
+        """The sum of the sizes that are given."""
+        self._lines, self._base = lines, base
+
+    @classmethod
+    def read(cls, stream: BinaryIO, name: str, base: str) -> Manifest:
+        """Check a stream to its end, keeping its lines in a temporary file. Raises `BadManifest`. Blocks.
+
+        `base`: the directory relative paths are taken from.
+        """
+        lines = TemporaryFile(prefix="loadmaster-manifest-")  # noqa: SIM115 - the manifest's, until it is closed
+        try:
+            return cls._read(stream, name, base, lines)
+        except BaseException:
+            lines.close()
+            raise
+
+    @classmethod
+    def _read(cls, stream: BinaryIO, name: str, base: str, lines: BinaryIO) -> Manifest:
+        problems: list[str] = []
+        sources, targets = array("Q"), array("Q")
+        known = 0
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > MAX_LINE_BYTES:
+                problems.append(f"line {number}: of more than {MAX_LINE_BYTES} bytes; nothing after it was read")
+                break
+            try:
+                entry = _entry(number, line, base)
+            except ValueError as exc:
+                problems.append(f"line {number}: {exc}")
+                entry = None
+            lines.write(line)
+            if entry is not None:
+                known += entry.size_bytes or 0
+                sources.append(_short(entry.source))
+                targets.append(_short(entry.target))
+        manifest = cls(name, lines, base, len(targets), known)
+        wanted = _repeated(targets) | _common(sources, targets)
+        if wanted and not problems:
+            problems = list(manifest._collisions(wanted))
+        if problems:
+            raise BadManifest(name, problems)
+        return manifest
+
+    def entries(self) -> Iterator[Entry]:
+        """The files to move, in their order. Blocks, and is to be used by one reader at a time."""
+        self._lines.seek(0)
+        for number, line in enumerate(self._lines, 1):
+            if (entry := _entry(number, line, self._base)) is not None:
+                yield entry
+
+    def close(self) -> None:
+        """Remove the temporary file."""
+        self._lines.close()
+
+    def _collisions(self, wanted: set[int]) -> Iterator[str]:
+        """The lines that stand in each other's way, told by number."""
+        first: dict[str, int] = {}
+        for entry in self.entries():
+            if _short(entry.target) in wanted:
+                key = _key(entry.target)
+                if (other := first.setdefault(key, entry.line)) != entry.line:
+                    yield f"line {entry.line}: the target of line {other} again: {entry.target}"
+        for entry in self.entries():
+            if (line := first.get(_key(entry.source))) is not None:
+                yield f"line {entry.line}: its source is the target of {'itself' if line == entry.line else f'line {line}'}"
+
+
+def _entry(number: int, line: bytes, base: str) -> Entry | None:
+    """The file a line names; None when it is empty. Raises ValueError that says what is wrong."""
+    text = line.removeprefix(_BYTE_ORDER_MARK).strip() if number == 1 else line.strip()
+    if not text:
+        return None
+    try:
+        words = _Words.model_validate_json(text)
+    except ValidationError as exc:
+        raise ValueError("; ".join(complaints(exc))) from exc
+    source, target = _url(words.source, base), _url(words.target, base)
+    if target.endswith("/"):
+        raise ValueError(f"target: {words.target}: names a directory, not a file")
+    return Entry(number, source, target, words.size_bytes, words.checksum)
+
+
+def _url(text: str, base: str) -> str:
+    """A URL; of a path its file:// URL."""
+    if not is_url(text):
+        return file_url(os.path.join(base, text))
+    if text.startswith("file://"):
+        local_path(text)  # raises ValueError for another host's
+    return text
+
+
+def _key(url: str) -> str:
+    """The same for two spellings of one path. Links are not followed: they may change while files are moved."""
+    if not url.startswith("file://"):
+        return url
+    path = url.removeprefix("file://")
+    if path.startswith("/") and "%" not in path and "//" not in path and "/." not in path:
+        return path  # as most are, and five times as fast
+    return os.path.normpath(local_path(url))
+
+
+def _short(url: str) -> int:
+    """Eight bytes that stand for a place; two places that share them are told apart afterwards."""
+    return int.from_bytes(blake2b(_key(url).encode(errors="surrogateescape"), digest_size=8).digest(), "little")
+
+
+def _repeated(places: array[int]) -> set[int]:
+    ordered = sorted(places)
+    return {a for a, b in pairwise(ordered) if a == b}
+
+
+def _common(some: array[int], others: array[int]) -> set[int]:
+    return set(some).intersection(others)
