@@ -67,7 +67,12 @@ class JobExecutionCoordinator:
 
     async def stageIn(self) -> None:
         """Bring in the input sandbox and the input data, side by side."""
-        await all_to_their_end(self.job.download_input_sandbox, self.job.resolve_input_data)
+        job, steps = self.job, []
+        if job.description.input_sandbox:
+            steps.append(job.download_input_sandbox)
+        if job.description.input_data:
+            steps.append(job.resolve_input_data)
+        await all_to_their_end(*steps)
 
     async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
         """Decide what is executed. `command` is a piece of shell; a mapping with `command` and `env` will do as well."""
@@ -81,7 +86,12 @@ class JobExecutionCoordinator:
 
     async def stageOut(self) -> None:
         """Take out the output sandbox and, if the job has not failed, the output data."""
-        await all_to_their_end(self.job.upload_output_sandbox, self.job.upload_output_data)
+        job, steps = self.job, []
+        if job.description.output_sandbox:
+            steps.append(job.upload_output_sandbox)
+        if job.description.output_data:
+            steps.append(job.upload_output_data)
+        await all_to_their_end(*steps)
 
 
 class JobInFlight:
