@@ -16,13 +16,16 @@ from conftest import until
 from loadmaster import InvalidSite, Site, StagingFailed, StoredFile, open_transfers
 from loadmaster.names import file_url
 from loadmaster.staging.plan import Delivery, Fetch
-from loadmaster.storage.base import CatalogEntry, FileInfo, Replica, Transfer
+from loadmaster.staging.progress import Overall
+from loadmaster.storage.base import CatalogEntry, Direction, FileInfo, Replica, Transfer
 from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import LocalStorage
 from loadmaster.storage.single import OneByOne
 from loadmaster.tasks import for_each
 from loadmaster.workdir import Workdir
+
+HASTY = Site(retry_seconds=0.001)
 
 LARGE_BYTES = 8 * 1024**3
 """Of a sparse file: far more than can be copied before the test cancels."""
@@ -37,6 +40,7 @@ class Told:
         self.moved: list[tuple[str, str, str]] = []
         self.lost: list[tuple[str, str]] = []
         self.seen: list[tuple[str, str, int, int | None]] = []
+        self.looks: list[Overall] = []
 
     async def staged(self, file: StoredFile) -> None:
         self.files.append(file)
@@ -49,6 +53,9 @@ class Told:
 
     def progress(self, name: str, url: str, done_bytes: int, size_bytes: int | None) -> None:
         self.seen.append((name, url, done_bytes, size_bytes))
+
+    def overall(self, direction: Direction, overall: Overall) -> None:
+        self.looks.append(overall)
 
 
 @pytest.fixture
@@ -91,12 +98,12 @@ def inside(workdir: Workdir) -> list[str]:
 
 
 async def fetch(fetches: Sequence[Fetch], workdir: Workdir, told: Told, site: Site | None = None) -> None:
-    async with open_transfers(site or Site()) as transfers:
+    async with open_transfers(site or HASTY) as transfers:
         await transfers.fetch(fetches, workdir, told)
 
 
 async def deliver(deliveries: Sequence[Delivery], workdir: Workdir, told: Told, site: Site | None = None) -> None:
-    async with open_transfers(site or Site()) as transfers:
+    async with open_transfers(site or HASTY) as transfers:
         await transfers.deliver(deliveries, workdir, told)
 
 

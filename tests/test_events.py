@@ -40,7 +40,7 @@ def test_every_kind_is_known_by_the_name_of_its_class() -> None:
 
 def test_what_is_only_of_the_moment_is_not_kept() -> None:
     assert {name for name, kind in KINDS.items() if not kind.kept} == {
-        "Heartbeat", "OutputPrinted", "TransferProgress",
+        "Heartbeat", "OutputPrinted", "StagingProgress", "TransferProgress",
     }  # fmt: skip
 
 

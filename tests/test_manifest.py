@@ -31,7 +31,9 @@ def read(*lines: dict[str, Any] | str | bytes) -> list[Entry]:
         found = list(manifest.entries())
         assert list(manifest.entries()) == found  # it can be read again
         assert manifest.files == len(found)
-        assert manifest.bytes_known == sum(entry.size_bytes or 0 for entry in found)
+        assert manifest.last_line == len(lines)
+        sizes = [entry.size_bytes for entry in found]
+        assert manifest.size_bytes == (None if None in sizes else sum(size or 0 for size in sizes))
         return found
     finally:
         manifest.close()

@@ -501,7 +501,7 @@ async def test_an_input_that_is_missing_fails_the_job_before_a_payload(fly: Fly,
 async def test_wrong_bytes_are_not_given_to_the_payload(fly: Fly) -> None:
     storage = Faults(MemoryStorage({"memory://se/a": b"right"}))
     storage.corrupt("download")
-    async with open_transfers(Site(), storages={"memory": storage}) as transfers:
+    async with open_transfers(Site(retry_seconds=0.001), storages={"memory": storage}) as transfers:
         result = await fly(
             {"transfers": transfers, "site": None}, input_data=[{"source": "memory://se/a", "adler32": "06960211"}]
         )

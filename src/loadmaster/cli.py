@@ -1,4 +1,4 @@
-"""The command line: `loadmaster run JOB.json` and `loadmaster check JOB.json`.
+"""The command line: `loadmaster run JOB.json`, `loadmaster check JOB.json` and `loadmaster stage MANIFEST`.
 
 Exit codes: 0 done or completed; 1 the description is bad or the job could not be prepared; 2 the payload failed or was
 stopped by a limit; 3 outputs could not be delivered; 4 reschedule; 130 and 143 told to stop by SIGINT or SIGTERM.
@@ -13,29 +13,33 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final, TextIO
 
 import anyio
 
 from loadmaster import dirac
+from loadmaster.account import Record, Report, told
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import InvalidJob, LoadmasterError
+from loadmaster.gauge import Gauge, stderr_gauge
 from loadmaster.handle import JobHandle
 from loadmaster.hooks import find_coordinator
+from loadmaster.manifest import BadManifest, Manifest
 from loadmaster.names import file_url, local_path
+from loadmaster.orders import Orders, told_to_stop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
 from loadmaster.result import JobResult, Phase, Status
 from loadmaster.runner import run_job
 from loadmaster.site import Site
+from loadmaster.stage import Terms, stage
 from loadmaster.staging.plan import check_outputs
-from loadmaster.tasks import single_error
+from loadmaster.tasks import leaves, single_error
 from loadmaster.terminal import Display, follow, printable, size, stderr_display
 from loadmaster.workdir import default_root
 
@@ -44,6 +48,12 @@ NOT_PREPARED: Final = 1
 PAYLOAD_FAILED: Final = 2
 NOT_DELIVERED: Final = 3
 RESCHEDULE: Final = 4
+
+STAGE: Final = """Move the files of a manifest, many at once, each verified: downloads, uploads, copies, and from server to
+server. What is there already is left alone, so running it again does only what is missing."""
+
+STAGE_ENDS: Final = """Exit codes: 0 everything is in its place; 1 the manifest is bad (every bad line is named, nothing was
+moved); 3 files failed (each is named, with the reason); 130 and 143 told to stop before all files were begun."""
 
 LIVE_SECONDS: Final = 1.0
 """Between two looks at the payload's CPU and memory while a person watches."""
@@ -57,8 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (LoadmasterError, OSError) as exc:
         stderr_display(quiet=True).say(f"loadmaster: {exc}")
         return NOT_PREPARED
-    except KeyboardInterrupt:  # the second Ctrl-C while a coordinator blocks the loop
-        stderr_display(quiet=True).say("loadmaster: interrupted; the payload was stopped, nothing was delivered")
+    except (KeyboardInterrupt, BaseExceptionGroup) as exc:  # the second Ctrl-C while a coordinator blocks the loop
+        if not any(isinstance(each, KeyboardInterrupt) for each in leaves(exc)):
+            raise
+        stderr_display(quiet=True).say("loadmaster: interrupted; nothing more was done")
         return 128 + signal.SIGINT
     return code
 
@@ -74,7 +86,8 @@ def command() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="loadmaster", description="Run a batch job: bring its files in, watch its payload, take its outputs out."
+        prog="loadmaster",
+        description="Run a batch job: bring its files in, watch its payload, take its outputs out. Or move many files.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('loadmaster')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -112,7 +125,47 @@ def _parser() -> argparse.ArgumentParser:
         "check", parents=[job], help="say what a job description means, and what is wrong with it"
     )
     check.set_defaults(command=_check)
+
+    move = commands.add_parser("stage", help="move many files", description=STAGE, epilog=STAGE_ENDS)
+    move.set_defaults(command=_stage)
+    move.add_argument("manifest", metavar="MANIFEST", help='JSON Lines: {"source", "target"}; - for standard input')
+    move.add_argument("--config", type=Path, metavar="SITE.toml", help="[storage.*] tables, streams, retries")
+    move.add_argument("--streams", type=_number(1, 256), metavar="N", help="files at once, in each direction")
+    move.add_argument("--retries", type=_number(0, 100), metavar="N", help="how often a file is tried again")
+    move.add_argument(
+        "--deadline", type=_seconds, metavar="SECONDS", help="what is not there by then fails (30s, 5m, 2h)"
+    )
+    move.add_argument(
+        "--resume", action="store_true", help="keep what has come of a file with a checksum, and go on from there"
+    )
+    move.add_argument("--verify", action="store_true", help="check also the content of what is there already")
+    move.add_argument("--all", action="store_true", help="move everything, do not look what is there already")
+    move.add_argument("--sync", action="store_true", help="have each file on the disk before it gets its name")
+    move.add_argument("--events", type=Path, metavar="FILE", help="write what came of each file as a line of JSON")
+    move.add_argument("--summary", type=Path, metavar="FILE", help="write the summary and the failures as JSON")
+    move.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
+
+
+def _number(least: int, most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: a number from {least} to {most} is expected")
+        return int(text)
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    """`90`, `90s`, `1.5m`, `2h`."""
+    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:], 1.0)
+    try:
+        seconds = float(text.rstrip("smh")) * unit
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r}: a time is expected, as 90, 30s, 5m or 2h")
+    return seconds
 
 
 # -- check -------------------------------------------------------------------------------------------------------
@@ -196,6 +249,57 @@ async def _obey(orders: Orders, handle: JobHandle, display: Display, everything:
     everything.cancel()
 
 
+# -- stage -------------------------------------------------------------------------------------------------------
+
+
+def _stage(options: argparse.Namespace) -> int:
+    site = Site.load(options.config) if options.config else Site()
+    words = {name: value for name in ("streams", "retries") if (value := getattr(options, name)) is not None}
+    terms = Terms(
+        everything=options.all, verify=options.verify, resume=options.resume, sync=options.sync,
+        deadline_seconds=options.deadline,
+    )  # fmt: skip
+    _check_writable(options.summary, "--summary")
+    gauge = stderr_gauge(quiet=options.quiet)
+    try:
+        with ExitStack() as opened:
+            manifest = opened.enter_context(_open_manifest(options.manifest))
+            record = opened.enter_context(Record.open(_open_new(options.events)))
+            orders = opened.enter_context(told_to_stop())
+            opened.enter_context(_log_to(gauge))
+            report = Report(gauge, record, manifest)
+            tally = anyio.run(stage, manifest, site.model_copy(update=words), terms, report, orders)
+            if options.summary:
+                _write_whole(options.summary, record.summary(tally))
+    except BadManifest as exc:
+        for problem in exc.problems:
+            gauge.say(f"{exc.name}: {problem}")
+        return NOT_PREPARED
+    finally:
+        gauge.close()
+    if not options.quiet:
+        with suppress(OSError, ValueError):
+            print(told(tally), flush=True)
+    if orders.seen and tally.left:
+        return 128 + orders.seen[0]
+    return NOT_DELIVERED if tally.failed else OK
+
+
+@contextmanager
+def _open_manifest(name: str) -> Iterator[Manifest]:
+    """A manifest that has been read and is good. Raises `BadManifest`."""
+    try:
+        with sys.stdin.buffer if name == "-" else open(name, "rb") as stream:
+            manifest = Manifest.read(stream, name, os.getcwd())
+    except OSError as exc:
+        raise BadManifest(name, [exc.strerror or str(exc)]) from exc
+    with closing(manifest):
+        yield manifest
+
+
+# -- how it ended ------------------------------------------------------------------------------------------------
+
+
 def exit_code(result: JobResult) -> int:
     """The exit code that tells a result to a shell."""
     if result.failure is None:
@@ -227,63 +331,6 @@ def _print_result(result: JobResult, kept: Path | None) -> None:
 def _shown(url: str) -> str:
     """A URL as a person would open it: a plain path if it is one of this machine."""
     return str(local_path(url)) if url.startswith("file://") else url
-
-
-# -- being told to stop ------------------------------------------------------------------------------------------
-
-
-class Orders:
-    """SIGINT, SIGTERM and SIGHUP, as something to wait for."""
-
-    def __init__(self, descriptor: int) -> None:
-        self.seen: list[int] = []
-        self.interrupted = False
-        """Whether the event loop was interrupted; once, so that it can clean up."""
-        self._descriptor = descriptor
-        self._noticed = 0
-
-    async def next(self) -> str:
-        """Wait for the next order; its signal's name."""
-        while self._noticed == len(self.seen):
-            await anyio.wait_readable(self._descriptor)
-            os.read(self._descriptor, 1)  # the byte is there: this does not wait
-        self._noticed += 1
-        return signal.Signals(self.seen[self._noticed - 1]).name
-
-    @property
-    def unnoticed(self) -> int:
-        """How many orders nobody has taken: more than one while something holds the event loop."""
-        return len(self.seen) - self._noticed
-
-
-@contextmanager
-def told_to_stop() -> Iterator[Orders]:
-    """SIGINT, SIGTERM and SIGHUP (not under nohup) become orders.
-
-    If the last one has not been noticed, because a coordinator blocks the event loop, the next one interrupts it where it
-    is, with KeyboardInterrupt.
-    """
-    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    orders = Orders(reader)
-
-    def take(number: int, frame: FrameType | None) -> None:
-        orders.seen.append(number)
-        os.write(writer, b"!")
-        if orders.unnoticed > 1 and not orders.interrupted:
-            orders.interrupted = True
-            raise KeyboardInterrupt
-
-    numbers = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    before = {number: signal.signal(number, take) for number in numbers}
-    try:
-        yield orders
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(reader)
-        os.close(writer)
 
 
 # -- reading and writing -----------------------------------------------------------------------------------------
@@ -326,12 +373,12 @@ def _read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     return dirac.adapt(found) if dirac.is_synchronous(found) else found
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(path: Path | None, option: str = "--result") -> None:
     """Refuse a place for the result now, rather than when there is one."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise InvalidJob(f"--result {path}: cannot be written")
+            raise InvalidJob(f"{option} {path}: cannot be written")
 
 
 def _open_new(path: Path | None) -> TextIO | None:
@@ -360,7 +407,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _log_to(display: Display) -> Iterator[None]:
+def _log_to(display: Display | Gauge) -> Iterator[None]:
     """Show the package's warnings among the job's lines."""
 
     class ToDisplay(logging.Handler):

@@ -22,6 +22,7 @@ from loadmaster.events import (
     FileStagedOut,
     OutputMissing,
     ParameterReported,
+    StagingProgress,
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
@@ -38,7 +39,8 @@ from loadmaster.staging.plan import (
     sandbox_directory,
     without_collisions,
 )
-from loadmaster.storage.base import Replica
+from loadmaster.staging.progress import Overall
+from loadmaster.storage.base import Direction, Replica
 from loadmaster.tasks import all_to_their_end
 from loadmaster.workdir import NotDeliverable, Workdir
 
@@ -277,3 +279,9 @@ class _Recorder:
 
     def progress(self, name: str, url: str, done_bytes: int, size_bytes: int | None) -> None:
         self._handle.offer(TransferProgress, name, url, done_bytes, size_bytes)
+
+    def overall(self, direction: Direction, overall: Overall) -> None:
+        self._handle.offer(
+            StagingProgress, direction.value, overall.done_files, overall.files, overall.done_bytes,
+            overall.size_bytes, overall.bytes_per_second, overall.seconds_left,
+        )  # fmt: skip

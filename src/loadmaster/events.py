@@ -10,7 +10,7 @@
 | `FileStagedIn`*, `FileStagedOut`* | also beside the payload and in postProcess                        | yes  |
 | `Heartbeat`*                      | at any time                                                       | no   |
 | `OutputPrinted`*                  | while the payload runs, for who follows its output                | no   |
-| `TransferProgress`*               | while files move                                                  | no   |
+| `TransferProgress`*, `StagingProgress`* | while files move                                            | no   |
 | `PayloadExited`                   | exactly once if PayloadStarted, whatever the cause                | yes  |
 | `ParameterReported`*              | a coordinator had something to say                                | yes  |
 | `ComputingEnded`                  | exactly once, with a failure or none; then only outputs move      | yes  |
@@ -192,6 +192,24 @@ class TransferProgress(Event):
     url: str
     done_bytes: int
     size_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class StagingProgress(Event):
+    """How far all files have come that are being brought in, or taken out, together.
+
+    The size of all and the seconds that are left are None while they cannot be known; both may be wrong.
+    """
+
+    kept: ClassVar[bool] = False
+
+    direction: str
+    done_files: int
+    files: int
+    done_bytes: int
+    size_bytes: int | None
+    bytes_per_second: float
+    seconds_left: float | None
 
 
 KINDS: Mapping[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
@@ -88,11 +88,25 @@ class _Words(BaseModel):
 class Manifest:
     """The lines of a manifest, all of them good. Made by `read`; to be closed."""
 
-    def __init__(self, name: str, lines: BinaryIO, base: str, files: int, bytes_known: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        lines: BinaryIO,
+        base: str,
+        *,
+        files: int,
+        last_line: int,
+        size_bytes: int | None,
+        schemes: Mapping[str, str],
+    ) -> None:
         self.name = name
         self.files = files
-        self.bytes_known = bytes_known
-        """The sum of the sizes that are given."""
+        self.last_line = last_line
+        """The number of its last line; the first one is 1."""
+        self.size_bytes = size_bytes
+        """Of all files together; None when that of one is not given."""
+        self.schemes = schemes
+        """The kinds of storage it needs, and for each the first URL that does."""
         self._lines, self._base = lines, base
 
     @classmethod
@@ -112,7 +126,8 @@ class Manifest:
     def _read(cls, stream: BinaryIO, name: str, base: str, lines: BinaryIO) -> Manifest:
         problems: list[str] = []
         sources, targets = array("Q"), array("Q")
-        known = 0
+        schemes: dict[str, str] = {}
+        number = known = unknown = 0
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
                 problems.append(f"line {number}: of more than {MAX_LINE_BYTES} bytes; nothing after it was read")
@@ -125,9 +140,13 @@ class Manifest:
             lines.write(line)
             if entry is not None:
                 known += entry.size_bytes or 0
+                unknown += entry.size_bytes is None
+                for url in (entry.source, entry.target):
+                    schemes.setdefault(url.partition("://")[0], url)
                 sources.append(_short(entry.source))
                 targets.append(_short(entry.target))
-        manifest = cls(name, lines, base, len(targets), known)
+        size_bytes = None if unknown else known
+        manifest = cls(name, lines, base, files=len(targets), last_line=number, size_bytes=size_bytes, schemes=schemes)
         wanted = _repeated(targets) | _common(sources, targets)
         if wanted and not problems:
             problems = list(manifest._collisions(wanted))
@@ -141,6 +160,15 @@ class Manifest:
         for number, line in enumerate(self._lines, 1):
             if (entry := _entry(number, line, self._base)) is not None:
                 yield entry
+
+    def lines_with(self, schemes: Mapping[str, str]) -> list[str]:
+        """The lines that need one of these kinds of storage, by number, with what is wrong with it. Blocks."""
+        return [
+            f"line {entry.line}: {url}: {schemes[scheme]}"
+            for entry in self.entries()
+            for url in (entry.source, entry.target)
+            if (scheme := url.partition("://")[0]) in schemes
+        ]
 
     def close(self) -> None:
         """Remove the temporary file."""

@@ -11,12 +11,18 @@ of nothing but a directory for outputs.
     [storage_elements]
     DISK = "se/disk"                      # a URL, or a directory
     BUFFER = "se/buffer"
+
+    [element_streams]
+    BUFFER = 2                            # no more files at once to or from there, in each direction
+
+    [storage.https]                       # words for a kind of storage, as it understands them
+    token_file = "/run/token"
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
@@ -58,6 +64,18 @@ class Site(BaseModel):
     """What a payload is held by, sees, and may use."""
     streams: int = Field(default=8, ge=1, le=256)
     """Files under way at once, of all jobs that share the transfers, in each direction."""
+    element_streams: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
+    """The same for single storage elements, by their names; or for servers, as in `https://host:443`."""
+    storage: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What each kind of storage is told, by URL scheme; it is the storage that checks it, when it is first used."""
+    retries: int = Field(default=3, ge=0, le=100)
+    """How often a file is tried again at each place, if what went wrong may be better later."""
+    retry_seconds: float = Field(default=1.0, gt=0, le=3600)
+    """The first wait before that, at most; each next one may be twice as long, up to a minute."""
+    stall_seconds: float = Field(default=60.0, gt=0)
+    """A transfer that moves next to nothing for so long is given up, and tried again."""
+    staging_seconds: float | None = Field(default=None, gt=0)
+    """How long the files of one step of a job may take altogether; None for no limit but those above."""
 
     @model_validator(mode="after")
     def _known_elements(self) -> Self:

@@ -172,7 +172,7 @@ class Live:
         )  # fmt: skip
         self._bars: dict[str, TaskID] = {}
         self._phase_task: TaskID | None = None
-        self._live = _live(self._console, self._phase, self._files)
+        self._live = live_region(self._console, self._phase, self._files)
 
     def show(self, event: Event) -> None:
         """Print what the event says, and move the bars."""
@@ -228,7 +228,7 @@ class Live:
             self._files.remove_task(self._bars.pop(name))
 
 
-def _live(console: object, *parts: object) -> Callable[[], None]:
+def live_region(console: object, *parts: object) -> Callable[[], None]:
     """Start a live region of these parts; calling the result ends it."""
     from rich.console import Group
     from rich.live import Live as Region

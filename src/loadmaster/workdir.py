@@ -136,6 +136,11 @@ class Workdir:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(last, flags | os.O_APPEND if append else flags, 0o644, dir_fd=parent)
 
+    def reopen_file(self, name: str) -> int:
+        """A descriptor of a file that was created, for reading and writing; links are not followed."""
+        with self._parent(name) as (parent, last):
+            return os.open(last, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+
     def make_directory(self, name: str) -> None:
         """A directory, its parents too; links are not followed. None is a fault."""
         with self._parent(name, make=True) as (parent, last), suppress(FileExistsError):
@@ -201,6 +206,13 @@ class Workdir:
         with suppress(OSError):
             return stat.S_ISDIR(os.stat(self.path / check_local_name(name), follow_symlinks=False).st_mode)
         return False
+
+    def size_of(self, name: str) -> int | None:
+        """The size of a file as it looks from outside, links followed; None when nothing can be seen."""
+        try:
+            return os.stat(self.path / name).st_size
+        except (OSError, ValueError):
+            return None
 
     def files_below(self, directory: str) -> Iterator[str]:
         """The names of everything below a directory that is not a directory, without following links, sorted by folder.

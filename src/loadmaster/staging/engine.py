@@ -1,40 +1,43 @@
-"""Moving files: many at once, each verified as it passes, the next replica or storage element when one fails."""
+"""Moving files: many at once, each verified as it passes, tried again, or at the next place when one fails."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import (
-    AlreadyExists,
-    ChecksumMismatch,
-    InvalidSite,
-    StagingFailed,
-    StorageError,
-    StorageUnavailable,
-)
+from loadmaster.errors import AlreadyExists, InvalidSite, StagingFailed, StorageError
 from loadmaster.names import local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
-from loadmaster.staging.files import Incoming, Outgoing
+from loadmaster.staging.errand import Errand, Outcome, told
+from loadmaster.staging.files import Incoming, Outgoing, OutgoingPath
+from loadmaster.staging.lanes import Lanes
+from loadmaster.staging.parts import PartOfPath
+from loadmaster.staging.party import Party
 from loadmaster.staging.plan import Delivery, Fetch
-from loadmaster.storage.base import Catalog, CatalogEntry, Direction, FileInfo, Replica, Storage, Transfer
+from loadmaster.staging.progress import Meter, Overall, report
+from loadmaster.staging.retry import Patience
+from loadmaster.storage.base import (
+    Ability,
+    Catalog,
+    CatalogEntry,
+    Direction,
+    FileInfo,
+    Replica,
+    Storage,
+    Transfer,
+)
 from loadmaster.storage.checksums import Checksum
-from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, translated
+from loadmaster.storage.kinds import Storages
+from loadmaster.storage.local import WORK_DIRECTORY, checksum, translated
 from loadmaster.tasks import for_each, single_error
 from loadmaster.workdir import Workdir
-
-T = TypeVar("T")
-
-PROGRESS_SECONDS: Final = 0.5
-"""Between two looks at the bytes of running transfers; a person cannot use more."""
-
 
 NOT_MADE: Final = "the payload did not make it"
 
@@ -44,7 +47,7 @@ class Listener(Protocol):
 
     @property
     def wants_progress(self) -> bool:
-        """Whether `progress` is worth calling."""
+        """Whether `progress` and `overall` are worth calling."""
         ...
 
     async def staged(self, file: StoredFile) -> None:
@@ -59,28 +62,48 @@ class Listener(Protocol):
     def progress(self, name: str, url: str, done_bytes: int, size_bytes: int | None) -> None:
         """A file is on its way."""
 
+    def overall(self, direction: Direction, overall: Overall) -> None:
+        """How far all of them are."""
 
-@dataclass(eq=False, slots=True)
-class _Moving:
-    """One transfer under way."""
 
-    name: str
-    url: str
-    size_bytes: int | None
-    transfer: Transfer
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """One file that a program wants moved, between a URL and a `file://` URL of this machine, or between two of those."""
+
+    source: str
+    target: str
+    size_bytes: int | None = None
+    checksum: Checksum | None = None
+    key: object = None
+    """Whatever the program knows it by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What came of it: what passed, or the last thing that went wrong."""
+
+    wanted: Wanted
+    info: FileInfo | None
+    error: StorageError | None
+    attempts: int
 
 
 class Transfers:
     """The storages and the catalog of a site, ready to move files. Made by `open_transfers`; may serve many jobs."""
 
-    def __init__(self, site: Site, storages: Mapping[str, Storage], catalog: Catalog | None) -> None:
+    def __init__(self, site: Site, storages: Storages, catalog: Catalog | None) -> None:
         self.site = site
         self.catalog = catalog
         self._storages = storages
-        self._incoming, self._outgoing = anyio.Semaphore(site.streams), anyio.Semaphore(site.streams)
+        self._lanes = Lanes(site.streams, site.element_streams)
+        self._patience = Patience(site.retries + 1, site.retry_seconds)
 
     def __repr__(self) -> str:
-        return f"<Transfers {self.site.name or 'local'}: {', '.join(sorted(self._storages))}>"
+        return f"<Transfers {self.site.name or 'local'}: {self._storages!r}>"
+
+    async def storage(self, url: str) -> Storage:
+        """The storage a URL is for, opened if need be. Raises `StorageError` when there is none."""
+        return await self._storages.for_url(url)
 
     async def lookup(self, lfns: Sequence[str]) -> Mapping[str, CatalogEntry]:
         """What the catalog knows of these; nothing when there is no catalog. Raises `StagingFailed`."""
@@ -91,24 +114,88 @@ class Transfers:
         except StorageError as exc:
             raise StagingFailed("cannot look up inputs", [str(exc)]) from exc
 
+    # -- for programs -------------------------------------------------------------------------------------------------
+
+    async def move(
+        self,
+        wanted: Iterable[Wanted] | AsyncIterable[Wanted],
+        ended: Callable[[Moved], Awaitable[None]],
+        *,
+        overall: Callable[[Overall], None] | None = None,
+        files: int | None = None,
+        sync: bool = False,
+        keeps: bool = False,
+        enough: anyio.Event | None = None,
+        deadline_seconds: float | None = None,
+    ) -> None:
+        """Move files as they come out of `wanted`, and await `ended` once for each: any number of them, in little memory.
+
+        `overall` is called now and then with how far all are; `files`: how many there will be, if that is known before.
+        `sync`: what comes in is on the disk when it is said to have ended, not only on its way there. `keeps`: what has
+        come in of a large file whose checksum is wanted stays beside its place when it is not finished, and the next call
+        goes on from there. `enough`: once it is set, nothing more is begun; `ended` hears nothing of the rest. Cancellation
+        leaves nothing half there.
+        """
+
+        async def arrived(errand: Errand, outcome: Outcome) -> None:
+            key = errand.key
+            assert isinstance(key, Wanted)  # noqa: S101 - we put it there
+            failed = isinstance(outcome, StorageError)
+            info, error = (None, outcome) if failed else (outcome, None)
+            await ended(Moved(key, info, error, errand.transfers))  # type: ignore[arg-type]
+
+        errands: Iterable[Errand] | AsyncIterable[Errand]
+        if isinstance(wanted, AsyncIterable):
+            errands = (await self._take_up(_errand(each, sync, keeps)) async for each in wanted)
+        elif keeps:
+            errands = (await self._take_up(_errand(each, sync, keeps)) for each in wanted)
+        else:
+            errands = (_errand(each, sync, keeps) for each in wanted)
+        await self._run(
+            errands, arrived, overall=overall, files=files, enough=enough, deadline_seconds=deadline_seconds
+        )
+
+    async def _take_up(self, errand: Errand) -> Errand:
+        """The errand, to be continued from what an earlier call has kept of it, where that can be."""
+        end = errand.end
+        if isinstance(end, PartOfPath) and end.keeps and errand.checksum is not None and end.is_worth_it:
+            try:
+                storage = await self.storage(errand.replica.url)
+            except StorageError:
+                return errand
+            if Ability.RANGES in storage.abilities:
+                found = await to_thread.run_sync(end.found, errand.checksum.algorithm)
+                if found is not None:
+                    count, passed = found
+                    errand.rest = Transfer(errand.direction, "", end, done_bytes=count, passed=passed)
+        return errand
+
+    # -- for jobs -----------------------------------------------------------------------------------------------------
+
     async def fetch(self, fetches: Sequence[Fetch], workdir: Workdir, listener: Listener) -> None:
         """Bring files into a work directory, many at once.
 
         All are tried; then `StagingFailed` names those that could not be had. A name in the work directory never holds
         half a file, also after cancellation.
         """
+        if not fetches:
+            return
         problems: list[str] = []
-        moving: set[_Moving] = set()
 
-        async def one(fetch: Fetch) -> None:
-            try:
-                async with self._incoming:
-                    file = await self._fetch(fetch, workdir, moving)
-                await listener.staged(file)
-            except StorageError as exc:
-                problems.append(f"{fetch.name}: {_told(exc)}")
+        def errand(fetch: Fetch) -> Errand:
+            end = Incoming(workdir, fetch.name, size_bytes=fetch.size_bytes, checksum=fetch.checksum)
+            return Errand(
+                fetch.name, Direction.DOWNLOAD, fetch.sources, end,
+                size_bytes=fetch.size_bytes, checksum=fetch.checksum, lfn=fetch.lfn,
+            )  # fmt: skip
 
-        await self._all(fetches, one, moving, listener)
+        async def arrived(errand: Errand, outcome: Outcome) -> None:
+            if isinstance(outcome, FileInfo):
+                await listener.staged(_stored(errand, outcome))
+            else:
+                problems.append(f"{errand.name}: {told(errand, outcome)}")
+
+        await self._run(map(errand, fetches), arrived, listener, len(fetches))
         if problems:
             raise StagingFailed("cannot bring in", problems)
 
@@ -118,81 +205,92 @@ class Transfers:
         One that is not there is told to the listener and is no failure (as in DIRAC). All are tried; then
         `StagingFailed` names those that no storage took, or that may not leave.
         """
+        if not deliveries:
+            return
         problems: list[str] = []
-        moving: set[_Moving] = set()
+        sizes = await to_thread.run_sync(_sizes, workdir, [delivery.name for delivery in deliveries])
+        errands = [
+            Errand(
+                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, delivery.name),
+                delivery.failover, size_bytes=size, lfn=delivery.lfn,
+            )
+            for delivery, size in zip(deliveries, sizes, strict=True)
+        ]  # fmt: skip
 
-        async def one(delivery: Delivery) -> None:
-            source = Outgoing(workdir, delivery.name)
+        async def failed(errand: Errand, reason: str) -> None:
+            refused = getattr(errand.end, "refused", None)
+            if isinstance(refused, FileNotFoundError):
+                await listener.missing(errand.name, NOT_MADE)
+                return
+            if refused is not None:
+                reason = str(refused.strerror)
+                await listener.missing(errand.name, reason)
+            problems.append(f"{errand.name}: {reason}")
+
+        async def arrived(errand: Errand, outcome: Outcome) -> None:
+            if isinstance(outcome, StorageError):
+                await failed(errand, told(errand, outcome))
+                return
+            file = _stored(errand, outcome)
             try:
-                async with self._outgoing:
-                    await self._deliver(delivery, source, workdir, moving, listener)
+                await self._register(file)
             except StorageError as exc:
-                if source.refused is None:
-                    problems.append(f"{delivery.name}: {_told(exc)}")
-                elif isinstance(source.refused, FileNotFoundError):
-                    await listener.missing(delivery.name, NOT_MADE)
-                else:
-                    reason = str(source.refused.strerror)
-                    await listener.missing(delivery.name, reason)
-                    problems.append(f"{delivery.name}: {reason}")
+                problems.append(f"{errand.name}: {exc}")
+                return
+            if errand.place < len(errand.places):
+                await listener.staged(file)
+            else:
+                await listener.failed_over(file, errand.places[0].url)
 
-        await self._all(deliveries, one, moving, listener)
+        new = await self._without_those_there(errands, failed, listener)
+        await self._run(iter(new), arrived, listener, len(new), tellers=self.site.streams if self.catalog else 1)
         if problems:
             raise StagingFailed("cannot deliver", problems)
 
-    async def _fetch(self, fetch: Fetch, workdir: Workdir, moving: set[_Moving]) -> StoredFile:
-        """The first replica that gives the right bytes. Raises what the last one raised."""
+    # -- the same for both --------------------------------------------------------------------------------------------
 
-        algorithm = fetch.checksum.algorithm if fetch.checksum is not None else "adler32"
-        local = Incoming(workdir, fetch.name, size_bytes=fetch.size_bytes, checksum=fetch.checksum)
-
-        async def attempt(source: Replica) -> StoredFile:
-            local.url = source.url
-            transfer = Transfer(Direction.DOWNLOAD, source.url, local, algorithm, fetch.size_bytes)
-            return _stored(fetch.name, source, await self._move(fetch.name, transfer, moving), fetch.lfn)
-
-        return await _first(fetch.sources, attempt)
-
-    async def _move(self, name: str, transfer: Transfer, moving: set[_Moving]) -> FileInfo:
-        """Have one file moved. Raises `StorageError`."""
-        under_way = _Moving(name, transfer.url, transfer.size_bytes, transfer)
-        moving.add(under_way)
-        try:
-            await self._storage(transfer.url).move([transfer], lambda _: None)
-        finally:
-            moving.discard(under_way)
-        if isinstance(transfer.result, FileInfo):
-            return transfer.result
-        raise transfer.result or StorageUnavailable(transfer.url, "the storage said nothing of what came of it")
-
-    async def _deliver(
-        self, delivery: Delivery, source: Outgoing, workdir: Workdir, moving: set[_Moving], listener: Listener
+    async def _run(
+        self,
+        errands: Iterable[Errand] | AsyncIterable[Errand],
+        arrived: Callable[[Errand, Outcome], Awaitable[None]],
+        listener: Listener | None = None,
+        files: int | None = None,
+        *,
+        tellers: int = 1,
+        overall: Callable[[Overall], None] | None = None,
+        enough: anyio.Event | None = None,
+        deadline_seconds: float | None = None,
     ) -> None:
-        """The first storage that takes it; else the first failover one. Raises what the last wanted one raised."""
+        """Have a party of its own move these, and tell how far it is to whoever wants to know."""
+        party = Party(
+            errands,
+            arrived,
+            lanes=self._lanes,
+            storage=self.storage,
+            patience=self._patience,
+            stall_seconds=self.site.stall_seconds,
+            tellers=tellers,
+            enough=enough,
+        )
+        one: Callable[..., None] | None = None
+        if listener is not None:
+            deadline_seconds = self.site.staging_seconds
+        if listener is not None and listener.wants_progress:
+            heard, one = listener, listener.progress
 
-        async def attempt(target: Replica) -> StoredFile:
-            info = await self._move(delivery.name, Transfer(Direction.UPLOAD, target.url, source), moving)
-            if info.size_bytes != source.size_bytes:
-                raise ChecksumMismatch(target.url, f"took {info.size_bytes} bytes of {source.size_bytes}")
-            return _stored(delivery.name, target, info, delivery.lfn)
+            def overall(seen: Overall) -> None:
+                heard.overall(party.direction, seen)
 
-        if file := await self._already_there(delivery, source):
-            await listener.staged(file)
+        if overall is None:
+            await party.run(deadline_seconds)
             return
-        try:
-            file = await _first(delivery.targets, attempt)
-        except StorageError as exc:
-            if not delivery.failover:
-                raise
-            try:
-                file = await _first(delivery.failover, attempt)
-            except StorageError:
-                raise exc from None  # what went wrong where it was wanted tells more
-            await self._register(file)
-            await listener.failed_over(file, delivery.targets[0].url)
-        else:
-            await self._register(file)
-            await listener.staged(file)
+        meter = Meter(party, files)
+        with single_error():
+            async with anyio.create_task_group() as group:
+                group.start_soon(report, party, meter, one, overall)
+                await party.run(deadline_seconds)
+                group.cancel_scope.cancel()
+        overall(meter.look(anyio.current_time()))
 
     async def _register(self, file: StoredFile) -> None:
         if file.lfn is not None and self.catalog is not None:
@@ -200,51 +298,58 @@ class Transfers:
             info = FileInfo(file.size_bytes, Checksum.parse(file.checksum) if file.checksum else None)
             await self.catalog.register(CatalogEntry(file.lfn, info, (replica,)))
 
-    async def _already_there(self, delivery: Delivery, source: Outgoing) -> StoredFile | None:
-        """The file, if an earlier attempt has brought it where it is wanted. Other content is never written over."""
-        if delivery.lfn is None or self.catalog is None:
-            return None
-        entry = (await self.catalog.lookup([delivery.lfn])).get(delivery.lfn)
-        if entry is None:
-            return None
+    async def _without_those_there(
+        self, errands: list[Errand], failed: Callable[[Errand, str], Awaitable[None]], listener: Listener
+    ) -> list[Errand]:
+        """Tell of what an earlier attempt has brought where it is wanted, and leave it out; refuse what is other content."""
+        lfns = [errand.lfn for errand in errands if errand.lfn is not None]
+        if not lfns or self.catalog is None:
+            return errands
+        try:
+            known = await self.catalog.lookup(lfns)
+        except StorageError as exc:
+            for errand in errands:
+                if errand.lfn is not None:
+                    await failed(errand, str(exc))
+            return [errand for errand in errands if errand.lfn is None]
+        settled: set[int] = set()
+
+        async def one(errand: Errand) -> None:
+            try:
+                file = await self._already_there(errand, known[errand.lfn or ""])
+            except StorageError as exc:
+                await failed(errand, str(exc))
+            else:
+                if file is None:
+                    return
+                await listener.staged(file)
+            settled.add(id(errand))
+
+        await for_each([errand for errand in errands if errand.lfn in known], one, self.site.streams)
+        return [errand for errand in errands if id(errand) not in settled]
+
+    async def _already_there(self, errand: Errand, entry: CatalogEntry) -> StoredFile | None:
+        """The file, if it is where it is wanted. Other content is never written over: raises `AlreadyExists`."""
         algorithm = entry.info.checksum.algorithm if entry.info.checksum is not None else "adler32"
-        info = await to_thread.run_sync(_read_through, source, algorithm)
+        info = await to_thread.run_sync(_read_through, errand.end, algorithm)
         if info != entry.info:
             raise AlreadyExists(
-                f"LFN:{delivery.lfn}",
+                f"LFN:{errand.lfn}",
                 f"is in the catalog with other content ({entry.info.size_bytes} bytes, {entry.info.checksum}; "
                 f"this one has {info.size_bytes}, {info.checksum})",
             )
-        for target in delivery.targets:
+        for place, target in enumerate(errand.places):
             if target in entry.replicas and await self._has(target, info.size_bytes):
-                return _stored(delivery.name, target, info, delivery.lfn)
+                errand.place = place
+                return _stored(errand, info)
         return None
 
     async def _has(self, place: Replica, size_bytes: int) -> bool:
         """Whether a replica is really there: a catalog may know of files that storage has lost."""
         try:
-            return (await self._storage(place.url).stat(place.url)).size_bytes == size_bytes
+            return (await (await self.storage(place.url)).stat(place.url)).size_bytes == size_bytes
         except StorageError:
             return False
-
-    async def _all(
-        self, items: Sequence[T], work: Callable[[T], Awaitable[None]], moving: set[_Moving], listener: Listener
-    ) -> None:
-        """Work on all items, some at a time, and tell about progress meanwhile."""
-        if not listener.wants_progress:
-            await for_each(items, work, self.site.streams)
-            return
-        with single_error():
-            async with anyio.create_task_group() as watching:
-                watching.start_soon(_report, moving, listener)
-                await for_each(items, work, self.site.streams)
-                watching.cancel_scope.cancel()
-
-    def _storage(self, url: str) -> Storage:
-        scheme = url.partition("://")[0]
-        if scheme not in self._storages:
-            raise StorageError(url, f"no storage for {scheme}://; there is {'://, '.join(sorted(self._storages))}://")
-        return self._storages[scheme]
 
 
 @asynccontextmanager
@@ -261,45 +366,41 @@ async def open_transfers(
         from loadmaster.storage.catalog import SqliteCatalog  # with sqlite3, loaded when used
 
         catalog = SqliteCatalog(local_path(site.catalog))
-    yield Transfers(site, {"file": LocalStorage(2 * site.streams), **(storages or {})}, catalog)
+    with single_error():
+        async with anyio.create_task_group() as group:
+            kinds = Storages(group, storages or {}, site.storage, site.streams)
+            try:
+                yield Transfers(site, kinds, catalog)
+            finally:
+                await kinds.close()
 
 
-async def _first(places: Sequence[Replica], attempt: Callable[[Replica], Awaitable[StoredFile]]) -> StoredFile:
-    """The first attempt that succeeds. Raises what the last one raised, with what the others had to say as notes."""
-    earlier: list[str] = []
-    for place in places:
-        try:
-            return await attempt(place)
-        except StorageError as exc:
-            if len(earlier) == len(places) - 1:
-                for said in earlier:
-                    exc.add_note(said)
-                raise
-            earlier.append(str(exc))
-    raise AssertionError("a plan has at least one place for each file")
+def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
+    """A download if the target is a file of this machine, else an upload of one."""
+    known = {"size_bytes": wanted.size_bytes, "checksum": wanted.checksum}
+    if wanted.target.startswith("file://"):
+        end: PartOfPath | OutgoingPath = PartOfPath(local_path(wanted.target), sync=sync, keeps=keeps, **known)  # type: ignore[arg-type]
+        return Errand(wanted.target, Direction.DOWNLOAD, (Replica(wanted.source),), end, key=wanted, **known)  # type: ignore[arg-type]
+    end = OutgoingPath(local_path(wanted.source))
+    return Errand(wanted.target, Direction.UPLOAD, (Replica(wanted.target),), end, key=wanted, **known)  # type: ignore[arg-type]
 
 
-def _told(exc: StorageError) -> str:
-    """An error, after those of the places that were tried before."""
-    return "; ".join([*getattr(exc, "__notes__", ()), str(exc)])
+def _sizes(workdir: Workdir, names: Iterable[str]) -> list[int | None]:
+    """What can be seen of the sizes, to put the biggest first; whether a file may leave is seen when it is opened."""
+    return [workdir.size_of(name) for name in names]
 
 
-def _read_through(source: Outgoing, algorithm: str) -> FileInfo:
+def _read_through(end: Outgoing, algorithm: str) -> FileInfo:
     with translated(WORK_DIRECTORY):
-        descriptor = source.open()
+        descriptor = end.open()
         try:
             return checksum(descriptor, algorithm)
         finally:
             os.close(descriptor)
 
 
-async def _report(moving: set[_Moving], listener: Listener) -> None:
-    """Tell how far the transfers are, now and then: bytes have no edge to wait for."""
-    while True:
-        await anyio.sleep(PROGRESS_SECONDS)
-        for transfer in moving:
-            listener.progress(transfer.name, transfer.url, transfer.transfer.done_bytes, transfer.size_bytes)
-
-
-def _stored(name: str, place: Replica, info: FileInfo, lfn: str | None) -> StoredFile:
-    return StoredFile(name, place.url, info.size_bytes, str(info.checksum or ""), lfn, place.storage_element)
+def _stored(errand: Errand, info: FileInfo) -> StoredFile:
+    place = errand.replica
+    return StoredFile(
+        errand.name, place.url, info.size_bytes, str(info.checksum or ""), errand.lfn, place.storage_element
+    )

@@ -1,0 +1,160 @@
+"""The servers that `staging.py` measures against, started on 127.0.0.1 in a directory of the benchmark's."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+START_SECONDS = 20.0
+
+
+class Absent(Exception):
+    """The program is not installed here; the message names it."""
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def program(name: str) -> str:
+    """Where a program is; in /usr/sbin too, which few people have in their PATH. Raises `Absent`."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    if path is None:
+        raise Absent(name)
+    return path
+
+
+NGINX = """
+{modules}
+{user}
+worker_processes 2;
+error_log stderr error;
+pid {home}/nginx.pid;
+daemon off;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    sendfile on;
+    tcp_nodelay on;
+    keepalive_requests 1000000;
+    client_max_body_size 0;
+    client_body_temp_path {home}/body;
+    proxy_temp_path {home}/proxy;
+    fastcgi_temp_path {home}/fastcgi;
+    uwsgi_temp_path {home}/uwsgi;
+    scgi_temp_path {home}/scgi;
+    server {{
+        listen 127.0.0.1:{port};
+        root {root};
+        location / {{
+            dav_methods PUT DELETE MKCOL COPY MOVE;
+            {methods}
+            create_full_put_path on;
+            dav_access user:rw;
+        }}
+    }}
+}}
+"""
+
+
+@contextmanager
+def nginx(home: Path, root: Path) -> Iterator[str]:
+    """The URL of an nginx that serves a directory, and takes WebDAV's PUT and MOVE. Bodies wait beside the directory."""
+    home.mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    user = f"user {_user()};" if os.geteuid() == 0 else ""
+    extra = Path("/usr/lib/nginx/modules/ngx_http_dav_ext_module.so")  # PROPFIND, which rclone cannot do without
+    modules, methods = (f"load_module {extra};", "dav_ext_methods PROPFIND OPTIONS;") if extra.exists() else ("", "")
+    words = {"user": user, "modules": modules, "methods": methods, "home": home, "port": port, "root": root}
+    (home / "nginx.conf").write_text(NGINX.format(**words))
+    with _running([program("nginx"), "-p", str(home), "-c", str(home / "nginx.conf"), "-e", "stderr"], port, home):
+        yield f"http://127.0.0.1:{port}"
+
+
+@contextmanager
+def s3_server(home: Path) -> Iterator[str]:
+    """The URL of an S3 server: s3rver (npm) if it is in PATH, else moto_server (PyPI). Any keys will do."""
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    try:
+        command = [program("s3rver"), "-d", str(home), "-a", "127.0.0.1", "-p", str(port), "--silent"]
+    except Absent:
+        command = [program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    with _running(command, port, home):
+        yield f"http://127.0.0.1:{port}"
+
+
+XROOTD = """
+xrd.port {port}
+xrd.network nodnr
+oss.localroot {root}
+all.export /
+all.adminpath {home}/admin
+all.pidpath {home}/admin
+xrootd.async off
+"""
+
+
+@contextmanager
+def xrootd(home: Path, root: Path) -> Iterator[str]:
+    """The URL of an XRootD server of a directory. It does not run as root: it becomes nobody."""
+    (home / "admin").mkdir(parents=True, exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    (home / "xrootd.cfg").write_text(XROOTD.format(port=port, root=root, home=home))
+    command = [program("xrootd"), "-c", str(home / "xrootd.cfg"), "-l", str(home / "xrootd.log"), "-n", "bench"]
+    if os.geteuid() == 0:
+        for directory in (home, home / "admin", root):
+            shutil.chown(directory, "nobody", "nogroup")
+        command += ["-R", "nobody"]
+    with _running(command, port, home):
+        yield f"root://127.0.0.1:{port}/"
+
+
+@contextmanager
+def _running(
+    command: Sequence[str], port: int, home: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """A server of a group of its own, from when its port answers; then the group is ended."""
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, cwd=home, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=log,
+            stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        _wait_for(port, process, home / "server.log")
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    give_up = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < give_up:
+        with socket.socket() as trial:
+            if trial.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise Absent(f"{process.args!s:.60}: did not start: {log.read_text(errors='replace')[-400:]}")
+
+
+def _user() -> str:
+    import pwd
+
+    return pwd.getpwuid(os.geteuid()).pw_name

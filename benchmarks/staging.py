@@ -1,0 +1,466 @@
+"""What moving files costs, beside the programs a user would pick, on servers that are started here.
+
+    python benchmarks/staging.py [--quick] [--json] [--only WORDS] [--directory DIR] [--rounds N]
+
+Every variant is a program that is started, moves all files of a row and ends: wall time and its CPU seconds, start
+included; the variants of a row run in turns. `loadmaster, engine` leaves the interpreter's start and the imports out, as
+for a pilot that runs already. Loadmaster verifies the adler32 and the size of every file; the others are asked for no check.
+The S3 rows are answered by nginx, which looks at no signature: they show the client and not a slow test server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Final
+
+from _bench import Spread, interleave, machine, print_machine, print_table
+from _servers import Absent, nginx, program, xrootd
+
+MIB: Final = 1024 * 1024
+
+STREAMS: Final = 32
+"""Files at once for every program that has such a number; near the best of each (seen: 16 to 64 differ by a tenth)."""
+
+LARGE_STREAMS: Final = 4
+
+ENVIRONMENT: Final = {
+    # rclone refuses to work where that one is set
+    **{name: value for name, value in os.environ.items() if name != "AWS_CA_BUNDLE"},
+    "AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_REGION": "us-east-1",
+    "RCLONE_CONFIG": "/dev/null", "XRD_LOGLEVEL": "Error",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one run of one program took."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of a row: so many of one size."""
+
+    title: str
+    count: int
+    size_bytes: int
+    directory: Path
+
+    @property
+    def large(self) -> bool:
+        """Whether it is bytes that count."""
+        return self.size_bytes > MIB
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the files, all in one directory."""
+        return [f"{number:06d}.dat" for number in range(self.count)]
+
+    @cached_property
+    def checksums(self) -> list[str]:
+        """Make the files; their adler32, in order."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return [self._make(self.directory / name) for name in self.names]
+
+    def _make(self, path: Path) -> str:
+        value, left = 1, self.size_bytes
+        block = os.urandom(min(left, MIB))
+        with path.open("wb") as file:
+            while left:
+                block = block[: min(left, MIB)]
+                file.write(block)
+                value, left = zlib.adler32(block, value), left - len(block)
+        return f"{value:08x}"
+
+    @property
+    def streams(self) -> int:
+        """How many at once."""
+        return LARGE_STREAMS if self.large else STREAMS
+
+
+# -- one run -----------------------------------------------------------------------------------------------------
+
+
+def run(command: Sequence[str], standard_input: str | None = None) -> Cost:
+    """Run a program to its end; what it and its children took. Raises RuntimeError with its last words."""
+    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile("w+") as given:
+        given.write(standard_input or "")
+        given.seek(0)
+        begun = time.perf_counter()
+        process = subprocess.Popen(command, stdin=given, stdout=said, stderr=said, env=ENVIRONMENT)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - begun
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{command[0]}: {process.returncode}: {said.read()[-600:].decode(errors='replace')}")
+    return Cost(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+ENGINE: Final = """
+import json, resource, sys, time
+from loadmaster import cli
+import loadmaster.stage, loadmaster.storage.local
+from contextlib import suppress
+with suppress(ImportError):
+    import loadmaster.storage.curl
+wall, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+code = cli.main(sys.argv[1:])
+now = resource.getrusage(resource.RUSAGE_SELF)
+cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+print(json.dumps({"wall_seconds": time.perf_counter() - wall, "cpu_seconds": cpu, "peak_bytes": now.ru_maxrss * 1024}))
+sys.exit(code)
+"""
+
+
+def run_engine(*arguments: str) -> Cost:
+    """The stage command in an interpreter that has everything imported."""
+    done = subprocess.run([sys.executable, "-c", ENGINE, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"stage: {done.returncode}: {done.stderr[-600:]}{done.stdout[-200:]}")
+    return Cost(**json.loads(done.stdout.splitlines()[-1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison: the files, where they lie, where they go, and what tells that they have arrived."""
+
+    files: Files
+    source: str
+    """A URL or a directory, to which names are appended."""
+    target: str
+    arrived: Path
+    """The directory the files are in afterwards, whatever moved them."""
+    lists: Path
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Source and target of each file."""
+        return ((f"{self.source}/{name}", f"{self.target}/{name}") for name in self.files.names)
+
+    def write(self, name: str, lines: Iterator[str] | list[str]) -> str:
+        """A file for a program to read its orders from."""
+        path = self.lists / name
+        path.write_text("\n".join(lines) + "\n")
+        return str(path)
+
+    def measured(self, work: Callable[[], Cost]) -> Cost:
+        """Run with nothing at the target; then look whether everything has arrived."""
+        shutil.rmtree(self.arrived, ignore_errors=True)
+        self.arrived.mkdir(parents=True)
+        self.arrived.chmod(0o777)  # servers may be somebody else
+        cost = work()
+        with os.scandir(self.arrived) as found:
+            sizes = [entry.stat().st_size for entry in found]
+        if sizes != [self.files.size_bytes] * self.files.count:
+            raise RuntimeError(f"{len(sizes)} files of {sum(sizes)} bytes arrived, not {self.files.count}")
+        return cost
+
+
+Variants = dict[str, Callable[[], Cost]]
+
+
+def ours(row: Row, *options: str) -> Variants:
+    """The stage command, and the engine in it. Uploads do not ask first whether a file is there, as the peers do not."""
+    manifest = row.write(
+        "manifest.jsonl",
+        [
+            json.dumps({"source": source, "target": target, "size_bytes": row.files.size_bytes, "checksum": checksum})
+            for (source, target), checksum in zip(row.pairs(), row.files.checksums, strict=True)
+        ],
+    )
+    words = ["stage", manifest, "--quiet", "--streams", str(row.files.streams), *options]
+    if not row.target.startswith("/"):
+        words.append("--all")
+    return {
+        "loadmaster stage": partial(run, [sys.executable, "-m", "loadmaster", *words]),
+        "loadmaster, engine": partial(run_engine, *words),
+    }
+
+
+# -- the peers ---------------------------------------------------------------------------------------------------
+
+
+def http_download(row: Row) -> Variants:
+    """curl, aria2, rclone."""
+    names = row.write("names", row.files.names)
+    many = str(row.files.streams)
+    lines = [f'url = "{source}"\noutput = "{target}"' for source, target in row.pairs()]
+    curl = row.write("curl", lines)
+    aria = row.write("aria2", [f"{source}\n out={name}" for (source, _), name in zip(row.pairs(), row.files.names)])  # noqa: B905
+    rclone = [
+        "copy", ":http:", row.target, "--http-url", row.source, "--files-from-raw", names, "--no-traverse",
+        "--transfers", many, "--checkers", many, "-q",
+    ]  # fmt: skip
+    return {
+        "curl -Z": partial(run, [program("curl"), "-Z", "--parallel-max", many, "-fsS", "-K", curl]),
+        **_peer("aria2c", "-i", aria, "-d", row.target, "-j", many, "-x", "4", "-q", "--file-allocation=none"),
+        **_peer("rclone", *rclone),
+        **_peer("rclone", *rclone, "--http-no-head", called="rclone --http-no-head"),
+    }
+
+
+def http_upload(row: Row) -> Variants:
+    """curl, rclone."""
+    many = str(row.files.streams)
+    curl = row.write("curl", [f'upload-file = "{source}"\nurl = "{target}"' for source, target in row.pairs()])
+    rclone = [
+        "copy", row.source, ":webdav:", "--webdav-url", row.target, "--no-traverse", "--no-check-dest",
+        "--transfers", many, "--checkers", many, "-q",
+    ]  # fmt: skip
+    found: Variants = {"curl -Z": partial(run, [program("curl"), "-Z", "--parallel-max", many, "-fsS", "-K", curl])}
+    if row.files.count <= 500:  # 22 ms for each: WebDAV costs it several requests a file
+        found |= _peer("rclone", *rclone)
+    return found
+
+
+def s3(row: Row) -> Variants:
+    """s5cmd, rclone; `s3://` in the row, and the endpoint is nginx."""
+    endpoint = row.lists.joinpath("endpoint").read_text()
+    commands = row.write("s5cmd", [f"cp {source} {target}" for source, target in row.pairs()])
+    many = str(row.files.streams)
+    remote = [
+        "--s3-provider", "Other", "--s3-endpoint", endpoint, "--s3-env-auth", "--s3-no-check-bucket",
+        "--s3-no-head", "--transfers", many, "--checkers", many, "--no-traverse", "-q",
+    ]  # fmt: skip
+    places = [place.replace("s3://", ":s3:") for place in (row.source, row.target)]
+    found = _peer("s5cmd", "--endpoint-url", endpoint, "--numworkers", many, "--log", "error", "run", commands)
+    if row.source.startswith("s3://"):
+        names = row.write("names", row.files.names)
+        return found | _peer("rclone", "copy", *places, *remote, "--files-from-raw", names, "--s3-no-head-object")
+    return found | _peer("rclone", "copy", *places, *remote, "--no-check-dest")
+
+
+def local(row: Row) -> Variants:
+    """cp, rsync, rclone."""
+    many = str(row.files.streams)
+    return {
+        "cp -r": partial(run, [program("cp"), "-r", f"{row.source}/.", row.target]),
+        **_peer("rsync", "-r", "--whole-file", "--inplace", f"{row.source}/", row.target),
+        **_peer("rclone", "copy", row.source, row.target, "--transfers", many, "--checkers", many, "-q"),
+    }
+
+
+def xrd(row: Row) -> Variants:
+    """xrdcp."""
+    if row.source.startswith("root:"):
+        sources = row.write("xrdcp", [source for source, _ in row.pairs()])
+        return _peer("xrdcp", "-s", "-f", "--parallel", "4", "--infiles", sources, row.target)
+    return _peer("xrdcp", "-s", "-f", "--parallel", "4", *(source for source, _ in row.pairs()), f"{row.target}/")
+
+
+MISSING: list[str] = []
+"""Programs that are not here; each is told once."""
+
+
+def _peer(name: str, *arguments: str, called: str | None = None) -> Variants:
+    try:
+        return {called or name: partial(run, [program(name), *arguments])}
+    except Absent as exc:
+        if str(exc) not in MISSING:
+            MISSING.append(str(exc))
+        return {}
+
+
+# -- all of it ---------------------------------------------------------------------------------------------------
+
+
+def rows(files: Files, places: Mapping[str, str], root: Path, home: Path) -> Iterator[tuple[str, Row, Variants]]:
+    """Each comparison of a set of files, ready to be run."""
+    inside = files.directory.name
+    here, arrived = str(files.directory), home / "arrived"
+    lists = home / "lists"
+    lists.mkdir(exist_ok=True)
+
+    def row(source: str, target: str, where: Path = arrived) -> Row:
+        return Row(files, source, target, where, lists)
+
+    yield "local", (it := row(here, str(arrived))), ours(it) | local(it)
+    if "http" in places:
+        url = places["http"]
+        up = root / "up"
+        yield "http download", (it := row(f"{url}/{inside}", str(arrived))), ours(it) | http_download(it)
+        yield "WebDAV upload", (it := row(here, f"{url}/up", up)), ours(it) | http_upload(it)
+        (lists / "endpoint").write_text(url)
+        site = lists / "site.toml"
+        site.write_text(f'[storage.s3]\nendpoint = "{url}"\npath_style = true\nregion = "us-east-1"\n')
+        config = ("--config", str(site))
+        yield "s3 download", (it := row(f"s3://{inside}", str(arrived))), ours(it, *config) | s3(it)
+        yield "s3 upload", (it := row(here, "s3://up", up)), ours(it, *config) | s3(it)
+    if "xrootd" in places:
+        url = places["xrootd"]
+        up = root / "xup"
+        yield "xrootd download", (it := row(f"{url}/{inside}", str(arrived))), ours(it) | xrd(it)
+        yield "xrootd upload", (it := row(here, f"{url}/xup", up)), ours(it) | xrd(it)
+
+
+def measure(
+    files: Files, places: Mapping[str, str], root: Path, home: Path, rounds: int, only: str
+) -> Iterator[dict[str, Any]]:
+    """The figures of every row of a set of files."""
+    assert len(files.checksums) == files.count
+    for name, row, variants in rows(files, places, root, home):
+        title = f"{name}, {files.title}"
+        if only not in title:
+            continue
+        able, unable = {}, {}
+        for (
+            variant,
+            work,
+        ) in variants.items():  # a first run of each, not counted: caches are warm, and who cannot is known
+            try:
+                row.measured(work)
+            except RuntimeError as exc:
+                unable[variant] = str(exc)
+            else:
+                able[variant] = partial(row.measured, work)
+        print(f"{title} ...", file=sys.stderr)
+        found = interleave(able, rounds)
+        yield {
+            "title": title,
+            "files": files.count,
+            "bytes": files.count * files.size_bytes,
+            "large": files.large,
+            "unable": unable,
+            "variants": {
+                variant: {
+                    "wall_seconds": Spread.of([cost.wall_seconds for cost in costs]),
+                    "cpu_seconds": Spread.of([cost.cpu_seconds for cost in costs]),
+                    "peak_bytes": max(cost.peak_bytes for cost in costs),
+                }
+                for variant, costs in found.items()
+            },
+        }
+        shutil.rmtree(row.arrived)
+
+
+def measure_memory(
+    url: str, root: Path, home: Path, counts: Sequence[int], sparse: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """The peak memory of the stage command: many small files of one manifest, and sparse large ones."""
+    directory = root / "memory"
+    directory.mkdir()
+    (directory / "one").write_bytes(b"sixteen bytes...")
+    for count in counts:
+        pairs = [(f"{url}/memory/one", home / "arrived" / f"{number:06d}") for number in range(count)]
+        yield _peak(f"{count:,} files of 16 bytes", pairs, home)
+    for size_bytes in sparse:
+        with (directory / "sparse").open("wb") as file:
+            file.truncate(size_bytes)
+        if shutil.disk_usage(home).free < 5 * size_bytes:
+            yield {"title": f"4 files of {size_bytes / 2**30:.0f} GiB", "unable": "no room on this disk"}
+            continue
+        pairs = [(f"{url}/memory/sparse", home / "arrived" / str(number)) for number in range(4)]
+        yield _peak(f"4 sparse files of {size_bytes / 2**30:.0f} GiB", pairs, home)
+
+
+def _peak(title: str, pairs: Sequence[tuple[str, Path]], home: Path) -> dict[str, Any]:
+    manifest = home / "memory.jsonl"
+    manifest.write_text("".join(json.dumps({"source": url, "target": str(path)}) + "\n" for url, path in pairs))
+    print(f"memory, {title} ...", file=sys.stderr)
+    cost = run([sys.executable, "-m", "loadmaster", "stage", str(manifest), "--quiet", "--streams", str(STREAMS)])
+    shutil.rmtree(home / "arrived")
+    return {"title": title, **asdict(cost)}
+
+
+def tell(found: Mapping[str, Any]) -> None:
+    """The tables."""
+    print_machine(found["machine"])
+    for row in found["rows"]:
+        fastest = min([figures["wall_seconds"].median for figures in row["variants"].values()], default=0.0)
+        unit = "GB/s" if row["large"] else "files/s"
+        amount = row["bytes"] / 1e9 if row["large"] else row["files"]
+        print_table(
+            f"{row['title']}: seconds, median (min..max)",
+            ["", "wall", unit, "CPU", "times the fastest", "peak MB"],
+            [
+                (
+                    name,
+                    figures["wall_seconds"].show(),
+                    f"{amount / figures['wall_seconds'].median:,.{2 if row['large'] else 0}f}",
+                    f"{figures['cpu_seconds'].median:.2f}",
+                    f"{figures['wall_seconds'].median / fastest:.2f}",
+                    f"{figures['peak_bytes'] / 1e6:.0f}",
+                )
+                for name, figures in sorted(row["variants"].items(), key=lambda item: item[1]["wall_seconds"].median)
+            ],
+        )
+        for name, why in row["unable"].items():
+            print(f"  {name} could not: {why.splitlines()[-1]:.150}")
+    print_table(
+        "loadmaster stage, memory at its peak",
+        ["", "MB", "wall seconds"],
+        [
+            (row["title"], "-", row["unable"]) if "unable" in row
+            else (row["title"], f"{row['peak_bytes'] / 1e6:.0f}", f"{row['wall_seconds']:.1f}")
+            for row in found["memory"]
+        ],
+    )  # fmt: skip
+    if found["missing"]:
+        print(f"\nnot installed here, so not compared: {', '.join(found['missing'])}")
+
+
+def main() -> None:
+    """Measure and tell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of it: to see that it works")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--only", default="", metavar="WORDS", help="rows whose title has these words, and no memory")
+    parser.add_argument("--directory", type=Path, help="where the files are made (default: the temporary directory)")
+    parser.add_argument("--rounds", type=int, help="of each row (default: 5, or 3 with --quick)")
+    options = parser.parse_args()
+    quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
+    with (
+        tempfile.TemporaryDirectory(prefix="loadmaster-staging-", dir=options.directory) as directory,
+        ExitStack() as servers,
+    ):
+        home = Path(directory)
+        home.chmod(0o755)  # servers may run as somebody else
+        root = home / "root"
+        places: dict[str, str] = {}
+        for name, server in (("http", nginx), ("xrootd", xrootd)):
+            try:
+                places[name] = servers.enter_context(server(home / name, root))
+            except Absent as exc:
+                MISSING.append(str(exc))
+        sets = [
+            Files(f"{count:,} x {title}", count, size_bytes, root / f"{title.lower().replace(' ', '')}")
+            for count, size_bytes, title in (
+                (1000 if quick else 10_000, 4096, "4 KiB"),
+                (200 if quick else 2000, 256 * 1024, "256 KiB"),
+                (2 if quick else 4, 64 * MIB if quick else 1024 * MIB, "64 MiB" if quick else "1 GiB"),
+            )
+        ]
+        found: dict[str, Any] = {"machine": machine(), "rows": [], "memory": []}
+        for files in sets:
+            found["rows"] += measure(files, places, root, home, rounds, options.only)
+            shutil.rmtree(files.directory)
+        if not options.only and "http" in places:
+            counts = (100, 1000, 10_000) if quick else (1000, 10_000, 100_000)
+            sparse = (2**28, 2**30) if quick else (2**30, 10 * 2**30)
+            found["memory"] = list(measure_memory(places["http"], root, home, counts, sparse))
+        found["missing"] = MISSING
+    if options.json:
+        json.dump(found, sys.stdout, default=asdict, indent=2)
+        print()
+    else:
+        tell(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""What `loadmaster stage` does: the files of a manifest are moved, those that are there already are left alone.
+
+    manifest -> what is there already? -> the engine -> what came of each line
+                                             |  ^
+                       from server to server +--+ through a spool
+
+Nothing is remembered of a file but one byte, so that any number of them takes no more memory than a few thousand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import inf
+from typing import Final, Protocol, Self
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.errors import StorageError
+from loadmaster.manifest import BadManifest, Entry, Manifest
+from loadmaster.orders import Orders
+from loadmaster.present import Absent, InTheWay, Look, There
+from loadmaster.site import Site
+from loadmaster.spool import Spool, open_spool
+from loadmaster.staging.engine import Moved, Transfers, Wanted, open_transfers
+from loadmaster.staging.progress import Overall
+from loadmaster.storage.base import FileInfo
+from loadmaster.tasks import single_error
+
+SPOOLED: Final = 2
+"""Files in the spool, for each stream: one comes in while the other goes out."""
+
+
+class Outcome(StrEnum):
+    """What may come of a line."""
+
+    MOVED = "moved"
+    THERE = "there"
+    """Its target was there already, and right as far as one looked."""
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What came of one line of a manifest."""
+
+    entry: Entry
+    outcome: Outcome
+    info: FileInfo | None = None
+    attempts: int = 0
+    """How often it was begun; a file from server to server is begun twice at the least."""
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How the files are to be moved."""
+
+    everything: bool = False
+    """Whether or not their targets are there: nobody looks."""
+    verify: bool = False
+    """What is there already has to prove its content."""
+    resume: bool = False
+    """What has come of a file is kept when it fails, and continued by the next run."""
+    sync: bool = False
+    """What has come in is on the disk, not only on its way there, when it gets its name."""
+    deadline_seconds: float | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has come of the files so far."""
+
+    files: int
+    moved: int = 0
+    there: int = 0
+    failed: int = 0
+    moved_bytes: int = 0
+    there_bytes: int = 0
+    attempts: int = 0
+    seconds: float = 0.0
+
+    @property
+    def left(self) -> int:
+        """Files nothing has come of."""
+        return self.files - self.moved - self.there - self.failed
+
+    def take(self, ended: Ended) -> None:
+        """Count one more."""
+        size_bytes = ended.info.size_bytes if ended.info is not None else 0
+        self.attempts += ended.attempts
+        match ended.outcome:
+            case Outcome.MOVED:
+                self.moved += 1
+                self.moved_bytes += size_bytes
+            case Outcome.THERE:
+                self.there += 1
+                self.there_bytes += size_bytes
+            case Outcome.FAILED:
+                self.failed += 1
+
+
+class Listener(Protocol):
+    """Whoever wants to know what becomes of the files."""
+
+    def say(self, line: str) -> None:
+        """Something a person should know."""
+        ...
+
+    def ended(self, ended: Ended) -> None:
+        """It is known what came of a line. Called once for each; waits for nothing."""
+        ...
+
+    async def follow(self, staging: Stage) -> None:
+        """Look now and then how far it is, until cancelled."""
+        ...
+
+
+async def stage(manifest: Manifest, site: Site, terms: Terms, listener: Listener, orders: Orders) -> Tally:
+    """Move the files of a manifest. The first order has no more begun, the second leaves at once.
+
+    Raises `BadManifest` before anything is moved when there is no storage for a line.
+    """
+    async with open_transfers(site) as transfers:
+        staging = Stage(manifest, transfers, terms, listener)
+        await staging.check()
+        with single_error():
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(_obey, orders, staging, listener, beside.cancel_scope)
+                beside.start_soon(listener.follow, staging)
+                await staging.run()
+                beside.cancel_scope.cancel()
+    return staging.tally
+
+
+async def _obey(orders: Orders, staging: Stage, listener: Listener, everything: anyio.CancelScope) -> None:
+    name = await orders.next()
+    listener.say(f"{name}: no more files are begun, those under way are finished (once more: leave at once)")
+    staging.begin_no_more()
+    name = await orders.next()
+    listener.say(f"{name}: leaving; the files under way are dropped")
+    everything.cancel()
+
+
+class Stage:
+    """One manifest being staged."""
+
+    def __init__(self, manifest: Manifest, transfers: Transfers, terms: Terms, listener: Listener) -> None:
+        self.tally = Tally(manifest.files)
+        self.passing_bytes = 0
+        """That have passed of files that are under way, when it was last looked."""
+        self._manifest, self._transfers, self._terms, self._listener = manifest, transfers, terms, listener
+        self._told = bytearray(manifest.last_line + 1)
+        """For each line, whether it is known what came of it."""
+        self._enough = anyio.Event()
+        self._begun = 0.0
+
+    def begin_no_more(self) -> None:
+        """What is under way is finished, nothing else is begun."""
+        self._enough.set()
+
+    async def check(self) -> None:
+        """Raise `BadManifest` that names every line for which there is no storage, or none that can be opened."""
+        unusable: dict[str, str] = {}
+        for scheme, url in self._manifest.schemes.items():
+            try:
+                await self._transfers.storage(url)
+            except StorageError as exc:
+                unusable[scheme] = str(exc).removeprefix(f"{url}: ")
+        if unusable:
+            problems = await to_thread.run_sync(self._manifest.lines_with, unusable)
+            raise BadManifest(self._manifest.name, problems)
+
+    async def run(self) -> Tally:
+        """Move what is to be moved, and return when that is done or no more shall be begun.
+
+        What is not there at the deadline fails then. Cancellation leaves no half files.
+        """
+        self._begun = anyio.current_time()
+        try:
+            with single_error():
+                async with anyio.create_task_group() as beside:
+                    beside.start_soon(self._stop_in_time)
+                    async with open_spool() as spool:
+                        await self._move(spool)
+                    beside.cancel_scope.cancel()
+            if self._seconds_left <= 0:
+                await to_thread.run_sync(self._too_late)
+        finally:
+            self.tally.seconds = anyio.current_time() - self._begun
+        return self.tally
+
+    @property
+    def _seconds_left(self) -> float:
+        deadline = self._terms.deadline_seconds
+        return inf if deadline is None else self._begun + deadline - anyio.current_time()
+
+    async def _stop_in_time(self) -> None:
+        await anyio.sleep(self._seconds_left)
+        self._enough.set()
+
+    def _too_late(self) -> None:
+        """Name every file nothing has come of. Blocks; nothing else goes on by now."""
+        reason = f"not begun within {self._terms.deadline_seconds:g} s"
+        for entry in self._manifest.entries():
+            self._ended(Ended(entry, Outcome.FAILED, reason=reason))
+
+    def _ended(self, ended: Ended) -> None:
+        """Once for each line, whoever says so first."""
+        if not self._told[ended.entry.line]:
+            self._told[ended.entry.line] = 1
+            self.tally.take(ended)
+            self._listener.ended(ended)
+
+    async def _move(self, spool: Spool) -> None:
+        """Everything is one call of the engine; what goes from server to server goes on in a second one."""
+        onward, arriving = anyio.create_memory_object_stream[Wanted](inf)  # the spool bounds it
+        deadline = None if self._terms.deadline_seconds is None else max(0.001, self._seconds_left)
+        places = anyio.Semaphore(SPOOLED * self._transfers.site.streams)
+
+        async def arrived(moved: Moved) -> None:
+            leg = moved.wanted.key
+            assert isinstance(leg, _Leg)  # noqa: S101 - we put it there
+            if moved.error is None and moved.wanted.target == leg.spooled:
+                onward.send_nowait(leg.onward(moved))
+                return
+            self._ended(leg.ended(moved))
+            if leg.spooled is not None:
+                await spool.remove(leg.spooled)
+                places.release()
+
+        async def second_legs() -> None:
+            await self._transfers.move(arriving, arrived, deadline_seconds=deadline)
+
+        async with arriving, anyio.create_task_group() as legs:
+            legs.start_soon(second_legs)
+            async with onward:
+                await self._transfers.move(
+                    _Lines(self, spool, places), arrived, overall=self._look, files=self.tally.files,
+                    sync=self._terms.sync, keeps=self._terms.resume, enough=self._enough, deadline_seconds=deadline,
+                )  # fmt: skip
+
+    def _look(self, overall: Overall) -> None:
+        self.passing_bytes = overall.passing_bytes
+
+    # -- what is to be moved -------------------------------------------------------------------------------------
+
+    async def next_window(self, look: Look, entries: Iterator[Entry]) -> list[Entry] | None:
+        """Of the next lines, those that are to be moved; None when there are no more, or shall be no more."""
+        if self._enough.is_set():
+            return None
+        window = await look.at(entries)
+        for entry, finding in window:
+            match finding:
+                case There(info):
+                    self._ended(Ended(entry, Outcome.THERE, info))
+                case InTheWay(what):
+                    self._ended(Ended(entry, Outcome.FAILED, reason=f"there is {what} in its place"))
+        return [entry for entry, finding in window if isinstance(finding, Absent)] if window else None
+
+    def look(self) -> Look:
+        """What tells what is there."""
+        return Look(self._transfers, nowhere=self._terms.everything, verify=self._terms.verify)
+
+    def entries(self) -> Iterator[Entry]:
+        """All lines."""
+        return self._manifest.entries()
+
+
+@dataclass(frozen=True, slots=True)
+class _Leg:
+    """A line on its way: straight, or to the spool and from there."""
+
+    entry: Entry
+    spooled: str | None = None
+    attempts: int = 0
+
+    def onward(self, moved: Moved) -> Wanted:
+        """The second leg, after the first: with the size and checksum of what has come in."""
+        assert self.spooled is not None  # noqa: S101 - it was its target
+        assert moved.info is not None  # noqa: S101 - it has come in
+        leg = replace(self, attempts=moved.attempts)
+        return Wanted(self.spooled, self.entry.target, moved.info.size_bytes, moved.info.checksum, leg)
+
+    def ended(self, moved: Moved) -> Ended:
+        """What came of it."""
+        attempts = self.attempts + moved.attempts
+        if moved.error is not None:
+            return Ended(self.entry, Outcome.FAILED, attempts=attempts, reason=str(moved.error))
+        return Ended(self.entry, Outcome.MOVED, moved.info, attempts)
+
+
+class _Lines:
+    """The files to be moved, as the engine takes them. Not a generator: one of those would want to be closed."""
+
+    def __init__(self, staging: Stage, spool: Spool, places: anyio.Semaphore) -> None:
+        self._staging, self._spool, self._places = staging, spool, places
+        self._look, self._entries = staging.look(), staging.entries()
+        self._window: deque[Entry] = deque()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Wanted:
+        while not self._window:
+            window = await self._staging.next_window(self._look, self._entries)
+            if window is None:
+                raise StopAsyncIteration
+            self._window.extend(window)
+        entry = self._window.popleft()
+        if entry.source.startswith("file://") or entry.target.startswith("file://"):
+            return Wanted(entry.source, entry.target, entry.size_bytes, entry.checksum, _Leg(entry))
+        await self._places.acquire()
+        place = await self._spool.place()
+        return Wanted(entry.source, place, entry.size_bytes, entry.checksum, _Leg(entry, place))

@@ -1,0 +1,110 @@
+"""One file that somebody wants moved, how far that has come, and in which order many of them go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Protocol, TypeAlias
+
+from loadmaster.errors import StorageError
+from loadmaster.staging.lanes import Road
+from loadmaster.staging.retry import Course
+from loadmaster.storage.base import Direction, FileInfo, LocalFile, Replica, Transfer
+from loadmaster.storage.checksums import Checksum
+
+BATCH_FILES: Final = 64
+"""Small files that are handed to a storage together: the cost of a thread's turn is shared by so many, and a file of
+another job waits for no more."""
+
+BATCH_BYTES: Final = 16 * 1024**2
+"""And no more bytes than this, or a single file."""
+
+UNKNOWN_BYTES: Final = 2 * 1024**2
+"""What a file of unknown size counts for."""
+
+
+class End(LocalFile, Protocol):
+    """The local end of an errand: it outlives a transfer that has failed."""
+
+    url: str
+    """Of the other end, for the words of errors."""
+    resumable: bool
+    """Whether what has come in is to be kept by `discard`, to be continued."""
+    continues: int
+    """So many bytes of it are continued by the next `open`."""
+
+    def forget(self) -> None:
+        """Nothing more will be done: remove what was kept. Blocks; must not raise."""
+        ...
+
+
+@dataclass(eq=False, slots=True)
+class Errand:
+    """One file to be moved, to or from the first of its places that will do."""
+
+    name: str
+    direction: Direction
+    places: tuple[Replica, ...]
+    end: End
+    failover: tuple[Replica, ...] = ()
+    size_bytes: int | None = None
+    checksum: Checksum | None = None
+    lfn: str | None = None
+    rank: int = 0
+    """Those of a lower rank are begun first."""
+    key: object = None
+    """Whatever the one who wants it knows it by."""
+
+    place: int = 0
+    """Which of the places it is tried at, counting those for failover after the others."""
+    transfers: int = 0
+    """How often it was begun."""
+    course: Course | None = None
+    """What has gone wrong so far, if anything has."""
+    errors: dict[int, StorageError] | None = None
+    """The last one of each place."""
+    rest: Transfer | None = None
+    """A transfer that failed on its way, and can be continued."""
+
+    @property
+    def replica(self) -> Replica:
+        """Where it is tried now."""
+        wanted = len(self.places)
+        return self.places[self.place] if self.place < wanted else self.failover[self.place - wanted]
+
+    @property
+    def road(self) -> Road:
+        """The road it takes now."""
+        replica = self.replica
+        scheme, _, rest = replica.url.partition("://")
+        return Road(self.direction, scheme, replica.storage_element or f"{scheme}://{rest.partition('/')[0]}")
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """What is begun first is the least: by rank, then the biggest, for it takes longest whenever it is begun."""
+        return (self.rank, -(self.size_bytes or 0))
+
+    @property
+    def weight(self) -> int:
+        """How much it fills a batch."""
+        return UNKNOWN_BYTES if self.size_bytes is None else self.size_bytes
+
+
+Outcome: TypeAlias = FileInfo | StorageError
+"""What came of an errand: what passed, or what went wrong at the last."""
+
+
+@dataclass(eq=False, slots=True)
+class Moving(Transfer):
+    """A transfer under way for an errand."""
+
+    errand: Errand | None = None
+    mark_bytes: int = 0
+    mark_time: float = 0.0
+    """How far it had come when it was last looked at, and when that was."""
+
+
+def told(errand: Errand, last: StorageError) -> str:
+    """Why it failed: what each place had to say, in the order of the places."""
+    errors = {errand.place: last} if errand.errors is None else errand.errors
+    wanted = [error for place, error in sorted(errors.items()) if place < len(errand.places)] or [last]
+    return "; ".join(map(str, wanted))

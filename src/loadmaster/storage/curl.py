@@ -1,0 +1,649 @@
+"""Many HTTP requests at once, in one thread, by libcurl.
+
+A transfer may take several requests: sent to a name beside, compared, renamed. Such a course is a *script*: a generator
+that yields requests and is sent their replies. The thread runs as many scripts at a time as their lanes allow and tells in
+batches which have ended, so that ten thousand small files wake the event loop some hundred times.
+
+One thread, not one per transfer: more threads make small files slower in Python, and libcurl's multi interface has no need
+of them. epoll and not `CurlMulti.select`, which sees no descriptor above 1023 and cannot be woken.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Final, Generic, Protocol, TypeAlias, TypeVar
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.errors import StorageError, StorageUnavailable
+from loadmaster.storage.replies import Reply, curl_error
+
+try:
+    import pycurl
+except ImportError as exc:  # pragma: no cover - said once, to the person who wants it
+    raise ImportError("http, dav and s3 storages need pycurl: pip install 'loadmaster[http]'") from exc
+
+CLEANUP_SECONDS: Final = 5.0
+"""For each request that tidies up at the server after a transfer that was given up."""
+
+LEAVING_SECONDS: Final = 2 * CLEANUP_SECONDS + 1
+"""How long a cancelled call waits for that: two requests and a breath."""
+
+TOLD_SECONDS: Final = 0.01
+"""A file that has ended is told of after so long, or when all of its call have, or with so many others:"""
+TOLD_AT_ONCE: Final = 256
+
+BODY_BYTES: Final = 64 * 1024
+"""Of an answer that is not a file; what comes after is not looked at."""
+
+_EVENTS: Final = {
+    pycurl.POLL_IN: select.EPOLLIN,
+    pycurl.POLL_OUT: select.EPOLLOUT,
+    pycurl.POLL_INOUT: select.EPOLLIN | select.EPOLLOUT,
+}
+
+
+class Sink(Protocol):
+    """Where the body of a good answer goes. May raise OSError, about this machine, or `StorageError`."""
+
+    def accept(self, status: int) -> bool:
+        """Whether an answer of this status is what the sink is for; else its body is kept in the reply."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """The next bytes."""
+        ...
+
+
+class Source(Protocol):
+    """Where the body of a request comes from. May raise OSError, about this machine, or `StorageError`."""
+
+    size_bytes: int
+
+    def read(self, count: int) -> bytes:
+        """The next bytes, at most so many."""
+        ...
+
+    def seek(self, offset: int) -> None:
+        """Go on from there: a redirect, or a connection that the server had closed meanwhile."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """What libcurl signs requests with, as AWS wants it (SigV4)."""
+
+    access_key: str
+    secret_key: str = field(repr=False)
+    region: str = "us-east-1"
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """One request. The reply is sent into the script that yields it; where none came, a `StorageError` is thrown."""
+
+    method: str
+    url: str
+    headers: Sequence[str] = ()
+    """`Name: value`. The same object again costs nothing."""
+    sink: Sink | None = None
+    source: Source | bytes | None = None
+    wants_headers: bool = False
+    """Whether the reply shall have its headers."""
+    signing: Signing | None = None
+    seconds: float = 0.0
+    """For the whole of it; 0 for as long as it is not stalled."""
+    about: str = ""
+    """The URL as the caller has it, for the words of errors."""
+
+
+_NONE: Final = Request("", "")
+
+Script: TypeAlias = Generator[Request, Reply, None]
+
+
+class Item(Protocol):
+    """What a script is run for."""
+
+    @property
+    def given_up(self) -> bool:
+        """Nobody wants it any more."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """For the words of errors."""
+        ...
+
+
+I = TypeVar("I", bound=Item)  # noqa: E741
+
+
+class _Call(Generic[I]):
+    """One call of `CurlThread.run`: what is still to be done of it, and what has been and was not told yet."""
+
+    __slots__ = (
+        "_closed", "_lock", "cancelled", "descriptor", "fault", "items", "lane", "left", "oldest", "script", "told",
+        "untold",
+    )  # fmt: skip
+
+    def __init__(self, items: Sequence[I], lane: str, script: Callable[[I], Script]) -> None:
+        self.items, self.lane, self.script = iter(items), lane, script
+        self.left = len(items)
+        self.cancelled = False
+        self.fault: BaseException | None = None
+        self.untold: list[I] = []
+        self.oldest = 0.0
+        self.told: deque[I] = deque()
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()  # held for an instant: nobody may write to a number that is another file's by now
+        self._closed = False
+
+    def tell(self) -> None:
+        """Wake whoever waits, with all that has ended. In the thread."""
+        self.told.extend(self.untold)
+        self.untold.clear()
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self.descriptor, 1)
+
+    def take(self) -> list[I]:
+        """What has been told since it was asked last. In the event loop."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+        return [self.told.popleft() for _ in range(len(self.told))]
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        with self._lock:
+            self._closed = True
+            os.close(self.descriptor)
+
+
+@dataclass(eq=False, slots=True)
+class _Work:
+    """A script under way."""
+
+    call: _Call[Item]
+    item: Item
+    steps: Script
+    carrier: _Carrier | None = None
+    leaving: bool = False
+
+
+class _Carrier:
+    """An easy handle of libcurl's and the request it carries. It serves one method, so that little has to be set anew."""
+
+    __slots__ = (
+        "_accepted",
+        "_body",
+        "_header_lines",
+        "_headers",
+        "_signing",
+        "curl",
+        "failure",
+        "key",
+        "request",
+        "work",
+    )
+
+    def __init__(self, key: tuple[str, bool], settings: Mapping[int, object]) -> None:
+        self.key = key
+        self.curl = curl = pycurl.Curl()
+        self.work: _Work | None = None
+        self.request = _NONE
+        self.failure: OSError | StorageError | None = None
+        self._accepted: bool | None = None
+        self._body: list[bytes] = []
+        self._headers: Sequence[str] = ()
+        self._header_lines: list[bytes] = []
+        self._signing: Signing | None = None
+        for option, value in settings.items():
+            curl.setopt(option, value)
+        method, wants_headers = key
+        curl.setopt(pycurl.WRITEFUNCTION, self._write)
+        if wants_headers:
+            curl.setopt(pycurl.HEADERFUNCTION, self._header_lines.append)
+        if method == "HEAD":
+            curl.setopt(pycurl.NOBODY, True)
+        elif method == "PUT":
+            curl.setopt(pycurl.UPLOAD, True)
+            curl.setopt(pycurl.READFUNCTION, self._read)
+            curl.setopt(pycurl.SEEKFUNCTION, self._seek)
+        elif method == "POST":
+            curl.setopt(pycurl.POST, True)
+        elif method != "GET":
+            curl.setopt(pycurl.CUSTOMREQUEST, method)
+            curl.setopt(pycurl.FOLLOWLOCATION, False)
+
+    def load(self, request: Request, work: _Work) -> None:
+        """Make ready for a request."""
+        curl = self.curl
+        self.request, self.work, self.failure, self._accepted = request, work, None, None
+        curl.setopt(pycurl.URL, request.url)
+        if request.headers is not self._headers:
+            curl.setopt(pycurl.HTTPHEADER, request.headers)
+            self._headers = request.headers
+        source = request.source
+        if source is not None:
+            if isinstance(source, bytes):
+                curl.setopt(pycurl.COPYPOSTFIELDS, source)
+            else:
+                curl.setopt(pycurl.INFILESIZE_LARGE, source.size_bytes)
+        if request.signing is not self._signing:
+            self._sign(request.signing)
+        if request.seconds:
+            curl.setopt(pycurl.TIMEOUT_MS, int(request.seconds * 1000))
+
+    def unload(self) -> None:
+        """Forget the request: what it held is let go."""
+        if self.request.seconds:
+            self.curl.setopt(pycurl.TIMEOUT_MS, 0)
+        self.request, self.work, self.failure = _NONE, None, None
+        self._body.clear()
+        self._header_lines.clear()
+
+    def outcome(self, code: int, text: str) -> Reply | StorageError:
+        """What came of the request. Raises OSError, about this machine."""
+        request, curl = self.request, self.curl
+        status = curl.getinfo(pycurl.RESPONSE_CODE)
+        if self.failure is not None and status < 400:
+            if isinstance(self.failure, StorageError):
+                return self.failure
+            raise self.failure
+        if code and self.failure is None:
+            return curl_error(request.about or request.url, code, text)
+        sink = request.sink
+        if sink is not None and self._accepted is None and self._body and sink.accept(status):
+            try:
+                sink.write(self._body.pop())
+            except StorageError as exc:
+                return exc
+        reply = Reply(status)
+        if self._body:
+            reply.body = b"".join(self._body)
+        if self._header_lines:
+            reply.headers = _headers(self._header_lines)
+            reply.length = int(curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T))
+        if status >= 400:
+            reply.retry_after = curl.getinfo(pycurl.RETRY_AFTER) or None
+        return reply
+
+    def _sign(self, signing: Signing | None) -> None:
+        if signing is None:
+            self.curl.unsetopt(pycurl.AWS_SIGV4)
+            self.curl.unsetopt(pycurl.USERNAME)
+            self.curl.unsetopt(pycurl.PASSWORD)
+        else:
+            self.curl.setopt(pycurl.AWS_SIGV4, f"aws:amz:{signing.region}:s3")
+            self.curl.setopt(pycurl.USERNAME, signing.access_key)
+            self.curl.setopt(pycurl.PASSWORD, signing.secret_key)
+        self._signing = signing
+
+    # The three below are called by libcurl, which cannot pass on what they raise.
+
+    def _write(self, data: bytes) -> int | None:
+        """The status is in the headers, if we have them. Else the first piece waits: of a small file it is all there is."""
+        request = self.request
+        sink = request.sink
+        try:
+            if sink is not None and self._accepted is None:
+                if request.wants_headers:
+                    self._accepted = sink.accept(_status(self._header_lines))
+                elif not self._body:
+                    self._body.append(data)
+                    return None
+                else:
+                    sink.write(self._body[0])
+                    self._accepted = True
+            if self._accepted:
+                sink.write(data)  # type: ignore[union-attr] # there is one to accept
+                return None
+        except (OSError, StorageError) as exc:
+            self.failure = exc
+            return -1
+        if sum(map(len, self._body)) < BODY_BYTES:
+            self._body.append(data)
+        return None
+
+    def _read(self, count: int) -> bytes | int:
+        try:
+            return self.request.source.read(count)  # type: ignore[union-attr]
+        except (OSError, StorageError) as exc:
+            self.failure = exc
+            return int(pycurl.READFUNC_ABORT)
+
+    def _seek(self, offset: int, origin: int) -> int:
+        if origin != os.SEEK_SET:
+            return int(pycurl.SEEKFUNC_CANTSEEK)
+        self.request.source.seek(offset)  # type: ignore[union-attr]
+        return int(pycurl.SEEKFUNC_OK)
+
+
+class CurlThread:
+    """A thread that carries requests, from when it is first needed until `close`."""
+
+    def __init__(self, name: str, lanes: Mapping[str, int], settings: Mapping[int, object]) -> None:
+        """`lanes`: how many scripts at once, by the name of their lane. `settings`: options of every easy handle."""
+        self._name = name
+        self._lanes = dict(lanes)
+        self._settings = settings
+        self._thread: threading.Thread | None = None
+        self._orders: deque[_Call[Item]] = deque()
+        self._wake = -1
+        self._closing = False
+        self._look = False
+
+    def __repr__(self) -> str:
+        return f"<CurlThread {self._name}{'' if self._thread is None else ', running'}>"
+
+    async def run(
+        self, items: Sequence[I], lane: str, script: Callable[[I], Script], ended: Callable[[Sequence[I]], None]
+    ) -> None:
+        """Run a script for each; `ended` is called in the event loop's thread with those that have ended.
+
+        A script that is cancelled has a `StorageError` thrown into it and may still tidy up, in bounded time. What a
+        script raises is raised here.
+        """
+        if not items:
+            return
+        call = _Call(items, lane, script)
+        try:
+            self._order(call)
+            left = len(items)
+            while left:
+                await anyio.wait_readable(call.descriptor)
+                told = call.take()
+                left -= len(told)
+                if told:
+                    ended(told)
+                if call.fault is not None:
+                    raise call.fault
+        except BaseException:
+            call.cancelled = True
+            self.look()
+            with anyio.move_on_after(LEAVING_SECONDS, shield=True):
+                while call.left:
+                    await anyio.wait_readable(call.descriptor)
+                    call.take()
+            raise
+        finally:
+            call.close()
+
+    def look(self) -> None:
+        """Have the thread look for calls that were cancelled and items that were given up. From any thread."""
+        self._look = True
+        self._rouse()
+
+    async def close(self) -> None:
+        """End the thread, also while transfers hang: their scripts are closed where they stand."""
+        thread = self._thread
+        if thread is not None:
+            self._closing = True
+            self._rouse()
+            with anyio.CancelScope(shield=True):  # it does not wait for the network: this is soon
+                await to_thread.run_sync(thread.join)
+            os.close(self._wake)
+            self._thread, self._closing = None, False
+
+    def _order(self, call: _Call[I]) -> None:
+        self._orders.append(call)  # type: ignore[arg-type]
+        if self._thread is None or not self._thread.is_alive():  # it is not in a child of fork
+            self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            self._thread = threading.Thread(target=_Loop(self).run, name=f"loadmaster {self._name}", daemon=True)
+            self._thread.start()
+        else:
+            self._rouse()
+
+    def _rouse(self) -> None:
+        if self._thread is not None:
+            os.eventfd_write(self._wake, 1)
+
+
+class _Loop:
+    """What the thread does: libcurl's sockets and timer in one epoll, scripts stepped as their replies come."""
+
+    def __init__(self, owner: CurlThread) -> None:
+        self._owner = owner
+        self._multi = pycurl.CurlMulti()
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._socket)
+        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._timer)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, 2 * sum(owner._lanes.values()))
+        self._epoll = select.epoll()
+        self._epoll.register(owner._wake, select.EPOLLIN)
+        self._wanted: dict[int, int] = {}
+        self._registered: set[int] = set()
+        self._changed: set[int] = set()
+        self._due: float | None = None
+        self._free: dict[tuple[str, bool], list[_Carrier]] = {}
+        self._carriers: dict[pycurl.Curl, _Carrier] = {}
+        self._waiting: dict[str, deque[_Call[Item]]] = {lane: deque() for lane in owner._lanes}
+        self._under_way: dict[str, set[_Work]] = {lane: set() for lane in owner._lanes}
+        self._untold: set[_Call[Item]] = set()
+
+    def run(self) -> None:
+        """Until the owner closes."""
+        fault: BaseException = anyio.ClosedResourceError()
+        try:
+            while not self._owner._closing:
+                self._turn()
+        except BaseException as exc:  # noqa: BLE001 - a bug; passed on to everybody who waits
+            fault = exc
+        finally:
+            self._leave(fault)
+
+    def _turn(self) -> None:
+        """Do what can be done, then wait for the next thing to happen."""
+        self._take_orders()
+        self._go_on()
+        now = time.monotonic()
+        self._tell(now)
+        due = self._due
+        if self._untold:
+            due = min(now + TOLD_SECONDS if due is None else due, now + TOLD_SECONDS)
+        self._register()
+        for descriptor, event in self._epoll.poll(-1 if due is None else max(0.0, due - now)):
+            if descriptor == self._owner._wake:
+                os.eventfd_read(descriptor)
+            else:
+                ready = pycurl.CSELECT_OUT if event & select.EPOLLOUT else 0
+                if event & ~select.EPOLLOUT:
+                    ready |= pycurl.CSELECT_IN
+                self._multi.socket_action(descriptor, ready)
+
+    def _go_on(self) -> None:
+        """Step the scripts whose requests have ended, start others in their places, let libcurl do what is due.
+
+        Twice at most: while bytes keep coming there is always something due, and others want their turn.
+        """
+        for _ in range(2):
+            self._reap()
+            self._start()
+            if self._due is None or self._due > time.monotonic():
+                return
+            self._due = None
+            self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        self._reap()
+
+    def _take_orders(self) -> None:
+        while self._owner._orders:
+            call = self._owner._orders.popleft()
+            self._waiting[call.lane].append(call)
+        if self._owner._look:
+            self._owner._look = False
+            for works in self._under_way.values():
+                for work in [w for w in works if not w.leaving and (w.call.cancelled or w.item.given_up)]:
+                    self._give_up(work)
+            for lane, calls in self._waiting.items():
+                for call in [call for call in calls if call.cancelled]:
+                    call.left -= sum(1 for _ in call.items)
+                    self._untold.add(call)
+                self._waiting[lane] = deque(call for call in calls if not call.cancelled)
+
+    def _start(self) -> None:
+        """As many as the lanes let, of the calls in turn."""
+        for lane, width in self._owner._lanes.items():
+            calls, works = self._waiting[lane], self._under_way[lane]
+            while calls and len(works) < width:
+                call = calls.popleft()
+                item = next(call.items, None)
+                if item is None:
+                    continue
+                calls.append(call)
+                work = _Work(call, item, call.script(item))
+                works.add(work)
+                self._step(work, None)
+
+    def _reap(self) -> None:
+        more = 1
+        while more:
+            more, good, bad = self._multi.info_read()
+            for curl in good:
+                self._ended(self._carriers[curl], 0, "")
+            for curl, code, text in bad:
+                self._ended(self._carriers[curl], code, text)
+
+    def _ended(self, carrier: _Carrier, code: int, text: str) -> None:
+        work = carrier.work
+        if work is None:  # given up since
+            return
+        outcome: Reply | StorageError | OSError
+        try:
+            outcome = carrier.outcome(code, text)
+        except OSError as exc:
+            outcome = exc
+        self._unload(carrier)
+        self._step(work, outcome)
+
+    def _step(self, work: _Work, outcome: Reply | StorageError | OSError | None) -> None:
+        """Let the script go on, to its next request or its end."""
+        try:
+            steps = work.steps
+            # None starts a generator.
+            request = steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)  # type: ignore[arg-type]
+            self._carry(request, work)
+        except StopIteration:
+            self._finish(work)
+        except Exception as exc:  # noqa: BLE001 - a script ends by returning; this is raised in the caller's task
+            work.call.fault = exc
+            self._finish(work)
+
+    def _carry(self, request: Request, work: _Work) -> None:
+        key = (request.method, request.wants_headers)
+        free = self._free.setdefault(key, [])
+        if free:
+            carrier = free.pop()
+        else:
+            carrier = _Carrier(key, self._owner._settings)
+            self._carriers[carrier.curl] = carrier
+        work.carrier = carrier
+        carrier.load(request, work)
+        self._multi.add_handle(carrier.curl)
+
+    def _unload(self, carrier: _Carrier) -> None:
+        if carrier.work is not None:
+            carrier.work.carrier = None
+        self._multi.remove_handle(carrier.curl)
+        carrier.unload()
+        self._free[carrier.key].append(carrier)
+
+    def _give_up(self, work: _Work) -> None:
+        """The script may tidy up, with requests that have little time."""
+        work.leaving = True
+        if work.carrier is not None:
+            self._unload(work.carrier)
+        self._step(work, StorageUnavailable(work.item.url, "given up"))
+
+    def _finish(self, work: _Work) -> None:
+        call = work.call
+        self._under_way[call.lane].discard(work)
+        if call not in self._untold:
+            call.oldest = time.monotonic()
+            self._untold.add(call)
+        call.untold.append(work.item)
+        call.left -= 1
+
+    def _tell(self, now: float) -> None:
+        if not self._untold:
+            return
+        for call in list(self._untold):
+            if call.left <= 0 or len(call.untold) >= TOLD_AT_ONCE or now - call.oldest >= TOLD_SECONDS or call.fault:
+                self._untold.discard(call)
+                call.tell()
+
+    # libcurl says what it wants to wait for; epoll is told when it is time to wait, since most of it is taken back at once.
+
+    def _socket(self, what: int, descriptor: int, multi: object, data: object) -> None:
+        if what == pycurl.POLL_REMOVE:
+            self._wanted.pop(descriptor, None)
+        else:
+            self._wanted[descriptor] = _EVENTS[what]
+        self._changed.add(descriptor)
+
+    def _timer(self, milliseconds: int) -> None:
+        self._due = None if milliseconds < 0 else time.monotonic() + milliseconds / 1000
+
+    def _register(self) -> None:
+        for descriptor in self._changed:
+            events = self._wanted.get(descriptor)
+            if events is None:
+                self._registered.discard(descriptor)
+                with suppress(OSError):  # closed since
+                    self._epoll.unregister(descriptor)
+            elif descriptor not in self._registered:
+                self._registered.add(descriptor)
+                self._epoll.register(descriptor, events)
+            else:
+                try:
+                    self._epoll.modify(descriptor, events)
+                except FileNotFoundError:  # closed since, and another of the same number opened
+                    self._epoll.register(descriptor, events)
+        self._changed.clear()
+
+    def _leave(self, fault: BaseException) -> None:
+        """Close everything where it stands. The scripts remove what they have half made here; nothing is sent."""
+        calls = {call for waiting in (*self._waiting.values(), self._owner._orders) for call in waiting}
+        for works in self._under_way.values():
+            for work in works:
+                calls.add(work.call)
+                work.steps.close()
+        for carrier in self._carriers.values():
+            if carrier.work is not None:
+                self._multi.remove_handle(carrier.curl)
+        self._multi.close()
+        for carrier in self._carriers.values():
+            carrier.curl.close()
+        self._epoll.close()
+        for call in calls | self._untold:
+            if call.left > 0:
+                call.fault = call.fault or fault
+            call.left = 0
+            call.tell()
+
+
+def _status(lines: Sequence[bytes]) -> int:
+    """Of the last answer; libcurl has seen that there is a number."""
+    for line in reversed(lines):
+        if line.startswith(b"HTTP/"):
+            return int(line.split(maxsplit=2)[1])
+    return 0
+
+
+def _headers(lines: Sequence[bytes]) -> dict[str, str]:
+    """Of the last answer: the ones before it were redirects. Names in lower case; of several the last counts."""
+    found: dict[str, str] = {}
+    for line in lines:
+        if line.startswith(b"HTTP/"):
+            found.clear()
+        name, separator, value = line.decode("latin-1").partition(":")
+        if separator:
+            found[name.strip().lower()] = value.strip()
+    return found

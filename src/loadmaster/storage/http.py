@@ -1,0 +1,518 @@
+"""Files by HTTP and WebDAV: `http://`, `https://`, `dav://`, `davs://`. The requests are carried by `curl`.
+
+    [storage.davs]
+    token_file = "/run/user/1000/bt_u1000"    # else as WLCG's token discovery finds one
+    proxy = "/tmp/x509up_u1000"               # a certificate with its key; else X509_USER_PROXY or the usual place
+    publish = "move"
+
+How an upload comes to its name, `publish`: "move" writes beside it and has the server rename (dav, davs); "check" writes to
+the name and asks for the size afterwards (http, https); "put" trusts the server to keep nothing of an upload that broke off.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any, Final, Literal, Self, TypeVar
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import anyio
+import pycurl
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from loadmaster.description import complaints
+from loadmaster.errors import AccessDenied, ChecksumMismatch, InvalidSite, StorageError, StorageUnavailable
+from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.checksums import Running
+from loadmaster.storage.credentials import Token, authorities, discovered_proxy, discovered_token, own_user
+from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, Request, Script
+from loadmaster.storage.local import WORK_DIRECTORY, translated
+from loadmaster.storage.replies import WANT_DIGEST, Reply, checksums_told, http_error, preferred, visible
+
+V = TypeVar("V")
+
+SMALL_BYTES: Final = 1024 * 1024
+"""Up to this size a download does not ask for what only a resumed one needs, and an upload does not ask for leave."""
+
+QUESTIONS_AT_ONCE: Final = 8
+"""Questions (size, removal) beside the transfers."""
+
+REDIRECTS: Final = 5
+
+DEPTH: Final = 32
+"""Directories that are made for one file."""
+
+_PERHAPS_NO_DIRECTORY: Final = {403, 404, 409, 500}
+"""What a PUT is answered where there is none: 409 by the book, 404 and 403 by some, 500 by nginx."""
+
+
+class CommonWords(BaseModel):
+    """What a site may say of every storage over HTTP."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ca_file: Path | None = None
+    ca_directory: Path | None = None
+    connect_seconds: float = Field(default=30, gt=0, le=3600)
+    stall_seconds: int = Field(default=60, ge=1, le=86400)
+    """Given up when it has been slower than `stall_bytes_per_second` for so long."""
+    stall_bytes_per_second: int = Field(default=100, ge=1)
+
+    @classmethod
+    def of(cls, options: StorageOptions) -> Self:
+        """The words of a site. Raises `InvalidSite` that names each that is not understood."""
+        try:
+            return cls.model_validate(dict(options.words))
+        except ValidationError as exc:
+            raise InvalidSite("; ".join(f"[storage.{options.scheme}] {line}" for line in complaints(exc))) from None
+
+
+class HttpWords(CommonWords):
+    """What a site may say of http, https, dav and davs."""
+
+    token: SecretStr | None = None
+    token_file: Path | None = None
+    proxy: Path | None = None
+    """A certificate and its key in one file."""
+    credentials_without_tls: bool = False
+    """Whether a token is shown to whoever listens."""
+    publish: Literal["move", "check", "put"] | None = None
+
+
+class Target:
+    """A local file that the body of an answer goes to."""
+
+    __slots__ = ("_descriptor", "_limit", "_offset", "_passed", "_transfer")
+
+    def __init__(self, transfer: Transfer, descriptor: int) -> None:
+        self._transfer, self._descriptor = transfer, descriptor
+        self._passed: Running = transfer.begin()
+        self._offset = transfer.first_byte
+        end = transfer.size_bytes if transfer.last_byte is None else transfer.last_byte + 1
+        self._limit = end
+
+    def accept(self, status: int) -> bool:
+        """200, or 206 when a part was asked for."""
+        return status == (206 if is_part(self._transfer) else 200)
+
+    def write(self, data: bytes) -> None:
+        """Checksum and write. Raises `ChecksumMismatch` for more than there should be: a disk is not to be filled by it."""
+        end = self._offset + len(data)
+        if self._limit is not None and end > self._limit:
+            raise ChecksumMismatch(visible(self._transfer.url), f"sends more than the {self._limit} bytes expected")
+        self._passed.update(data)
+        written = os.pwrite(self._descriptor, data, self._offset)
+        while written < len(data):
+            written += os.pwrite(self._descriptor, memoryview(data)[written:], self._offset + written)
+        self._offset = end
+        self._transfer.done_bytes += len(data)
+
+
+class Origin:
+    """A local file that the body of a request comes from. What is sent again is not counted again."""
+
+    __slots__ = ("_descriptor", "_first", "_offset", "_passed", "_transfer", "size_bytes")
+
+    def __init__(self, transfer: Transfer, descriptor: int, first: int, size_bytes: int) -> None:
+        """`first`, `size_bytes`: the part of the file to be sent; `transfer.done_bytes` is what has passed of the file."""
+        self._transfer, self._descriptor = transfer, descriptor
+        self._passed = transfer.begin()
+        self._first, self._offset, self.size_bytes = first, first, size_bytes
+
+    def read(self, count: int) -> bytes:
+        """The next bytes. Raises `StorageUnavailable` when the file has become shorter."""
+        left = self._first + self.size_bytes - self._offset
+        data = os.pread(self._descriptor, min(count, left), self._offset)
+        if not data and left:
+            raise StorageUnavailable(WORK_DIRECTORY, "the output became shorter while it was sent")
+        new = self._offset + len(data) - self._transfer.done_bytes
+        if new > 0:
+            self._passed.update(data if new == len(data) else memoryview(data)[-new:])
+            self._transfer.done_bytes += new
+        self._offset += len(data)
+        return data
+
+    def seek(self, offset: int) -> None:
+        """From there again."""
+        self._offset = self._first + offset
+
+
+class Question:
+    """Something asked about a URL: a script that comes to a value, or to an error."""
+
+    __slots__ = ("_steps", "error", "given_up", "url", "value")
+
+    def __init__(self, url: str, steps: Generator[Request, Reply, object]) -> None:
+        self.url, self._steps = url, steps
+        self.given_up = False
+        self.error: StorageError | None = None
+        self.value: Any = None
+
+    def script(self) -> Script:
+        """Run it."""
+        try:
+            self.value = yield from self._steps
+        except StorageError as exc:
+            self.error = exc
+
+
+class CurlStorage:
+    """What storages over HTTP have in common: the thread, the course of a download, questions."""
+
+    abilities = Ability.SIDE_BY_SIDE
+
+    def __init__(self, options: StorageOptions, settings: Mapping[int, object]) -> None:
+        lanes = {direction.value: options.streams for direction in Direction} | {"ask": QUESTIONS_AT_ONCE}
+        self._scheme = options.scheme
+        self._thread = CurlThread(options.scheme, lanes, settings)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._scheme}://>"
+
+    async def close(self) -> None:
+        """End the thread. Transfers still under way are dropped."""
+        await self._thread.close()
+
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        """As many at a time as there are streams, each direction for itself."""
+        lots = [(way, lot) for way in Direction if (lot := [each for each in transfers if each.direction is way])]
+        if len(lots) == 1:
+            await self._move(*lots[0], ended)
+        else:
+            async with anyio.create_task_group() as both:
+                for way, lot in lots:
+                    both.start_soon(self._move, way, lot, ended)
+
+    async def stat(self, url: str) -> FileInfo:
+        """As the server says."""
+        return await self._ask(url, self._stat(url))
+
+    async def remove(self, url: str) -> None:
+        """Have the server remove it."""
+        await self._ask(url, self._remove(url))
+
+    async def _move(
+        self, way: Direction, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]
+    ) -> None:
+        for transfer in transfers:
+            transfer.when_given_up = self._thread.look
+        await self._thread.run(transfers, way.value, self._course, ended)
+
+    async def _ask(self, url: str, steps: Generator[Request, Reply, V]) -> V:
+        question = Question(url, steps)
+        await self._thread.run([question], "ask", Question.script, lambda _: None)
+        if question.error is not None:
+            raise question.error
+        value: V = question.value
+        return value
+
+    # -- what follows runs in the thread -------------------------------------------------------------------------------
+
+    def _course(self, transfer: Transfer) -> Script:
+        """One transfer from its first request to its result."""
+        descriptor = None
+        kept = False
+        try:
+            if transfer.given_up:
+                raise StorageUnavailable(visible(transfer.url), "given up")
+            descriptor = transfer.local.open()
+            if transfer.direction is Direction.UPLOAD:
+                yield from self._upload(transfer, descriptor)
+                info = transfer.info()
+            else:
+                yield from self._download(transfer, descriptor)
+                info = transfer.info()
+                transfer.local.keep(descriptor, info)
+                kept = True
+            transfer.result = info
+        except StorageError as exc:
+            transfer.result = exc
+        except OSError:
+            try:
+                with translated(WORK_DIRECTORY):
+                    raise
+            except StorageError as error:
+                transfer.result = error
+        finally:
+            if not kept:
+                transfer.local.discard()
+            if descriptor is not None:
+                with suppress(OSError):
+                    os.close(descriptor)
+
+    def _download(self, transfer: Transfer, descriptor: int) -> Script:
+        """Get it, or the part that is wanted, and see that it is whole."""
+        part = is_part(transfer)
+        careful = part or transfer.size_bytes is None or transfer.size_bytes > SMALL_BYTES
+        extra: tuple[str, ...] = ()
+        if part:
+            extra = (f"Range: bytes={transfer.first_byte}-{'' if transfer.last_byte is None else transfer.last_byte}",)
+            if transfer.version is not None:
+                extra += (f"If-Match: {transfer.version}",)
+        target = Target(transfer, descriptor)
+        reply = yield from self._send("GET", transfer.url, extra=extra, sink=target, wants_headers=careful)
+        if not target.accept(reply.status):
+            if part and reply.status == 200:
+                raise StorageUnavailable(visible(transfer.url), "the server gives no parts of files")
+            raise self._refusal(transfer.url, reply)
+        if careful:
+            yield from self._look_whole(transfer, reply)
+        elif transfer.done_bytes != transfer.size_bytes:
+            raise StorageUnavailable(
+                visible(transfer.url), f"sent {transfer.done_bytes} of the {transfer.size_bytes} bytes expected"
+            )
+
+    def _look_whole(self, transfer: Transfer, reply: Reply) -> Script:
+        """Raise unless the answer is what was asked for, and all of it."""
+        url, headers = visible(transfer.url), reply.headers
+        etag = headers.get("etag", "")
+        if transfer.version is not None and etag and etag != transfer.version:
+            raise StorageUnavailable(url, "the file has changed meanwhile")
+        if etag and not etag.startswith("W/"):
+            transfer.version = etag
+        size = transfer.size_bytes
+        if is_part(transfer):
+            given, _, whole = headers.get("content-range", "").removeprefix("bytes ").partition("/")
+            if given.partition("-")[0] != str(transfer.first_byte):
+                raise StorageUnavailable(url, f"gave another part than was asked for ({given[:40]!r})")
+            if whole.isdecimal():
+                size = int(whole) if size is None else size
+        elif size is None and reply.length < 0 and "chunked" not in headers.get("transfer-encoding", ""):
+            # A body that ends with the connection ends anywhere.
+            size = (yield from self._stat(transfer.url)).size_bytes
+        elif size is None:
+            size = reply.length if reply.length >= 0 else transfer.done_bytes
+        end = size if transfer.last_byte is None else transfer.last_byte + 1
+        if end is not None and transfer.done_bytes != end - transfer.first_byte:
+            raise StorageUnavailable(url, f"sent {transfer.done_bytes} of {end - transfer.first_byte} bytes")
+        told = checksums_told(headers).get(transfer.algorithm) if not is_part(transfer) else None
+        if told is not None and transfer.passed is not None and transfer.passed.result() != told:
+            raise ChecksumMismatch(url, f"what came is not what the server has ({told})")
+
+    def _upload(self, transfer: Transfer, descriptor: int) -> Script:
+        """Send it, and see that the server has it under its name. Tidies up when it fails."""
+        raise NotImplementedError
+
+    def _stat(self, url: str) -> Generator[Request, Reply, FileInfo]:
+        """What is there."""
+        raise NotImplementedError
+
+    def _remove(self, url: str) -> Script:
+        """Remove it."""
+        reply = yield from self._send("DELETE", url)
+        if reply.status not in {200, 202, 204}:
+            raise self._refusal(url, reply)
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        *,
+        extra: Sequence[str] = (),
+        sink: Target | None = None,
+        source: Origin | bytes | None = None,
+        wants_headers: bool = False,
+        seconds: float = 0.0,
+    ) -> Generator[Request, Reply, Reply]:
+        """Have a request carried with our credentials; once more if they were refused and there are newer ones."""
+        raise NotImplementedError
+
+    def _refusal(self, url: str, reply: Reply, what: str = "") -> StorageError:
+        return http_error(url, reply, what=what)
+
+
+class HttpStorage(CurlStorage):
+    """Files of a web server, or of one that speaks WebDAV."""
+
+    def __init__(self, options: StorageOptions) -> None:
+        words = HttpWords.of(options)
+        user = own_user()
+        if words.token is not None or words.token_file is not None:
+            self._token = Token(words.token.get_secret_value() if words.token else "", words.token_file)
+        else:
+            self._token = discovered_token(os.environ, user)
+        proxy = words.proxy or discovered_proxy(os.environ, user)
+        super().__init__(options, common_settings(words, proxy))
+        self._dav = options.scheme in {"dav", "davs"}
+        self._publish = words.publish or ("move" if self._dav else "check")
+        self._without_tls = words.credentials_without_tls
+        self._headers: dict[tuple[str, bool], tuple[str, ...]] = {}
+        self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
+        if self._publish == "move":
+            self.abilities |= Ability.RENAME
+
+    def _upload(self, transfer: Transfer, descriptor: int) -> Script:
+        size = os.fstat(descriptor).st_size
+        source = Origin(transfer, descriptor, 0, size)
+        if self._publish != "move":
+            yield from self._put(transfer.url, source)
+            if self._publish == "check":
+                yield from self._compare(transfer, transfer.url, size)
+            return
+        part = beside(transfer.url)
+        try:
+            yield from self._put(transfer.url, source, part)
+            if size > SMALL_BYTES:
+                yield from self._compare(transfer, part, size)
+            destination = f"Destination: {self._address(transfer.url)}"
+            reply = yield from self._send("MOVE", part, extra=(destination, "Overwrite: T"), about=transfer.url)
+            if reply.status not in {201, 204}:
+                raise self._refusal(transfer.url, reply, "renaming")
+        except StorageError:
+            with suppress(StorageError):
+                yield from self._send("DELETE", part, seconds=CLEANUP_SECONDS)
+            raise
+
+    def _put(self, url: str, source: Origin, place: str | None = None) -> Script:
+        """Send the body; where the directory is missing, make it (WebDAV's servers do not) and send it again."""
+        place = place or url
+        extra = ("Expect:",) if source.size_bytes <= SMALL_BYTES else ()
+        reply = yield from self._send("PUT", place, extra=extra, source=source, about=url)
+        if reply.status in _PERHAPS_NO_DIRECTORY and self._dav and (yield from self._make_directory(url, DEPTH)):
+            source.seek(0)
+            reply = yield from self._send("PUT", place, extra=extra, source=source, about=url)
+        if reply.status not in {200, 201, 202, 204}:
+            raise self._refusal(url, reply)
+
+    def _make_directory(self, url: str, depth: int) -> Generator[Request, Reply, bool]:
+        """Whether the directory of the URL is there now, and those above it."""
+        parts = urlsplit(url)
+        path = parts.path.rstrip("/").rpartition("/")[0] + "/"
+        directory = urlunsplit((*parts[:2], path, parts[3], ""))
+        if path == "/" or not depth:
+            return False
+        reply = yield from self._send("MKCOL", directory)
+        if reply.status in _PERHAPS_NO_DIRECTORY and (yield from self._make_directory(directory, depth - 1)):
+            reply = yield from self._send("MKCOL", directory)
+        return reply.status in {201, 405}  # 405: it is there, by somebody else
+
+    def _compare(self, transfer: Transfer, url: str, size: int) -> Script:
+        """Raise unless the server has what was sent."""
+        reply = yield from self._send("HEAD", url, extra=WANT_DIGEST, wants_headers=True)
+        if reply.status not in {200, 204}:
+            raise self._refusal(url, reply, "after the upload")
+        if reply.length >= 0 and reply.length != size:
+            raise StorageUnavailable(visible(url), f"the server has {reply.length} of the {size} bytes sent")
+        told = checksums_told(reply.headers).get(transfer.algorithm)
+        if told is not None and transfer.passed is not None and transfer.passed.result() != told:
+            raise ChecksumMismatch(visible(url), f"the server has {told}, not what was sent")
+
+    def _stat(self, url: str) -> Generator[Request, Reply, FileInfo]:
+        reply = yield from self._send("HEAD", url, extra=WANT_DIGEST, wants_headers=True)
+        if reply.status not in {200, 204}:
+            raise self._refusal(url, reply)
+        if reply.length < 0:
+            raise StorageUnavailable(visible(url), "the server does not say how large it is")
+        return FileInfo(reply.length, preferred(checksums_told(reply.headers)))
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        *,
+        extra: Sequence[str] = (),
+        sink: Target | None = None,
+        source: Origin | bytes | None = None,
+        wants_headers: bool = False,
+        seconds: float = 0.0,
+        about: str = "",
+    ) -> Generator[Request, Reply, Reply]:
+        address = self._address(url)
+        shown = self._without_tls or address.startswith("https://")
+        token = self._token.text() if shown else ""
+        request = Request(
+            method, address, self._with_token(token, extra), sink, source, wants_headers, None, seconds, about or url
+        )
+        reply = yield request
+        if reply.status == 401 and token:
+            newer = self._token.text(look=True)
+            if newer != token:
+                if isinstance(source, Origin):
+                    source.seek(0)
+                request.headers = self._with_token(newer, extra)
+                reply = yield request
+        return reply
+
+    def _with_token(self, token: str, extra: Sequence[str]) -> Sequence[str]:
+        """The same object for the same words: libcurl need not be told again."""
+        if not token:
+            return extra
+        return self._headers_of(f"Authorization: Bearer {token}", tuple(extra))
+
+    def _headers_of(self, authorization: str, extra: tuple[str, ...]) -> Sequence[str]:
+        if extra:
+            return (authorization, *extra)
+        key = (authorization, False)
+        if key not in self._headers:
+            self._headers = {key: (authorization,)}
+        return self._headers[key]
+
+    def _address(self, url: str) -> str:
+        """What libcurl is given: http or https, and nothing that has no place in a URL."""
+        scheme, _, rest = url.partition("://")
+        if not _PLAIN(rest):
+            rest = quote(rest, safe=_IN_URLS)
+        return f"{'https' if scheme in {'https', 'davs'} else 'http'}://{rest}"
+
+    def _refusal(self, url: str, reply: Reply, what: str = "") -> StorageError:
+        error = http_error(url, reply, what=what)
+        if isinstance(error, AccessDenied) and reply.status == 401 and self._token.renewable:
+            error.retryable = True  # whoever renews the token's file may be late
+        return error
+
+
+_IN_URLS: Final = "%/:?#[]@!$&'()*+,;=-._~"
+_PLAIN: Final = re.compile(r"[\w%/:?#[\]@!$&'()*+,;=.~-]*", re.ASCII).fullmatch
+
+
+def is_part(transfer: Transfer) -> bool:
+    """Whether less than the whole file is wanted."""
+    return transfer.first_byte > 0 or transfer.last_byte is not None
+
+
+def beside(url: str) -> str:
+    """A name in the same directory that nobody else uses."""
+    parts = urlsplit(url)
+    directory = parts.path.rpartition("/")[0]
+    return urlunsplit((*parts[:2], f"{directory}/.{os.urandom(8).hex()}.part", parts[3], ""))
+
+
+def common_settings(words: CommonWords, proxy: Path | None) -> dict[int, object]:
+    """What every easy handle is set to."""
+    file, directory = authorities(os.environ)
+    file, directory = words.ca_file or file, words.ca_directory or directory
+    settings: dict[int, object] = {
+        pycurl.NOSIGNAL: True,
+        pycurl.USERAGENT: "loadmaster",
+        pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+        pycurl.PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
+        pycurl.REDIR_PROTOCOLS: pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS,
+        pycurl.FOLLOWLOCATION: True,
+        pycurl.MAXREDIRS: REDIRECTS,
+        pycurl.CONNECTTIMEOUT_MS: int(words.connect_seconds * 1000),
+        pycurl.LOW_SPEED_LIMIT: words.stall_bytes_per_second,
+        pycurl.LOW_SPEED_TIME: words.stall_seconds,
+        pycurl.TCP_KEEPALIVE: True,
+        pycurl.BUFFERSIZE: 256 * 1024,
+        pycurl.SSLVERSION: pycurl.SSLVERSION_TLSv1_2,
+    }
+    if file is not None:
+        settings[pycurl.CAINFO] = str(file)
+    if directory is not None:
+        settings[pycurl.CAPATH] = str(directory)
+    if proxy is not None:
+        settings |= {pycurl.SSLCERT: str(proxy), pycurl.SSLKEY: str(proxy)}
+    return settings
+
+
+@asynccontextmanager
+async def open_http(options: StorageOptions) -> AsyncIterator[HttpStorage]:
+    """The storage behind http, https, dav and davs. Raises `InvalidSite` for words it does not understand."""
+    storage = HttpStorage(options)
+    try:
+        yield storage
+    finally:
+        await storage.close()

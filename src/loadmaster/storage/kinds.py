@@ -1,0 +1,131 @@
+"""Which storage a URL's scheme stands for: ours, those of installed packages, and those an embedding program brings.
+
+A package offers one by an entry point of the group `loadmaster.storages`: the scheme, and a factory, which is an
+asynchronous context manager that is given `StorageOptions` and gives a `Storage`. It is opened when the first URL needs it,
+in a task of its own, and closed with the transfers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import MappingProxyType
+from typing import Any, Final, cast
+
+import anyio
+from anyio import to_thread
+from anyio.abc import TaskGroup
+
+from loadmaster.errors import StorageError
+from loadmaster.storage.base import Storage, StorageFactory, StorageOptions
+from loadmaster.storage.local import LocalStorage
+
+ENTRY_POINTS: Final = "loadmaster.storages"
+
+CLOSE_SECONDS: Final = 10.0
+"""How long storages may take to close."""
+
+_CURL, _OBJECTS, _XROOTD = "loadmaster.storage.curl", "loadmaster.storage.objects", "loadmaster.storage.xrootd"
+OURS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+    {
+        "file": ("loadmaster.storage.local", ""),
+        **dict.fromkeys(("http", "https", "dav", "davs"), (_CURL, "http")),
+        "s3": (_CURL, "s3"),
+        **dict.fromkeys(("gs", "az", "abfs", "abfss"), (_OBJECTS, "objects")),
+        **dict.fromkeys(("root", "roots", "xroot"), (_XROOTD, "xrootd")),
+    }
+)
+"""Scheme -> the module whose `open_storage` is the factory, and the extra that brings what it needs."""
+
+_PLAIN: Final = MappingProxyType({"https": "http", "davs": "dav", "roots": "root", "xroot": "root", "abfss": "abfs"})
+"""Whose words count for a scheme that has no table of its own in the site's file."""
+
+
+@dataclass(eq=False, slots=True)
+class _Kind:
+    ready: anyio.Event = field(default_factory=anyio.Event)
+    storage: Storage | None = None
+    error: str = ""
+
+
+class Storages:
+    """The storages of a site, opened as they are needed."""
+
+    def __init__(
+        self,
+        group: TaskGroup,
+        given: Mapping[str, Storage],
+        words: Mapping[str, Mapping[str, Any]],
+        streams: int,
+    ) -> None:
+        self._group = group
+        self._given = dict(given)
+        if "file" not in words:
+            self._given.setdefault("file", LocalStorage(2 * streams))
+        self._words = words
+        self._streams = streams
+        self._kinds: dict[str, _Kind] = {}
+        self._closing = anyio.Event()
+        self._open = 0
+        self._all_closed = anyio.Event()
+
+    def __repr__(self) -> str:
+        return ", ".join(sorted({*self._given, *self._kinds}))
+
+    async def for_url(self, url: str) -> Storage:
+        """The storage a URL is for. Raises `StorageError` when there is none, or it cannot be opened."""
+        scheme = url.partition("://")[0]
+        if scheme in self._given:
+            return self._given[scheme]
+        kind = self._kinds.get(scheme)
+        if kind is None:
+            kind = self._kinds[scheme] = _Kind()
+            self._open += 1
+            self._group.start_soon(self._keep_open, scheme, kind)
+        await kind.ready.wait()
+        if kind.storage is None:
+            raise StorageError(url, kind.error)
+        return kind.storage
+
+    async def close(self) -> None:
+        """Close what is open, and wait for it. Cancellation does not keep it from being closed, time does."""
+        self._closing.set()
+        if self._open:
+            with anyio.move_on_after(CLOSE_SECONDS, shield=True):
+                await self._all_closed.wait()
+
+    async def _keep_open(self, scheme: str, kind: _Kind) -> None:
+        try:
+            with anyio.CancelScope(shield=True):  # it is `close` that ends it
+                factory = await to_thread.run_sync(_find, scheme)
+                words = self._words.get(scheme) or self._words.get(_PLAIN.get(scheme, scheme)) or {}
+                async with factory(StorageOptions(scheme, self._streams, words)) as kind.storage:
+                    kind.ready.set()
+                    await self._closing.wait()
+                    kind.storage = None
+        except LookupError as exc:
+            kind.error = f"{exc.args[0]}; there is {'://, '.join(sorted(self._given))}://"
+        except ImportError as exc:
+            extra = OURS[scheme][1] if scheme in OURS else ""
+            kind.error = f"{exc.name or exc} is not installed" + (
+                f": pip install 'loadmaster[{extra}]'" if extra else ""
+            )
+        except (ValueError, StorageError) as exc:
+            kind.error = f"[storage.{scheme}] {exc}"
+        finally:
+            kind.ready.set()
+            self._open -= 1
+            if not self._open:
+                self._all_closed.set()
+
+
+def _find(scheme: str) -> StorageFactory:
+    """The factory of a scheme. Raises LookupError when nobody offers one, ImportError when what it needs is missing."""
+    from importlib.metadata import entry_points  # slow to import, and seldom needed
+
+    for entry in entry_points(group=ENTRY_POINTS, name=scheme):
+        return cast(StorageFactory, entry.load())
+    if scheme not in OURS:
+        raise LookupError(f"no storage for {scheme}://")
+    return cast(StorageFactory, import_module(OURS[scheme][0]).open_storage)

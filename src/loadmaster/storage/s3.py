@@ -1,0 +1,263 @@
+"""Objects in S3 and its like: `s3://bucket/key`. The requests are carried by `curl`, which also signs them (SigV4).
+
+    [storage.s3]
+    endpoint = "https://s3.example.org"       # else Amazon's, by region
+    region = "us-east-1"
+    profile = "grid"                          # of ~/.aws/credentials; else AWS_ACCESS_KEY_ID and its like
+
+A key is the URL's path with its percent signs resolved, as in all our URLs. An object comes into being by the last request
+of its upload, so nothing is renamed; what was sent before that is abandoned when the upload fails.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final
+from urllib.parse import quote, unquote_to_bytes, urlsplit
+
+import pycurl
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from loadmaster.errors import AccessDenied, ChecksumMismatch, StorageError, StorageUnavailable
+from loadmaster.storage.base import Ability, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.credentials import KeyRing, Keys, discovered_keys
+from loadmaster.storage.curl import CLEANUP_SECONDS, Request, Script, Signing
+from loadmaster.storage.http import SMALL_BYTES, CommonWords, CurlStorage, Origin, Target, common_settings
+from loadmaster.storage.local import WORK_DIRECTORY
+from loadmaster.storage.replies import Reply, checksums_told, etag_md5, http_error, preferred, s3_code, visible
+
+PARTS: Final = 10_000
+"""S3's limit; larger files have larger parts."""
+
+PART_TRIALS: Final = 3
+"""Of each part, at once, before the whole upload is given back to whoever tries again later."""
+
+
+class S3Words(CommonWords):
+    """What a site may say of s3."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    path_style: bool | None = None
+    """Whether the bucket is in the path and not in the host's name; the default is yes for an endpoint of one's own."""
+    access_key: SecretStr | None = None
+    secret_key: SecretStr | None = None
+    session_token: SecretStr | None = None
+    profile: str | None = None
+    credentials_file: Path | None = None
+    anonymous: bool = False
+    part_bytes: int = Field(default=16 * 1024**2, ge=5 * 1024**2, le=5 * 1024**3)
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_endpoint(cls, value: str | None) -> str | None:
+        if value is not None and (urlsplit(value).scheme not in {"http", "https"} or not urlsplit(value).hostname):
+            raise ValueError("must be an http:// or https:// URL")
+        return value
+
+    @model_validator(mode="after")
+    def _both_keys(self) -> S3Words:
+        if (self.access_key is None) != (self.secret_key is None):
+            raise ValueError("access_key and secret_key go together")
+        return self
+
+
+class S3Storage(CurlStorage):
+    """Objects by bucket and key."""
+
+    abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS | Ability.MULTIPART
+
+    def __init__(self, options: StorageOptions, environ: Mapping[str, str] = os.environ) -> None:
+        words = S3Words.of(options)
+        settings = common_settings(words, None) | {pycurl.FOLLOWLOCATION: False}  # a signature is for one host
+        super().__init__(options, settings)
+        named = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
+        self._endpoint = (words.endpoint or named or "").rstrip("/")
+        self._region = words.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
+        self._path_style = words.path_style if words.path_style is not None else bool(self._endpoint)
+        self._part_bytes = words.part_bytes
+        self._ring: KeyRing | None = None
+        if words.access_key is not None and words.secret_key is not None:
+            token = words.session_token.get_secret_value() if words.session_token else ""
+            keys = Keys(words.access_key.get_secret_value(), words.secret_key.get_secret_value(), token)
+            self._ring = KeyRing(keys)
+        elif not words.anonymous:
+            self._ring = discovered_keys(environ, profile=words.profile, file=words.credentials_file)
+        self._signing: tuple[Keys, Signing, tuple[str, ...]] | None = None
+
+    def _upload(self, transfer: Transfer, descriptor: int) -> Script:
+        size = os.fstat(descriptor).st_size
+        passed = transfer.begin()
+        if size > self._part_bytes:
+            yield from self._upload_parts(transfer, descriptor, size)
+            return
+        extra = ("Expect:",) if size <= SMALL_BYTES else ()
+        source = Origin(transfer, descriptor, 0, size)
+        reply = yield from self._send("PUT", transfer.url, extra=extra, source=source, wants_headers=True)
+        if reply.status not in {200, 201, 204}:
+            raise self._refusal(transfer.url, reply)
+        told = etag_md5(reply.headers)
+        if told is not None and transfer.algorithm == "md5" and passed.result() != told:
+            raise ChecksumMismatch(visible(transfer.url), f"the server has {told}, not what was sent")
+
+    def _upload_parts(self, transfer: Transfer, descriptor: int, size: int) -> Script:
+        """One after another: the checksum is of the bytes as they pass. Then the word that makes an object of them."""
+        url = transfer.url
+        reply = yield from self._send("POST", url, query="uploads=", source=b"")
+        found = re.search(rb"<UploadId>([^<]+)</UploadId>", reply.body)
+        if reply.status != 200 or found is None:
+            raise self._refusal(url, reply, "beginning an upload in parts")
+        upload = "uploadId=" + quote(_unescaped(found[1]), safe="-._~")
+        try:
+            length = max(self._part_bytes, -(-size // PARTS))
+            tags: list[str] = []
+            for number, first in enumerate(range(0, size, length), 1):
+                count = min(length, size - first)
+                tags.append(
+                    (yield from self._part(transfer, descriptor, f"partNumber={number}&{upload}", first, count))
+                )
+            parts = "".join(
+                f"<Part><PartNumber>{number}</PartNumber><ETag>{_escaped(tag)}</ETag></Part>"
+                for number, tag in enumerate(tags, 1)
+            )
+            body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+            xml = ("Content-Type: application/xml",)
+            reply = yield from self._send("POST", url, query=upload, extra=xml, source=body)
+            if reply.status != 200 or s3_code(reply.body):  # it begins to answer before it knows
+                raise self._refusal(url, reply, "making an object of the parts")
+            found_size = (yield from self._stat(url)).size_bytes
+            if found_size != size:
+                raise StorageUnavailable(visible(url), f"the server has {found_size} of the {size} bytes sent")
+        except StorageError:
+            with suppress(StorageError):
+                yield from self._send("DELETE", url, query=upload, seconds=CLEANUP_SECONDS)
+            raise
+
+    def _part(
+        self, transfer: Transfer, descriptor: int, query: str, first: int, count: int
+    ) -> Generator[Request, Reply, str]:
+        """Send one part; what the server calls it."""
+        trial = 1
+        while True:
+            source = Origin(transfer, descriptor, first, count)
+            try:
+                reply = yield from self._send("PUT", transfer.url, query=query, source=source, wants_headers=True)
+                if reply.status != 200:
+                    raise self._refusal(transfer.url, reply, "sending a part")
+                if "etag" not in reply.headers:
+                    raise StorageUnavailable(visible(transfer.url), "the server does not name the part it was sent")
+                return reply.headers["etag"]
+            except StorageError as exc:
+                ours = exc.url == WORK_DIRECTORY or transfer.given_up
+                if trial == PART_TRIALS or ours or not exc.retryable or exc.retry_after:
+                    raise
+                trial += 1
+
+    def _stat(self, url: str) -> Generator[Request, Reply, FileInfo]:
+        reply = yield from self._send("HEAD", url, extra=_CHECKSUMS, wants_headers=True)
+        if reply.status != 200:
+            raise self._refusal(url, reply)
+        if reply.length < 0:
+            raise StorageUnavailable(visible(url), "the server does not say how large it is")
+        told = preferred(checksums_told(reply.headers)) or etag_md5(reply.headers)
+        return FileInfo(reply.length, told)
+
+    def _remove(self, url: str) -> Script:
+        """S3 removes what is not there without a word, so it is asked first."""
+        yield from self._stat(url)
+        yield from super()._remove(url)
+
+    def _send(
+        self,
+        method: str,
+        url: str,
+        *,
+        query: str = "",
+        extra: Sequence[str] = (),
+        sink: Target | None = None,
+        source: Origin | bytes | None = None,
+        wants_headers: bool = False,
+        seconds: float = 0.0,
+    ) -> Generator[Request, Reply, Reply]:
+        address = self._address(url) + (f"?{query}" if query else "")
+        keys, signing, headers = self._signed_by(look=False)
+        request = Request(
+            method,
+            address,
+            (*headers, *extra) if extra else headers,
+            sink,
+            source,
+            wants_headers,
+            signing,
+            seconds,
+            url,
+        )
+        reply = yield request
+        if reply.status in {400, 401, 403} and self._ring is not None and self._ring.renewable:
+            newer, signing, headers = self._signed_by(look=True)
+            if newer is not keys:
+                if isinstance(source, Origin):
+                    source.seek(0)
+                request.signing, request.headers = signing, (*headers, *extra)
+                reply = yield request
+        return reply
+
+    def _signed_by(self, *, look: bool) -> tuple[Keys | None, Signing | None, tuple[str, ...]]:
+        keys = self._ring.keys(look=look) if self._ring is not None else None
+        if keys is None:
+            return None, None, ()
+        if self._signing is None or self._signing[0] is not keys:
+            headers = (f"x-amz-security-token: {keys.session_token}",) if keys.session_token else ()
+            self._signing = (keys, Signing(keys.access_key, keys.secret_key, self._region), headers)
+        return self._signing
+
+    def _address(self, url: str) -> str:
+        bucket, _, path = url.removeprefix(f"{self._scheme}://").partition("/")
+        if not bucket or not path:
+            raise StorageError(visible(url), "names no object: s3://bucket/key")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
+            raise StorageError(visible(url), f"{bucket!r} is no name of a bucket")
+        key = quote(unquote_to_bytes(path), safe="/-._~")
+        if any(part in {".", ".."} for part in key.split("/")):
+            raise StorageError(visible(url), "a key with '.' or '..' as a part cannot be asked for")
+        if self._path_style or "." in bucket:
+            return f"{self._endpoint or f'https://s3.{self._region}.amazonaws.com'}/{bucket}/{key}"
+        if self._endpoint:
+            scheme, _, host = self._endpoint.partition("://")
+            return f"{scheme}://{bucket}.{host}/{key}"
+        return f"https://{bucket}.s3.{self._region}.amazonaws.com/{key}"
+
+    def _refusal(self, url: str, reply: Reply, what: str = "") -> StorageError:
+        if 300 <= reply.status < 400:
+            region = reply.headers.get("x-amz-bucket-region", "")
+            where = f" (it is in {region})" if re.fullmatch(r"[a-z0-9-]{1,40}", region) else ""
+            return StorageError(visible(url), f"the bucket is elsewhere{where}: HTTP {reply.status}")
+        error = http_error(url, reply, what=what)
+        if isinstance(error, AccessDenied) and (self._ring is None or not self._ring.renewable):
+            error.retryable = False
+        return error
+
+
+_CHECKSUMS: Final = ("x-amz-checksum-mode: ENABLED",)
+
+
+def _unescaped(text: bytes) -> str:
+    return text.decode().replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+@asynccontextmanager
+async def open_s3(options: StorageOptions) -> AsyncIterator[S3Storage]:
+    """The storage behind s3. Raises `InvalidSite` for words it does not understand."""
+    storage = S3Storage(options)
+    try:
+        yield storage
+    finally:
+        await storage.close()

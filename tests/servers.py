@@ -1,0 +1,363 @@
+"""Servers on 127.0.0.1 for tests and campaigns: real ones (nginx with WebDAV, moto's S3), and one that is hostile on purpose."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+from urllib.request import Request as UrlRequest
+from urllib.request import urlopen
+
+import pytest
+
+START_SECONDS = 30.0
+
+NGINX = """
+{modules}
+{user}
+worker_processes 2;
+error_log {home}/error.log error;
+pid {home}/nginx.pid;
+daemon off;
+events {{ worker_connections 1024; }}
+http {{
+    access_log off;
+    sendfile on;
+    keepalive_requests 1000000;
+    client_max_body_size 0;
+    client_body_temp_path {home}/body;
+    proxy_temp_path {home}/proxy;
+    fastcgi_temp_path {home}/fastcgi;
+    uwsgi_temp_path {home}/uwsgi;
+    scgi_temp_path {home}/scgi;
+    server {{
+        listen 127.0.0.1:{port} backlog=1024;
+        root {home}/root;
+        location / {{
+            dav_methods PUT DELETE MKCOL COPY MOVE;
+            create_full_put_path {full_path};
+            dav_access user:rw;
+        }}
+    }}
+}}
+"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it listens, and the directory that it serves."""
+
+    url: str
+    root: Path
+
+
+@contextmanager
+def nginx(home: Path, *, makes_directories: bool = True) -> Iterator[Server]:
+    """An nginx that takes PUT, DELETE, MKCOL and MOVE. `makes_directories`: those a PUT needs."""
+    program = program_or_skip("nginx")
+    (home / "root").mkdir(parents=True)
+    module = Path("/usr/lib/nginx/modules/ngx_http_dav_ext_module.so")
+    port = free_port()
+    words = {
+        "modules": f"load_module {module};" if module.exists() else "",
+        "user": "user root;" if os.geteuid() == 0 else "",
+        "full_path": "on" if makes_directories else "off",
+    }
+    config = home / "nginx.conf"
+    config.write_text(NGINX.format(home=home, port=port, **words))
+    with running([program, "-p", str(home), "-c", str(config), "-e", str(home / "error.log")], port, home):
+        yield Server(f"http://127.0.0.1:{port}", home / "root")
+
+
+@contextmanager
+def moto(home: Path) -> Iterator[str]:
+    """The URL of moto's S3, with a bucket named `bucket`. It looks at no signature."""
+    pytest.importorskip("moto")
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    with running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, home):
+        url = f"http://127.0.0.1:{port}"
+        urlopen(UrlRequest(f"{url}/bucket", method="PUT"), timeout=30).close()
+        yield url
+
+
+def program_or_skip(name: str) -> str:
+    """Where a program is, also in /usr/sbin, which few people have in their PATH."""
+    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextmanager
+def running(command: Sequence[str], port: int, home: Path) -> Iterator[None]:
+    """A server in a group of its own, from when its port answers; then the group is ended."""
+    log = home / "server.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=home, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"{command[0]} did not start: {log.read_text(errors='replace')[-1000:]}")
+            time.sleep(0.02)
+        yield
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as trial:
+        return trial.connect_ex(("127.0.0.1", port)) == 0
+
+
+# -- the hostile one -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the server saw it."""
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+
+    @property
+    def path(self) -> str:
+        return unquote(urlsplit(self.target).path)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something done wrong on purpose: `kind` is one of `FAULTS`, or a status; what else it says depends on that."""
+
+    kind: str
+    headers: tuple[str, ...] = ()
+    body: bytes = b""
+
+
+FAULTS = (
+    "reset", "truncated", "wrong bytes", "stall", "drip", "long length", "short length", "no length", "empty",
+    "nonsense", "endless", "endless headers", "half a head",
+)  # fmt: skip
+TRANSIENT = ("500", "502", "503", "429", "401", *FAULTS[:7], "empty")
+"""For campaigns: what may pass when it is tried again."""
+
+Orders = Callable[[Asked], Fault | None]
+
+
+class HostileServer:
+    """Files in memory, by HTTP with ranges, PUT, DELETE and MOVE. `orders` says of each request what is done wrong.
+
+    with HostileServer() as server:
+        server.files["/a"] = b"content"
+        server.orders = lambda asked: Fault("503", ("Retry-After: 1",)) if asked.method == "GET" else None
+    """
+
+    def __init__(self, orders: Orders | None = None) -> None:
+        self.files: dict[str, bytes] = {}
+        self.orders = orders
+        self.asked: list[Asked] = []
+        self.attempts: Counter[tuple[str, str]] = Counter()
+        self.faults: Counter[str] = Counter()
+        self.knows_move = True
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="hostile server")
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> HostileServer:
+        self._thread.start()
+        self._ready.wait(10)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        self._loop.close()
+
+    def _serve(self) -> None:
+        async def main() -> None:
+            server = await asyncio.start_server(self._talk, "127.0.0.1", 0, backlog=1024, limit=2**20)
+            self.port = server.sockets[0].getsockname()[1]
+            self._ready.set()
+            await self._stop.wait()
+            server.close()
+            talks = asyncio.all_tasks() - {asyncio.current_task()}
+            for talk in talks:
+                talk.cancel()
+            await asyncio.gather(*talks, return_exceptions=True)
+
+        self._loop.run_until_complete(main())
+
+    async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while (asked := await self._read(reader, writer)) is not None:
+                self.asked.append(asked)
+                self.attempts[asked.method, asked.path] += 1
+                fault = self.orders(asked) if self.orders is not None else None
+                if fault is not None:
+                    self.faults[fault.kind] += 1
+                if not await self._answer(asked, fault, writer):
+                    return
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+        finally:
+            writer.close()
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Asked | None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")[:-2]
+        method, target, _ = first.split(" ")
+        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if headers.get("expect", "").lower() == "100-continue":
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = await reader.readexactly(int(headers.get("content-length", "0")))
+        return Asked(method, target, headers, body)
+
+    async def _answer(self, asked: Asked, fault: Fault | None, writer: asyncio.StreamWriter) -> bool:
+        """Whether the connection stays."""
+        kind = fault.kind if fault is not None else ""
+        if fault is not None and kind.isdecimal():
+            writer.write(_head(int(kind), len(fault.body), *fault.headers))
+            if asked.method != "HEAD":
+                writer.write(fault.body)
+            return True
+        if kind == "reset":
+            writer.transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
+            )
+            writer.transport.abort()
+            return False
+        if kind == "empty":
+            return False
+        if kind == "stall":
+            await self._stop.wait()
+            return False
+        if kind == "nonsense":
+            writer.write(b"\x16\x03\x01 what?\r\n\r\n")
+            return False
+        if kind == "half a head":
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Le")
+            return False
+        if kind == "endless headers":
+            writer.write(b"HTTP/1.1 200 OK\r\n")
+            while True:
+                writer.write(b"X-More: " + b"x" * 1000 + b"\r\n")
+                await writer.drain()
+        status, headers, body = self._do(asked)
+        if asked.method == "HEAD":
+            writer.write(_head(status, len(body), *headers))
+            return True
+        length: int | None = len(body)
+        if kind == "wrong bytes":
+            body = bytes(byte ^ 1 for byte in body[:1]) + body[1:]
+        elif kind == "long length":
+            length = len(body) + 10
+        elif kind == "short length":
+            length = len(body) // 2
+        elif kind in {"no length", "endless"}:
+            length = None
+        elif kind == "truncated":
+            body = body[: len(body) // 2]
+        writer.write(_head(status, length, *headers))
+        if kind == "drip":
+            for position in range(len(body)):
+                writer.write(body[position : position + 1])
+                await writer.drain()
+                await asyncio.sleep(0.5)
+        while kind == "endless":
+            writer.write(b"x" * 65536)
+            await writer.drain()
+        if kind == "no length" and fault is not None and fault.body:
+            body = body[: int(fault.body)]
+        writer.write(body)
+        await writer.drain()
+        return kind in {"", "wrong bytes"}
+
+    def _do(self, asked: Asked) -> tuple[int, tuple[str, ...], bytes]:
+        path, files = asked.path, self.files
+        if asked.method in {"GET", "HEAD"}:
+            if path not in files:
+                return 404, (), b"no such file"
+            body, etag = files[path], f'"{hash(files[path]) & 0xFFFFFFFF:08x}"'
+            if asked.headers.get("if-match", etag) != etag:
+                return 412, (), b""
+            if asked.headers.get("range", "").startswith("bytes="):
+                first, _, last = asked.headers["range"].removeprefix("bytes=").partition("-")
+                end = min(int(last) + 1, len(body)) if last else len(body)
+                return (
+                    206,
+                    (f"Content-Range: bytes {first}-{end - 1}/{len(body)}", f"ETag: {etag}"),
+                    body[int(first) : end],
+                )
+            return 200, (f"ETag: {etag}",), body
+        if asked.method == "PUT":
+            files[path] = asked.body
+            return 201, (), b""
+        if asked.method == "DELETE":
+            return (204, (), b"") if files.pop(path, None) is not None else (404, (), b"")
+        if asked.method == "MOVE" and self.knows_move:
+            if path not in files:
+                return 404, (), b""
+            files[unquote(urlsplit(asked.headers["destination"]).path)] = files.pop(path)
+            return 201, (), b""
+        return 405, (), b""
+
+
+def _head(status: int, length: int | None, *headers: str) -> bytes:
+    lines = [f"HTTP/1.1 {status} Said", *headers]
+    if length is not None:
+        lines.append(f"Content-Length: {length}")
+    return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+def some_of_the_time(share: float, seed: int, kinds: Sequence[str] = TRANSIENT) -> Orders:
+    """For campaigns: that share of requests gets a fault, by chance that can be repeated."""
+    chance = random.Random(seed)
+
+    def orders(asked: Asked) -> Fault | None:
+        if chance.random() >= share:
+            return None
+        kind = chance.choice(kinds)
+        return Fault(kind, ("Retry-After: 0",) if kind in {"429", "503"} else ())
+
+    return orders
+
+
+def http_date(seconds_from_now: float) -> str:
+    return formatdate(time.time() + seconds_from_now, usegmt=True)
