@@ -1,4 +1,4 @@
-"""Servers on 127.0.0.1 for tests and campaigns: real ones (nginx with WebDAV, moto's S3), and one that is hostile on purpose."""
+"""Servers on 127.0.0.1 for tests and campaigns: nginx with WebDAV, moto's S3, and one that is hostile on purpose."""
 
 from __future__ import annotations
 

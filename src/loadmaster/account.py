@@ -17,7 +17,7 @@ from anyio import to_thread
 
 from loadmaster.gauge import Gauge, Pace, duration
 from loadmaster.manifest import Manifest
-from loadmaster.names import local_path
+from loadmaster.names import shown
 from loadmaster.stage import Ended, Outcome, Stage, Tally
 from loadmaster.terminal import size
 
@@ -170,8 +170,3 @@ def facts(ended: Ended) -> dict[str, Any]:
         "attempts": ended.attempts,
         "reason": ended.reason,
     }
-
-
-def shown(url: str) -> str:
-    """A URL as a person would write it: a plain path if it is one of this machine."""
-    return str(local_path(url)) if url.startswith("file://") else url

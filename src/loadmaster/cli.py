@@ -30,7 +30,7 @@ from loadmaster.gauge import Gauge, stderr_gauge
 from loadmaster.handle import JobHandle
 from loadmaster.hooks import find_coordinator
 from loadmaster.manifest import BadManifest, Manifest
-from loadmaster.names import file_url, local_path
+from loadmaster.names import file_url, shown
 from loadmaster.orders import Orders, told_to_stop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
@@ -319,18 +319,13 @@ def _print_result(result: JobResult, kept: Path | None) -> None:
     """The result for people, on standard output; one that cannot be printed has still happened."""
     failure = f": {result.failure}" if result.failure is not None else ""
     lines = [f"{result.status}{failure}"]
-    lines += [f"  {file.name}  {size(file.size_bytes)}  {_shown(file.url)}" for file in result.outputs]
+    lines += [f"  {file.name}  {size(file.size_bytes)}  {shown(file.url)}" for file in result.outputs]
     lines += [f"  {name}  not delivered" for name in result.missing_outputs]
     lines += [f"  pending: {line}" for line in result.pending]
     if kept is not None:
         lines.append(f"  work directory: {kept}")
     with suppress(OSError, ValueError):
         print("\n".join(map(printable, lines)), flush=True)
-
-
-def _shown(url: str) -> str:
-    """A URL as a person would open it: a plain path if it is one of this machine."""
-    return str(local_path(url)) if url.startswith("file://") else url
 
 
 # -- reading and writing -----------------------------------------------------------------------------------------

@@ -118,7 +118,9 @@ class LiveGauge:
 
 
 def duration(seconds: float) -> str:
-    """A time for people: `7 s`, `4 min`, `2.5 h`."""
+    """A time for people: `0.24 s`, `7.1 s`, `55 s`, `4 min`, `2.5 h`."""
+    if seconds < 10:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.1f} s"
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -22,7 +22,7 @@ of nothing but a directory for outputs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
@@ -76,6 +76,15 @@ class Site(BaseModel):
     """A transfer that moves next to nothing for so long is given up, and tried again."""
     staging_seconds: float | None = Field(default=None, gt=0)
     """How long the files of one step of a job may take altogether; None for no limit but those above."""
+
+    cache: Place | None = None
+    """A directory on a local disk that all jobs of a node share, so that a file is brought in once. Only loadmaster may
+    write to it."""
+    cache_bytes: int = Field(default=50 * 10**9, ge=0)
+    """How much it may hold; what was used longest ago goes first."""
+    cache_link: Literal["copy", "hard"] = "copy"
+    """How a job is given a file: "copy" (one of its own, sharing its blocks where the file system can) or "hard" (the same
+    for all jobs, read-only: no space, but it is read through each time, for a job may have written to it)."""
 
     @model_validator(mode="after")
     def _known_elements(self) -> Self:

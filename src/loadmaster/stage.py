@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import inf
@@ -21,6 +22,7 @@ from anyio import to_thread
 
 from loadmaster.errors import StorageError
 from loadmaster.manifest import BadManifest, Entry, Manifest
+from loadmaster.names import shown
 from loadmaster.orders import Orders
 from loadmaster.present import Absent, InTheWay, Look, There
 from loadmaster.site import Site
@@ -218,7 +220,7 @@ class Stage:
     async def _move(self, spool: Spool) -> None:
         """Everything is one call of the engine; what goes from server to server goes on in a second one."""
         onward, arriving = anyio.create_memory_object_stream[Wanted](inf)  # the spool bounds it
-        deadline = None if self._terms.deadline_seconds is None else max(0.001, self._seconds_left)
+        deadline = self._terms.deadline_seconds
         places = anyio.Semaphore(SPOOLED * self._transfers.site.streams)
 
         async def arrived(moved: Moved) -> None:
@@ -227,6 +229,9 @@ class Stage:
             if moved.error is None and moved.wanted.target == leg.spooled:
                 onward.send_nowait(leg.onward(moved))
                 return
+            if moved.error is None and leg.is_other(moved):
+                with suppress(StorageError):
+                    await (await self._transfers.storage(leg.entry.target)).remove(leg.entry.target)
             self._ended(leg.ended(moved))
             if leg.spooled is not None:
                 await spool.remove(leg.spooled)
@@ -285,11 +290,24 @@ class _Leg:
         leg = replace(self, attempts=moved.attempts)
         return Wanted(self.spooled, self.entry.target, moved.info.size_bytes, moved.info.checksum, leg)
 
+    def is_other(self, moved: Moved) -> bool:
+        """Whether what was sent is not what the manifest says. What comes in is verified before it gets its name."""
+        size_bytes, checksum = self.entry.size_bytes, self.entry.checksum
+        return moved.info is not None and (
+            (size_bytes is not None and moved.info.size_bytes != size_bytes)
+            or (checksum is not None and moved.info.checksum != checksum)
+        )
+
     def ended(self, moved: Moved) -> Ended:
         """What came of it."""
         attempts = self.attempts + moved.attempts
         if moved.error is not None:
             return Ended(self.entry, Outcome.FAILED, attempts=attempts, reason=str(moved.error))
+        if moved.info is not None and self.is_other(moved):
+            reason = (
+                f"{shown(self.entry.source)}: {moved.info.size_bytes} bytes, {moved.info.checksum}: not what is wanted"
+            )
+            return Ended(self.entry, Outcome.FAILED, attempts=attempts, reason=reason)
         return Ended(self.entry, Outcome.MOVED, moved.info, attempts)
 
 

@@ -183,6 +183,7 @@ class Faults:
         """Fail or hang, or have it moved with something between it and its local file."""
         with anyio.CancelScope() as scope:
             transfer.when_given_up = scope.cancel
+            transfer.begin()
             try:
                 await _obey(order, transfer.url)
                 bent = _Bent(transfer.local, order)

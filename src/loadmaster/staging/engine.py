@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import anyio
 from anyio import to_thread
@@ -38,6 +38,9 @@ from loadmaster.storage.kinds import Storages
 from loadmaster.storage.local import WORK_DIRECTORY, checksum, translated
 from loadmaster.tasks import for_each, single_error
 from loadmaster.workdir import Workdir
+
+if TYPE_CHECKING:
+    from loadmaster.staging.cache import Cache
 
 NOT_MADE: Final = "the payload did not make it"
 
@@ -91,9 +94,12 @@ class Moved:
 class Transfers:
     """The storages and the catalog of a site, ready to move files. Made by `open_transfers`; may serve many jobs."""
 
-    def __init__(self, site: Site, storages: Storages, catalog: Catalog | None) -> None:
+    def __init__(
+        self, site: Site, storages: Storages, catalog: Catalog | None = None, cache: Cache | None = None
+    ) -> None:
         self.site = site
         self.catalog = catalog
+        self.cache = cache
         self._storages = storages
         self._lanes = Lanes(site.streams, site.element_streams)
         self._patience = Patience(site.retries + 1, site.retry_seconds)
@@ -182,12 +188,9 @@ class Transfers:
             return
         problems: list[str] = []
 
-        def errand(fetch: Fetch) -> Errand:
+        def incoming(fetch: Fetch) -> Errand:
             end = Incoming(workdir, fetch.name, size_bytes=fetch.size_bytes, checksum=fetch.checksum)
-            return Errand(
-                fetch.name, Direction.DOWNLOAD, fetch.sources, end,
-                size_bytes=fetch.size_bytes, checksum=fetch.checksum, lfn=fetch.lfn,
-            )  # fmt: skip
+            return _inbound(fetch, end)
 
         async def arrived(errand: Errand, outcome: Outcome) -> None:
             if isinstance(outcome, FileInfo):
@@ -195,7 +198,10 @@ class Transfers:
             else:
                 problems.append(f"{errand.name}: {told(errand, outcome)}")
 
-        await self._run(map(errand, fetches), arrived, listener, len(fetches))
+        if self.cache is None:
+            await self._run(map(incoming, fetches), arrived, listener, len(fetches))
+        else:
+            await self._fetch_shared(self.cache, fetches, workdir, arrived, listener)
         if problems:
             raise StagingFailed("cannot bring in", problems)
 
@@ -246,6 +252,31 @@ class Transfers:
         await self._run(iter(new), arrived, listener, len(new), tellers=self.site.streams if self.catalog else 1)
         if problems:
             raise StagingFailed("cannot deliver", problems)
+
+    async def _fetch_shared(
+        self,
+        cache: Cache,
+        fetches: Sequence[Fetch],
+        workdir: Workdir,
+        arrived: Callable[[Errand, Outcome], Awaitable[None]],
+        listener: Listener,
+    ) -> None:
+        """By way of the node's cache: each file is moved once, for all jobs that want it."""
+        from loadmaster.staging.sharing import Sharing  # loaded when used
+
+        sharing = Sharing(cache, workdir, _inbound, arrived, self.site.staging_seconds)
+
+        async def settled(errand: Errand, outcome: Outcome) -> None:
+            if (settled := await sharing.settled(errand, outcome)) is not None:
+                await arrived(errand, settled)
+
+        try:
+            async with aclosing(sharing.errands(fetches)) as errands:
+                await self._run(errands, settled, listener, tellers=self.site.streams)
+        finally:
+            await sharing.close()
+        if sharing.again:
+            await self._run(sharing.again, arrived, listener, len(sharing.again))
 
     # -- the same for both --------------------------------------------------------------------------------------------
 
@@ -369,10 +400,31 @@ async def open_transfers(
     with single_error():
         async with anyio.create_task_group() as group:
             kinds = Storages(group, storages or {}, site.storage, site.streams)
+            cache = await to_thread.run_sync(_open_cache, site)
             try:
-                yield Transfers(site, kinds, catalog)
+                yield Transfers(site, kinds, catalog, cache)
             finally:
+                if cache is not None:
+                    cache.close()
                 await kinds.close()
+
+
+def _open_cache(site: Site) -> Cache | None:
+    """The node's cache, if the site has one. Raises `InvalidSite`."""
+    if site.cache is None:
+        return None
+    if not site.cache.startswith("file://"):
+        raise InvalidSite(f"cache: {site.cache}: only a local directory can be one")
+    from loadmaster.staging.cache import Cache  # loaded when used
+
+    return Cache(local_path(site.cache), site.cache_bytes, link=site.cache_link)
+
+
+def _inbound(fetch: Fetch, end: Incoming) -> Errand:
+    return Errand(
+        fetch.name, Direction.DOWNLOAD, fetch.sources, end,
+        size_bytes=fetch.size_bytes, checksum=fetch.checksum, lfn=fetch.lfn,
+    )  # fmt: skip
 
 
 def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:

@@ -105,6 +105,8 @@ class Moving(Transfer):
 
 def told(errand: Errand, last: StorageError) -> str:
     """Why it failed: what each place had to say, in the order of the places."""
-    errors = {errand.place: last} if errand.errors is None else errand.errors
+    errors = errand.errors or {}
+    if last not in errors.values():
+        return str(last)
     wanted = [error for place, error in sorted(errors.items()) if place < len(errand.places)] or [last]
     return "; ".join(map(str, wanted))

@@ -24,7 +24,7 @@ import anyio
 from anyio import to_thread
 
 from loadmaster.errors import StorageError, StorageUnavailable
-from loadmaster.storage.replies import Reply, curl_error
+from loadmaster.storage.replies import Reply, curl_error, visible
 
 try:
     import pycurl
@@ -49,6 +49,10 @@ _EVENTS: Final = {
     pycurl.POLL_OUT: select.EPOLLOUT,
     pycurl.POLL_INOUT: select.EPOLLIN | select.EPOLLOUT,
 }
+
+
+class GivenUp(StorageUnavailable):
+    """Thrown into a script that nobody waits for any more. It may tidy up, and should end."""
 
 
 class Sink(Protocol):
@@ -350,7 +354,7 @@ class CurlThread:
     ) -> None:
         """Run a script for each; `ended` is called in the event loop's thread with those that have ended.
 
-        A script that is cancelled has a `StorageError` thrown into it and may still tidy up, in bounded time. What a
+        A script that is cancelled has `GivenUp` thrown into it and may still tidy up, in bounded time. What a
         script raises is raised here.
         """
         if not items:
@@ -560,7 +564,7 @@ class _Loop:
         work.leaving = True
         if work.carrier is not None:
             self._unload(work.carrier)
-        self._step(work, StorageUnavailable(work.item.url, "given up"))
+        self._step(work, GivenUp(visible(work.item.url), "given up"))
 
     def _finish(self, work: _Work) -> None:
         call = work.call

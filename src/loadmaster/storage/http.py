@@ -5,8 +5,9 @@
     proxy = "/tmp/x509up_u1000"               # a certificate with its key; else X509_USER_PROXY or the usual place
     publish = "move"
 
-How an upload comes to its name, `publish`: "move" writes beside it and has the server rename (dav, davs); "check" writes to
-the name and asks for the size afterwards (http, https); "put" trusts the server to keep nothing of an upload that broke off.
+How an upload comes to its name, `publish`: "move" writes beside it and has the server rename (dav, davs); "check" writes
+to the name and asks for the size afterwards (http, https, and where nothing can be renamed); "put" trusts the server to
+keep nothing of an upload that broke off.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import anyio
 import pycurl
+from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from loadmaster.description import complaints
@@ -28,7 +30,7 @@ from loadmaster.errors import AccessDenied, ChecksumMismatch, InvalidSite, Stora
 from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running
 from loadmaster.storage.credentials import Token, authorities, discovered_proxy, discovered_token, own_user
-from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, Request, Script
+from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, GivenUp, Request, Script
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 from loadmaster.storage.replies import WANT_DIGEST, Reply, checksums_told, http_error, preferred, visible
 
@@ -217,7 +219,7 @@ class CurlStorage:
         kept = False
         try:
             if transfer.given_up:
-                raise StorageUnavailable(visible(transfer.url), "given up")
+                raise GivenUp(visible(transfer.url), "given up")
             descriptor = transfer.local.open()
             if transfer.direction is Direction.UPLOAD:
                 yield from self._upload(transfer, descriptor)
@@ -338,6 +340,7 @@ class HttpStorage(CurlStorage):
         super().__init__(options, common_settings(words, proxy))
         self._dav = options.scheme in {"dav", "davs"}
         self._publish = words.publish or ("move" if self._dav else "check")
+        self._cannot_rename: set[str] = set()
         self._without_tls = words.credentials_without_tls
         self._headers: dict[tuple[str, bool], tuple[str, ...]] = {}
         self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
@@ -347,24 +350,38 @@ class HttpStorage(CurlStorage):
     def _upload(self, transfer: Transfer, descriptor: int) -> Script:
         size = os.fstat(descriptor).st_size
         source = Origin(transfer, descriptor, 0, size)
-        if self._publish != "move":
-            yield from self._put(transfer.url, source)
-            if self._publish == "check":
-                yield from self._compare(transfer, transfer.url, size)
-            return
+        host = urlsplit(transfer.url).netloc
+        if self._publish == "move" and host not in self._cannot_rename:
+            if (yield from self._upload_beside(transfer, source)):
+                return
+            self._cannot_rename.add(host)
+            source.seek(0)
+        yield from self._put(transfer.url, source)
+        if self._publish != "put":
+            yield from self._compare(transfer, transfer.url, size)
+
+    def _upload_beside(self, transfer: Transfer, source: Origin) -> Generator[Request, Reply, bool]:
+        """Send it to a name beside and have the server rename it. Whether the server knows how to."""
         part = beside(transfer.url)
         try:
             yield from self._put(transfer.url, source, part)
-            if size > SMALL_BYTES:
-                yield from self._compare(transfer, part, size)
+            if source.size_bytes > SMALL_BYTES:
+                yield from self._compare(transfer, part, source.size_bytes)
             destination = f"Destination: {self._address(transfer.url)}"
             reply = yield from self._send("MOVE", part, extra=(destination, "Overwrite: T"), about=transfer.url)
-            if reply.status not in {201, 204}:
+            if reply.status in {201, 204}:
+                return True
+            if reply.status not in {405, 501}:
                 raise self._refusal(transfer.url, reply, "renaming")
         except StorageError:
-            with suppress(StorageError):
-                yield from self._send("DELETE", part, seconds=CLEANUP_SECONDS)
+            yield from self._abandon(part)
             raise
+        yield from self._abandon(part)
+        return False
+
+    def _abandon(self, part: str) -> Script:
+        with suppress(StorageError):
+            yield from self._send("DELETE", part, seconds=CLEANUP_SECONDS)
 
     def _put(self, url: str, source: Origin, place: str | None = None) -> Script:
         """Send the body; where the directory is missing, make it (WebDAV's servers do not) and send it again."""
@@ -511,7 +528,7 @@ def common_settings(words: CommonWords, proxy: Path | None) -> dict[int, object]
 @asynccontextmanager
 async def open_http(options: StorageOptions) -> AsyncIterator[HttpStorage]:
     """The storage behind http, https, dav and davs. Raises `InvalidSite` for words it does not understand."""
-    storage = HttpStorage(options)
+    storage = await to_thread.run_sync(HttpStorage, options)  # it looks for credentials
     try:
         yield storage
     finally:

@@ -26,17 +26,17 @@ ENTRY_POINTS: Final = "loadmaster.storages"
 CLOSE_SECONDS: Final = 10.0
 """How long storages may take to close."""
 
-_CURL, _OBJECTS, _XROOTD = "loadmaster.storage.curl", "loadmaster.storage.objects", "loadmaster.storage.xrootd"
 OURS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
-        "file": ("loadmaster.storage.local", ""),
-        **dict.fromkeys(("http", "https", "dav", "davs"), (_CURL, "http")),
-        "s3": (_CURL, "s3"),
-        **dict.fromkeys(("gs", "az", "abfs", "abfss"), (_OBJECTS, "objects")),
-        **dict.fromkeys(("root", "roots", "xroot"), (_XROOTD, "xrootd")),
+        "file": ("loadmaster.storage.local:open_storage", ""),
+        **dict.fromkeys(("http", "https", "dav", "davs"), ("loadmaster.storage.http:open_http", "http")),
+        "s3": ("loadmaster.storage.s3:open_s3", "s3"),
+        "gs": ("loadmaster.storage.objects:open_google", "objects"),
+        **dict.fromkeys(("az", "abfs", "abfss"), ("loadmaster.storage.objects:open_azure", "objects")),
+        **dict.fromkeys(("root", "roots", "xroot"), ("loadmaster.storage.xrootd:open_storage", "xrootd")),
     }
 )
-"""Scheme -> the module whose `open_storage` is the factory, and the extra that brings what it needs."""
+"""Scheme -> the factory, as `module:function`, and the extra that brings what it needs."""
 
 _PLAIN: Final = MappingProxyType({"https": "http", "davs": "dav", "roots": "root", "xroot": "root", "abfss": "abfs"})
 """Whose words count for a scheme that has no table of its own in the site's file."""
@@ -128,4 +128,5 @@ def _find(scheme: str) -> StorageFactory:
         return cast(StorageFactory, entry.load())
     if scheme not in OURS:
         raise LookupError(f"no storage for {scheme}://")
-    return cast(StorageFactory, import_module(OURS[scheme][0]).open_storage)
+    module, _, function = OURS[scheme][0].partition(":")
+    return cast(StorageFactory, getattr(import_module(module), function))

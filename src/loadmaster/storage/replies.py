@@ -100,13 +100,13 @@ _TLS: Final = {
     98: "the server wants a certificate of ours",
 }
 _HOPELESS: Final = {
-    1: "no such protocol",
     3: "no proper URL",
     4: "not built into libcurl",
     43: "refused by libcurl",
     47: "redirected too often",
 }
 _PASSING: Final = {
+    1: "an answer that is not HTTP, or that leads to something else",
     5: "the proxy's name cannot be resolved",
     6: "the host's name cannot be resolved",
     7: "cannot connect",

@@ -20,12 +20,13 @@ from typing import Final
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import pycurl
+from anyio import to_thread
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from loadmaster.errors import AccessDenied, ChecksumMismatch, StorageError, StorageUnavailable
 from loadmaster.storage.base import Ability, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.credentials import KeyRing, Keys, discovered_keys
-from loadmaster.storage.curl import CLEANUP_SECONDS, Request, Script, Signing
+from loadmaster.storage.curl import CLEANUP_SECONDS, GivenUp, Request, Script, Signing
 from loadmaster.storage.http import SMALL_BYTES, CommonWords, CurlStorage, Origin, Target, common_settings
 from loadmaster.storage.local import WORK_DIRECTORY
 from loadmaster.storage.replies import Reply, checksums_told, etag_md5, http_error, preferred, s3_code, visible
@@ -152,7 +153,7 @@ class S3Storage(CurlStorage):
                     raise StorageUnavailable(visible(transfer.url), "the server does not name the part it was sent")
                 return reply.headers["etag"]
             except StorageError as exc:
-                ours = exc.url == WORK_DIRECTORY or transfer.given_up
+                ours = exc.url == WORK_DIRECTORY or isinstance(exc, GivenUp)
                 if trial == PART_TRIALS or ours or not exc.retryable or exc.retry_after:
                     raise
                 trial += 1
@@ -256,7 +257,7 @@ def _escaped(text: str) -> str:
 @asynccontextmanager
 async def open_s3(options: StorageOptions) -> AsyncIterator[S3Storage]:
     """The storage behind s3. Raises `InvalidSite` for words it does not understand."""
-    storage = S3Storage(options)
+    storage = await to_thread.run_sync(S3Storage, options)  # it looks for credentials
     try:
         yield storage
     finally:
