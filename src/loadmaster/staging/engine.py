@@ -439,7 +439,7 @@ def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
 
 def _sizes(workdir: Workdir, names: Iterable[str]) -> list[int | None]:
     """What can be seen of the sizes, to put the biggest first; whether a file may leave is seen when it is opened."""
-    return [workdir.size_of(name) for name in names]
+    return [workdir.seen_size(name) for name in names]
 
 
 def _read_through(end: Outgoing, algorithm: str) -> FileInfo:
