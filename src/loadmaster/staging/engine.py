@@ -495,8 +495,10 @@ async def _publish(
 ) -> None:
     """Move all, what is on its way when it has arrived and everything else meanwhile."""
     early.close()
-    coming = [errand for errand in errands if early.is_on_its_way(errand.name)]
-    others = [errand for errand in errands if errand not in coming]
+    coming: list[Errand] = []
+    others: list[Errand] = []
+    for errand in errands:
+        (coming if early.is_on_its_way(errand.name) else others).append(errand)
 
     async def now() -> None:
         await move(await early.published(others))
