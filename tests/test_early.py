@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import anyio
 import pytest
@@ -24,10 +26,12 @@ from loadmaster import (
     open_transfers,
     run_job,
 )
+from loadmaster.errors import NotFound
 from loadmaster.events import FileStagedIn, PayloadStarted
 from loadmaster.result import EndedBy, Phase
 from loadmaster.storage.base import Transfer
 from loadmaster.testing import Faults, MemoryStorage
+from servers import Server, moto, nginx
 
 
 def early(*patterns: str, **words: Any) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def whole(out: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in out.rglob("*") if path.is_file() and path.suffix != ".part"}
 
 
-def looking(look: Callable[[], object], seen: list[object]) -> type[JobExecutionCoordinator]:
+def looking(look: Callable[[], object], seen: list[Any]) -> type[JobExecutionCoordinator]:
     """A coordinator that looks when the payload has ended and nothing else has been done yet."""
 
     class Looking(JobExecutionCoordinator):
@@ -70,7 +74,7 @@ async def test_nine_of_ten_outputs_are_at_the_storage_before_the_payload_ends(
     fly: Fly, out: Path, pause: float
 ) -> None:
     """All ten have their names after success. The tenth was written once more at the last moment: that one counts."""
-    seen: list[list[str]] = []
+    seen: list[Any] = []
     handle = JobHandle()
     look = looking(lambda: [path.read_text() for path in parts(out)], seen)
     result = await fly({"coordinator": look, "handle": handle}, **sh(TEN.format(pause=pause)), **early("out*.dat"))
@@ -86,7 +90,7 @@ async def test_nine_of_ten_outputs_are_at_the_storage_before_the_payload_ends(
 
 @pytest.mark.parametrize("end", ["exit 1", "kill -9 $$", "exit 222"])
 async def test_nothing_is_left_at_the_storage_of_a_payload_that_failed(fly: Fly, out: Path, end: str) -> None:
-    seen: list[int] = []
+    seen: list[Any] = []
     post = sh(f"for i in 0 1 2 3; do echo $i > out$i.dat; sleep 0.1; done; sleep 0.3; {end}")
     result = await fly({"coordinator": looking(lambda: len(parts(out)), seen)}, **post, **early("out*.dat"))
     assert result.status in {Status.FAILED, Status.RESCHEDULED}
@@ -129,23 +133,84 @@ async def test_nothing_is_left_of_an_upload_that_is_under_way_when_the_job_is_ki
     assert [path for path in out.rglob("*") if path.is_file()] == []
 
 
+class Gate(MemoryStorage):
+    """Moves nothing before it is opened."""
+
+    def __init__(self, files: dict[str, bytes] | None = None) -> None:
+        super().__init__(files)
+        self.opened = anyio.Event()
+
+    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
+        await self.opened.wait()
+        await super().move(transfers, ended)
+
+
 async def test_what_is_still_on_its_way_at_the_end_is_not_begun_again(root: Path) -> None:
     """The payload ends while its output is under way: that upload is published."""
-    memory = MemoryStorage()
+
+    class Opening(JobExecutionCoordinator):
+        async def postProcess(self) -> None:
+            memory.opened.set()
+
+    memory = Gate()
     storage = Faults(memory)
-    job = JobDescription(
-        **sh("head -c 300000000 /dev/zero > a.dat; sleep 0.07"), **early("a.dat", target="memory://se/a")
-    )
+    job = JobDescription(**sh("echo x > a.dat; sleep 0.4"), **early("a.dat", target="memory://se/a"))
     async with open_transfers(Site(), storages={"memory": storage}) as transfers:
-        result = await run_job(job, transfers=transfers, root=root)
-    assert result.status is Status.DONE
-    assert list(memory.files) == ["memory://se/a"]
-    assert [name for name, _ in storage.calls] in (["upload", "publish"], ["upload"])
+        result = await run_job(job, transfers=transfers, root=root, coordinator=Opening)
+    assert (result.status, memory.files) == (Status.DONE, {"memory://se/a": b"x\n"})
+    assert storage.calls == [("upload", "memory://se/a"), ("publish", "memory://se/a")]
+
+
+@pytest.mark.parametrize("scheme", ["dav", "s3"])
+@pytest.mark.parametrize(("code", "status"), [(0, Status.DONE), (1, Status.FAILED)])
+async def test_servers_hold_outputs_until_the_verdict(
+    scheme: str, code: int, status: Status, root: Path, server: Server, bucket: str
+) -> None:
+    """WebDAV has them under another name, S3 as parts of no object yet; a large, a small and an empty one."""
+    place = os.urandom(4).hex()
+    base = f"{server.url.replace('http', 'dav')}/{place}/" if scheme == "dav" else f"s3://bucket/{place}/"
+    words = {"s3": {"endpoint": bucket, "access_key": "AK", "secret_key": "SK", "part_bytes": 5 * 1024**2}}
+    sizes = {"a.dat": 12_000_000, "b.dat": 6, "c.dat": 0}
+    script = f"head -c 12000000 /dev/zero > a.dat; echo small > b.dat; : > c.dat; sleep 3; exit {code}"
+    async with open_transfers(Site(storage=words)) as transfers:
+        storage = await transfers.storage(base)
+        seen: list[Any] = []
+
+        async def there() -> dict[str, int]:
+            found = {}
+            for name in sizes:
+                with suppress(NotFound):
+                    found[name] = (await storage.stat(base + name)).size_bytes
+            return found
+
+        class Looking(JobExecutionCoordinator):
+            async def postProcess(self) -> None:
+                seen.append((repr(self.job._early), await there()))
+
+        job = JobDescription(**sh(script), **early("*.dat", target=base))
+        result = await run_job(job, transfers=transfers, root=root, coordinator=Looking)
+        assert result.status is status
+        assert seen == [("<EarlyOutputs 3 held, 0 on their way>", {})]
+        assert await there() == ({} if code else sizes)
+    assert not await to_thread.run_sync(lambda: list(server.root.rglob(".*.part")))
+    assert b"<Upload>" not in await to_thread.run_sync(lambda: urlopen(f"{bucket}/bucket?uploads", timeout=30).read())
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with nginx(tmp_path_factory.mktemp("nginx") / "home") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with moto(tmp_path_factory.mktemp("moto")) as url:
+        yield url
 
 
 async def test_a_file_that_is_written_again_is_sent_again(fly: Fly, out: Path) -> None:
     """What was sent first is removed; what counts is what the file is at the end."""
-    seen: list[list[str]] = []
+    seen: list[Any] = []
     look = looking(lambda: [path.read_text() for path in parts(out)], seen)
     script = "echo first > a.dat; sleep 0.4; echo second >> a.dat; sleep 2.6"
     result = await fly({"coordinator": look}, **sh(script), **early("a.dat"))
@@ -168,7 +233,7 @@ async def test_a_file_that_is_written_again_is_sent_again(fly: Fly, out: Path) -
 )
 async def test_what_is_published_is_what_the_file_is_at_the_end(fly: Fly, out: Path, change: str, content: str) -> None:
     """Changed at the last moment, too late for being sent again, and by every trick that hides a change."""
-    seen: list[int] = []
+    seen: list[Any] = []
     script = f"echo first > a.dat; sleep 0.4; {change}"
     result = await fly({"coordinator": looking(lambda: len(parts(out)), seen)}, **sh(script), **early("a.dat"))
     assert seen == [1]
@@ -191,7 +256,7 @@ async def test_a_file_that_is_removed_again_is_missing(fly: Fly, out: Path) -> N
 
 async def test_a_file_with_a_writer_is_not_sent(fly: Fly, out: Path) -> None:
     """One has closed it, another has not: the descriptor of the shell is open until the payload ends."""
-    seen: list[int] = []
+    seen: list[Any] = []
     script = "exec 3>a.dat; echo one >&3; echo two >> a.dat; sleep 0.5; echo three >&3"
     result = await fly({"coordinator": looking(lambda: len(parts(out)), seen)}, **sh(script), **early("a.dat"))
     assert seen == [0]
@@ -200,7 +265,7 @@ async def test_a_file_with_a_writer_is_not_sent(fly: Fly, out: Path) -> None:
 
 
 async def test_outputs_in_directories_made_later_are_sent_too(fly: Fly, out: Path) -> None:
-    seen: list[int] = []
+    seen: list[Any] = []
     script = (
         "mkdir -p res/deep/er; echo 1 > res/deep/er/a; mkdir tmp; echo 2 > tmp/b; mv tmp res/moved; echo no > other; "
         "echo 3 > x.tmp; mv x.tmp c.root; sleep 0.5"
@@ -217,7 +282,7 @@ async def test_hostile_outputs_harm_nobody(fly: Fly, out: Path) -> None:
         (while :; do echo x >> e.dat; done) & for i in $(seq 50); do mkdir s$i.dat; echo $i > s$i.dat/x; rm -r s$i.dat; done
         echo good > g.dat; sleep 0.5; kill $!; wait; exit 3
     """
-    seen: list[list[str]] = []
+    seen: list[Any] = []
     look = looking(lambda: [path.read_text() for path in parts(out)], seen)
     result = await fly({"coordinator": look}, **sh(script), **early("*.dat"))
     assert result.status is Status.FAILED
@@ -227,7 +292,7 @@ async def test_hostile_outputs_harm_nobody(fly: Fly, out: Path) -> None:
 
 async def test_ten_thousand_files_closed_at_once_are_all_published(fly: Fly, out: Path) -> None:
     """More than the kernel's queue keeps: the directory is looked through."""
-    seen: list[int] = []
+    seen: list[Any] = []
     script = "for i in $(seq 10000); do echo $i > f$i.dat; done; sleep 1"
     result = await fly({"coordinator": looking(lambda: len(parts(out)), seen)}, **sh(script), **early("*.dat"))
     assert result.status is Status.DONE
@@ -278,7 +343,7 @@ async def test_a_coordinator_that_delivers_its_own_way_leaves_nothing_behind(fly
         async def stageOut(self) -> None:
             seen.append(await to_thread.run_sync(lambda: len(parts(out))))
 
-    seen: list[int] = []
+    seen: list[Any] = []
     result = await fly({"coordinator": Own}, **sh("echo x > a.dat; sleep 0.3"), **early("a.dat"))
     assert (result.status, result.outputs, seen) == (Status.DONE, (), [1])
     assert [path for path in out.rglob("*") if path.is_file()] == []
@@ -326,18 +391,6 @@ def late(source: object, name: str = "late.dat", **words: Any) -> dict[str, Any]
 
 
 WAIT = "while [ ! -e {name} ]; do sleep 0.02; done; "
-
-
-class Gate(MemoryStorage):
-    """Gives nothing before it is opened."""
-
-    def __init__(self, files: dict[str, bytes]) -> None:
-        super().__init__(files)
-        self.opened = anyio.Event()
-
-    async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
-        await self.opened.wait()
-        await super().move(transfers, ended)
 
 
 async def test_a_late_input_comes_while_the_payload_runs(root: Path, tmp_path: Path, out: Path) -> None:
