@@ -25,7 +25,8 @@ import pytest
 
 from loadmaster.errors import ChecksumMismatch, NoSpace, NotFound, StorageError
 from loadmaster.names import join_url
-from loadmaster.storage.base import Ability, Direction, FileInfo, Storage, Transfer
+from loadmaster.storage.base import Ability, Direction, FileInfo, Held, Step, Storage, Transfer
+from loadmaster.storage.checksums import Checksum
 
 LARGE_BYTES = 8 * 1024**3
 """Of a sparse file: far more than a storage can take before it is cancelled, and nothing on the source's disk."""
@@ -365,6 +366,60 @@ class StorageConformance:
         assert len(set(data)) == 1
         assert place.names() == ["file"]
 
+    @pytest.mark.parametrize("size", [0, 1, 3 * 1024 * 1024 + 7, 12 * 1024 * 1024])
+    async def test_what_is_held_has_its_name_when_it_is_published(self, place: Place, size: int) -> None:
+        held, data = await holding(place, "d/file", size)
+        with pytest.raises(NotFound):
+            await place.storage.stat(place.url("d/file"))
+        assert held.info == FileInfo(size, Checksum.parse(digest("adler32", data)))
+        publishing = place.upload("d/file", local := LocalBytes())
+        publishing.step, publishing.held = Step.PUBLISH, held
+        await place.move(publishing)
+        assert publishing.result == held.info
+        assert held.token is None
+        assert "open" not in local.calls
+        assert await place.get("d/file") == data
+        assert place.names() == ["d/file"]
+
+    async def test_what_is_abandoned_is_gone_and_what_was_there_stays(self, place: Place) -> None:
+        await holds_or_skip(place).put("file", b"before")
+        held, _ = await holding(place, "file", 100_000)
+        assert await place.get("file") == b"before"
+        for _ in range(2):  # the second time there is nothing: no harm is done
+            leaving = place.upload("file", LocalBytes())
+            leaving.step, leaving.held = Step.ABANDON, held
+            await place.move(leaving)
+            assert held.token is None
+        assert place.names() == ["file"]
+        assert await place.get("file") == b"before"
+
+    async def test_what_is_published_takes_the_place_of_what_was_there(self, place: Place) -> None:
+        await holds_or_skip(place).put("file", b"before")
+        held, data = await holding(place, "file", 100_000)
+        publishing = place.upload("file", LocalBytes())
+        publishing.step, publishing.held = Step.PUBLISH, held
+        await place.move(publishing)
+        assert await place.get("file") == data
+        assert place.names() == ["file"]
+
+    async def test_a_cancelled_upload_that_was_to_be_held_leaves_nothing(self, place: Place) -> None:
+        holds_or_skip(place)
+        transfer = place.upload("file", LocalBytes(size_bytes=LARGE_BYTES))
+        transfer.step, transfer.held = Step.HOLD, Held()
+        with anyio.fail_after(20):
+            async with under_way(place, transfer) as scope:
+                scope.cancel()
+        assert transfer.held.token is None
+        assert place.names() == []
+
+    async def test_what_is_not_held_cannot_be_published(self, place: Place) -> None:
+        holds_or_skip(place)
+        publishing = place.upload("file", LocalBytes())
+        publishing.step, publishing.held = Step.PUBLISH, Held()
+        await place.move(publishing)
+        assert isinstance(publishing.result, NotFound)
+        assert place.names() == []
+
     @pytest.mark.parametrize(("first", "last"), [(0, 9), (5, 5), (100_000, None), (1, 299_999), (299_999, None)])
     async def test_a_part_goes_where_it_belongs(self, place: Place, first: int, last: int | None) -> None:
         if not place.storage.abilities & Ability.RANGES:
@@ -394,6 +449,25 @@ class StorageConformance:
         await place.move(part)
         assert isinstance(part.result, StorageError)
         assert part.result.retryable
+
+
+def holds_or_skip(place: Place) -> Place:
+    """For tests of what only some storages can."""
+    if not place.storage.abilities & Ability.HOLD:
+        pytest.skip("this storage can hold nothing back")
+    return place
+
+
+async def holding(place: Place, name: str, size: int) -> tuple[Held, bytes]:
+    """Something that has been sent and has no name yet."""
+    data = os.urandom(size)
+    transfer = holds_or_skip(place).upload(name, local := LocalBytes(data))
+    transfer.step, transfer.held = Step.HOLD, Held()
+    await place.move(transfer)
+    assert transfer.result == transfer.held.info
+    assert transfer.held.token is not None
+    assert local.calls == ["open", "discard"]
+    return transfer.held, data
 
 
 def local_place(storage: Storage, directory: Path, base: str) -> Place:

@@ -8,14 +8,16 @@ raises fails the job as `HookFailed`, with its cause.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 from anyio import to_thread
 
 from loadmaster.companions import Companions
 from loadmaster.description import ComputingElement, InputFile, JobDescription, OutputFile, PayloadSpec
-from loadmaster.errors import StagingFailed
+from loadmaster.errors import InvalidJob, StagingFailed
 from loadmaster.events import (
     FailoverRequested,
     FileStagedIn,
@@ -43,6 +45,9 @@ from loadmaster.staging.progress import Overall
 from loadmaster.storage.base import Direction, Replica
 from loadmaster.tasks import all_to_their_end
 from loadmaster.workdir import NotDeliverable, Workdir
+
+if TYPE_CHECKING:
+    from loadmaster.staging.early import EarlyOutputs
 
 
 class Coordinator(Protocol):
@@ -118,6 +123,8 @@ class JobInFlight:
         self.failure: Failure | None = None
         """Why the computing failed; None if it did not, or is not over."""
         self._delivered: dict[str, str] = {}
+        self._late: set[str] = set()
+        self._early: EarlyOutputs | None = None
         self._files = workdir
         self._transfers = transfers
         self._handle = handle
@@ -149,21 +156,26 @@ class JobInFlight:
     # -- the standard steps --------------------------------------------------------------------------------------
 
     async def download_input_sandbox(self) -> None:
-        """Bring in the files of the input sandbox and unpack the archives among them. Raises `StagingFailed`."""
-        files = self.description.input_sandbox
+        """Bring in the files of the input sandbox and unpack the archives among them. Raises `StagingFailed`.
+
+        Those that arrive during the payload are left to it, here as in `resolve_input_data`.
+        """
+        await self._fetch_sandbox(self._for_now(self.description.input_sandbox))
+
+    async def _fetch_sandbox(self, files: Sequence[InputFile]) -> None:
         if not files:
             return
         from loadmaster.staging.sandbox import unpack  # with tarfile and its compressors, loaded when used
 
         await self._fetch(files)
         job = self.description
-        taken = {file.name for file in (*files, *job.input_data)} | {job.std_output, job.std_error}
+        taken = {file.name for file in (*job.input_sandbox, *job.input_data)} | {job.std_output, job.std_error}
         for file in files:
             await to_thread.run_sync(unpack, self._files, file.name, taken - {file.name})
 
     async def resolve_input_data(self) -> None:
         """Find the input data in the catalog and bring it in. Raises `StagingFailed`."""
-        await self._fetch(self.description.input_data)
+        await self._fetch(self._for_now(self.description.input_data))
 
     async def upload_output_sandbox(self) -> None:
         """Take out the output sandbox: files flat, a directory as `<directory>.tar`. Raises `StagingFailed`."""
@@ -185,7 +197,62 @@ class JobInFlight:
             def delivery(file: OutputFile, name: str) -> Delivery:
                 return plan_delivery(file, name, self.description, self._transfers.site)
 
-            await self._take_out(self.description.output_data, self._files.files_below, delivery)
+            await self._take_out(self.description.output_data, self._files.files_below, delivery, self._early)
+
+    # -- beside the payload --------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def early_outputs(self) -> AsyncIterator[None]:
+        """Let outputs leave before the payload ends. What `upload_output_data` has not published is abandoned at the end."""
+        early = [file for file in self.description.output_data if file.leaves == "on_close"]
+        if not early:
+            yield
+            return
+        from loadmaster.staging.early import open_early  # loaded when used
+
+        patterns = [each.pattern for file in early for each in _spellings(file)]
+        listener = _Recorder(self._handle, FileStagedOut)
+        async with open_early(self._transfers, self._files, patterns, self._plan_early, listener) as self._early:
+            yield
+
+    def stage_beside(self) -> None:
+        """Have companions bring the inputs that are late, and send the outputs that are early. Before `companions` run."""
+        if self._late:
+            self.companions.start_soon(self._fetch_late)
+        if self._early is not None:
+            self._early.start()
+            self.companions.start_soon(self._early.watch)
+
+    async def abandon_early_outputs(self) -> None:
+        """The job has failed: have removed what is at the storages already."""
+        if self._early is not None:
+            await self._early.abandon()
+
+    def _for_now(self, files: Sequence[InputFile]) -> list[InputFile]:
+        """Those that are needed now; the others are remembered until the payload runs."""
+        late = set() if self.payload is not None else {file.name for file in files if file.arrives == "during"}
+        self._late |= late
+        return [file for file in files if file.name not in late]
+
+    async def _fetch_late(self) -> None:
+        sandbox = [file for file in self.description.input_sandbox if file.name in self._late]
+        data = [file for file in self.description.input_data if file.name in self._late]
+        await all_to_their_end(partial(self._fetch_sandbox, sandbox), partial(self._fetch, data))
+
+    def _plan_early(self, name: str) -> Delivery | None:
+        """Where an output goes that is finished; None for one that leaves after the payload."""
+        from loadmaster.staging.watch import Patterns  # as above
+
+        for file in self.description.output_data:
+            for each in _spellings(file):
+                if Patterns([each.pattern]).find(name) is not None:
+                    if file.leaves == "after":
+                        return None
+                    with suppress(InvalidJob):  # said when it is to leave
+                        return plan_delivery(each, name, self.description, self._transfers.site)
+        return None
+
+    # -- the same for both ---------------------------------------------------------------------------------------
 
     async def _fetch(self, files: Sequence[InputFile]) -> None:
         if files:
@@ -198,6 +265,7 @@ class JobInFlight:
         files: Sequence[OutputFile],
         of_directory: Callable[[str], Iterable[str]],
         delivery: Callable[[OutputFile, str], Delivery],
+        early: EarlyOutputs | None = None,
     ) -> None:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
         found, missing, refused = await to_thread.run_sync(self._expand, files, of_directory)
@@ -208,7 +276,7 @@ class JobInFlight:
             await self._handle.record(OutputMissing, name, reason)
         problems = [f"{name}: {reason}" for name, reason in refused.items()]
         try:
-            await self._transfers.deliver(deliveries, self._files, _Recorder(self._handle, FileStagedOut))
+            await self._transfers.deliver(deliveries, self._files, _Recorder(self._handle, FileStagedOut), early)
         except StagingFailed as exc:
             problems += exc.problems
         if problems:
@@ -237,14 +305,14 @@ class JobInFlight:
 
     def _matches(self, files: Sequence[OutputFile], missing: dict[str, str]) -> Iterator[tuple[OutputFile, str]]:
         for file in files:
-            names = self._files.matches(file.pattern)
-            if not names and file.target == f"LFN:/{file.pattern}":  # payloads make it by its last part, too
-                file = file.model_copy(update={"pattern": file.pattern.rpartition("/")[2]})
-                names = self._files.matches(file.pattern)
-            if not names:
-                missing[file.pattern] = NOT_MADE if self.outcome is not None else "no payload has run"
+            for each in _spellings(file):
+                names = self._files.matches(each.pattern)
+                if names:
+                    break
+            else:
+                missing[each.pattern] = NOT_MADE if self.outcome is not None else "no payload has run"
             for name in names:
-                yield file, name
+                yield each, name
 
     def _pack(self, directory: str) -> Iterable[str]:
         from loadmaster.staging.sandbox import pack  # as above
@@ -255,6 +323,13 @@ class JobInFlight:
         yield f"{directory}.tar"
         if left_out:
             raise NotDeliverable("; ".join(f"{name}: {reason}" for name, reason in left_out))
+
+
+def _spellings(file: OutputFile) -> Iterator[OutputFile]:
+    """The output as it is declared; and by its last part, if it is declared by an LFN alone: payloads make it so, too."""
+    yield file
+    if file.target == f"LFN:/{file.pattern}" and "/" in file.pattern:
+        yield file.model_copy(update={"pattern": file.pattern.rpartition("/")[2]})
 
 
 class _Recorder:

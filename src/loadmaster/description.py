@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from urllib.parse import quote, unquote
 
 from pydantic import (
@@ -265,6 +265,8 @@ class InputFile(BaseModel):
     adler32: str | None = Field(default=None, pattern="^[0-9a-fA-F]{1,8}$")
     checksum: str | None = Field(default=None, pattern=CHECKSUM)
     """`<algorithm>:<digits>` (adler32, crc32c, md5, sha256), the digits of an adler32, or a multihash."""
+    arrives: Literal["before", "during"] = "before"
+    """Whether the payload is started when it is there, or finds it in the work directory some time later, whole."""
 
     @model_validator(mode="after")
     def _one_checksum(self) -> Self:
@@ -305,6 +307,8 @@ class OutputFile(BaseModel):
 
     For several files: the directory they go to, or one that ends in a pattern, which their names take the place of.
     """
+    leaves: Literal["after", "on_close"] = "after"
+    """Whether it is sent when the payload has ended, or already when it closes it; in its place only if the job succeeds."""
 
     @model_validator(mode="before")
     @classmethod
@@ -495,6 +499,14 @@ class JobDescription(Words):
             return path
         check_local_name(path.strip("/"))
         return path
+
+    @field_validator("output_sandbox")
+    @classmethod
+    def _after_the_payload(cls, files: tuple[OutputFile, ...]) -> tuple[OutputFile, ...]:
+        """A sandbox is delivered whatever comes of the job: there is nothing to hold back."""
+        if early := next((file for file in files if file.leaves != "after"), None):
+            raise ValueError(f"{early.pattern}: only output_data can leave on_close")
+        return files
 
     @field_validator("input_sandbox", "input_data", "std_output", "std_error")
     @classmethod

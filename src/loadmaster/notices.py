@@ -20,6 +20,8 @@ CREATED: Final = 0x100
 """A file or directory was made in the directory."""
 OVERFLOW: Final = 0x4000
 """There was more than the kernel keeps: look for yourself."""
+FORGOTTEN: Final = 0x8000
+"""What was watched is gone, and is watched no more."""
 IS_DIRECTORY: Final = 0x40000000
 
 _HEADER: Final = struct.Struct("iIII")

@@ -153,11 +153,12 @@ class _Flight:
 
     async def fly(self) -> None:
         await self.record(JobAccepted, self.job.description.model_dump(mode="json", exclude_defaults=True))
-        self.job.failure = await self._compute()
-        self.job.companions.close()
-        await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
-        await self.record(ComputingEnded, self.job.failure)
-        failure = await self._deliver()
+        async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
+            self.job.failure = await self._compute()
+            self.job.companions.close()
+            await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
+            await self.record(ComputingEnded, self.job.failure)
+            failure = await self._deliver()
         await lowlevel.checkpoint_if_cancelled()  # likewise; and a hook may have lost a cancelled task unawares
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
 
@@ -216,6 +217,7 @@ class _Flight:
             tree = payload.tree
             await self.record(PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim)
             self.job.payload = payload
+            self.job.stage_beside()
             async with self.job.companions.alongside(), self._followed(payload):
                 verdict = await watch(
                     payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample
@@ -251,6 +253,8 @@ class _Flight:
         """Take out what the job has, and say why that failed if it did."""
         self._enter(Phase.STAGE_OUT)
         await self.record(StageOutStarted)
+        if self.job.failure is not None:
+            await self.job.abandon_early_outputs()
         try:
             with self._in_time():
                 await self._hook("stageOut")

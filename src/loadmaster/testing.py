@@ -22,12 +22,12 @@ from anyio import from_thread, lowlevel, to_thread
 
 from loadmaster.errors import NotFound, StorageError, StorageUnavailable
 from loadmaster.events import Event
-from loadmaster.storage.base import Ability, Direction, FileInfo, LocalFile, Storage, Transfer
+from loadmaster.storage.base import Ability, Direction, FileInfo, LocalFile, Step, Storage, Transfer
 from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 
-Operation: TypeAlias = Literal["stat", "download", "upload", "remove"]
-"""What a storage can be asked for."""
+Operation: TypeAlias = Literal["stat", "download", "upload", "publish", "abandon", "remove"]
+"""What a storage can be asked for; `publish` and `abandon` are about uploads that it was to hold."""
 
 COPY_BYTES: Final = 1024 * 1024
 
@@ -35,7 +35,7 @@ COPY_BYTES: Final = 1024 * 1024
 class MemoryStorage:
     """Files by URL, in a dictionary that is yours to fill and to look into: `files`."""
 
-    abilities = Ability.RANGES | Ability.CHECKSUMS | Ability.RENAME
+    abilities = Ability.RANGES | Ability.CHECKSUMS | Ability.RENAME | Ability.HOLD
 
     def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
         self.files: dict[str, bytes] = dict(files or {})
@@ -60,6 +60,10 @@ class MemoryStorage:
     def _move(self, transfers: Sequence[Transfer], done: list[Transfer]) -> None:
         for transfer in transfers:
             from_thread.check_cancelled()
+            if not transfer.step.sends:
+                self._end(transfer)
+                done.append(transfer)
+                continue
             passed = transfer.begin()
             content = b""
             try:
@@ -89,11 +93,29 @@ class MemoryStorage:
                 transfer.local.discard()
                 raise
             else:
-                if not download:
+                if transfer.step is Step.HOLD:
+                    part = f"{transfer.url.rpartition('/')[0]}/.{os.urandom(8).hex()}.part"
+                    self.files[part] = content
+                    transfer.hold(part)
+                elif not download:
                     self.files[transfer.url] = content
+                if not download:
                     transfer.local.discard()
                 transfer.result = transfer.info()
             done.append(transfer)
+
+    def _end(self, transfer: Transfer) -> None:
+        """Give what is held its name, or forget it."""
+        try:
+            content = self.files.pop(transfer.take_held(), None)
+            if transfer.step is Step.PUBLISH:
+                if content is None:
+                    raise NotFound(transfer.url, "what was held is gone")
+                self.files[transfer.url] = content
+            transfer.result = transfer.let_go()
+        except StorageError as exc:
+            transfer.result = exc
+        transfer.local.discard()
 
     def _part(self, transfer: Transfer) -> bytes:
         last = None if transfer.last_byte is None else transfer.last_byte + 1
@@ -170,7 +192,7 @@ class Faults:
         plain: list[Transfer] = []
         async with anyio.create_task_group() as group:
             for transfer in transfers:
-                operation: Operation = "download" if transfer.direction is Direction.DOWNLOAD else "upload"
+                operation = _operation(transfer)
                 order = self._order(operation, transfer.url)
                 if order is None:
                     plain.append(transfer)
@@ -212,6 +234,12 @@ class Faults:
         number = sum(1 for called, _ in self.calls if called == operation)
         orders = (order for order in self._orders if order.operation == operation and order.at in {None, number})
         return next(orders, None)
+
+
+def _operation(transfer: Transfer) -> Operation:
+    if transfer.direction is Direction.DOWNLOAD:
+        return "download"
+    return {Step.PUBLISH: "publish", Step.ABANDON: "abandon"}.get(transfer.step, "upload")  # type: ignore[return-value]
 
 
 async def _obey(order: _Order | None, url: str) -> _Order | None:

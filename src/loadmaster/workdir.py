@@ -201,13 +201,20 @@ class Workdir:
         """Let us in again, should the payload have closed the directory to everybody."""
         os.fchmod(self._fd, OURS)
 
+    def open_directory(self, name: str) -> int:
+        """A descriptor of a directory below this one, or of this one for an empty name; no link is followed."""
+        if not name:
+            return os.dup(self._fd)
+        with self._parent(name) as (parent, last):
+            return os.open(last, _DIRECTORY, dir_fd=parent)
+
     def is_directory(self, name: str) -> bool:
         """Whether the name is a directory itself, not a link to one."""
         with suppress(OSError):
             return stat.S_ISDIR(os.stat(self.path / check_local_name(name), follow_symlinks=False).st_mode)
         return False
 
-    def size_of(self, name: str) -> int | None:
+    def seen_size(self, name: str) -> int | None:
         """The size of a file as it looks from outside, links followed; None when nothing can be seen."""
         try:
             return os.stat(self.path / name).st_size

@@ -71,6 +71,26 @@ class Listener(Protocol):
         """How far all of them are."""
 
 
+class Early(Protocol):
+    """Outputs that were sent before they were to be delivered."""
+
+    def close(self) -> None:
+        """Begin nothing more."""
+        ...
+
+    def is_on_its_way(self, name: str) -> bool:
+        """Whether it is worth waiting for."""
+        ...
+
+    async def landed(self) -> None:
+        """Wait for what is on its way."""
+        ...
+
+    async def published(self, errands: Sequence[Errand]) -> list[Errand]:
+        """The same, but what is there already is only to be published; such an errand has the other one as its `key`."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """One file that a program wants moved, between a URL and a `file://` URL of this machine, or between two of those."""
@@ -229,11 +249,14 @@ class Transfers:
         if problems:
             raise StagingFailed("cannot bring in", problems)
 
-    async def deliver(self, deliveries: Sequence[Delivery], workdir: Workdir, listener: Listener) -> None:
+    async def deliver(
+        self, deliveries: Sequence[Delivery], workdir: Workdir, listener: Listener, early: Early | None = None
+    ) -> None:
         """Take files out of a work directory, many at once, and register those that have a logical name.
 
         One that is not there is told to the listener and is no failure (as in DIRAC). All are tried; then
-        `StagingFailed` names those that no storage took, or that may not leave.
+        `StagingFailed` names those that no storage took, or that may not leave. What `early` has at the storage already
+        is only published.
         """
         if not deliveries:
             return
@@ -259,7 +282,10 @@ class Transfers:
 
         async def arrived(errand: Errand, outcome: Outcome) -> None:
             if isinstance(outcome, StorageError):
-                await failed(errand, told(errand, outcome))
+                if isinstance(errand.key, Errand):  # it was only to be published
+                    again.append(errand.key)
+                else:
+                    await failed(errand, told(errand, outcome))
                 return
             file = _stored(errand, outcome)
             try:
@@ -272,8 +298,17 @@ class Transfers:
             else:
                 await listener.failed_over(file, errand.places[0].url)
 
+        async def move(some: Sequence[Errand]) -> None:
+            await self._run(iter(some), arrived, listener, len(some), tellers=self.site.streams if self.catalog else 1)
+
+        again: list[Errand] = []
         new = await self._without_those_there(errands, failed, listener)
-        await self._run(iter(new), arrived, listener, len(new), tellers=self.site.streams if self.catalog else 1)
+        if early is None:
+            await move(new)
+        else:
+            await _publish(new, early, move)
+            if again:
+                await move(again)
         if problems:
             raise StagingFailed("cannot deliver", problems)
 
@@ -302,6 +337,34 @@ class Transfers:
         if sharing.again:
             await self._run(sharing.again, arrived, listener, len(sharing.again))
 
+    # -- beside the payload -------------------------------------------------------------------------------------------
+
+    async def can_hold(self, url: str) -> bool:
+        """Whether an upload to there can be begun and published later."""
+        try:
+            return Ability.HOLD in (await self.storage(url)).abilities
+        except StorageError:
+            return False
+
+    async def hold(
+        self,
+        errands: AsyncIterable[Errand],
+        arrived: Callable[[Errand, Outcome], Awaitable[None]],
+        listener: Listener,
+        enough: anyio.Event,
+    ) -> None:
+        """Send outputs as they come, for as long as the payload runs: no deadline of a step is kept. Once `enough` is set,
+        nothing more is begun, and this returns when what was on its way has arrived."""
+        await self._run(errands, arrived, _Quiet(listener), enough=enough)
+
+    async def abandon(self, errands: Sequence[Errand]) -> None:
+        """Have storages remove what they hold. What could not be removed still has its token."""
+
+        async def gone(errand: Errand, outcome: Outcome) -> None:
+            pass
+
+        await self._run(iter(errands), gone)
+
     # -- the same for both --------------------------------------------------------------------------------------------
 
     async def _run(
@@ -328,7 +391,7 @@ class Transfers:
             enough=enough,
         )
         one: Callable[..., None] | None = None
-        if listener is not None:
+        if listener is not None and enough is None:
             deadline_seconds = self.site.staging_seconds
         if listener is not None and listener.wants_progress:
             heard, one = listener, listener.progress
@@ -443,6 +506,44 @@ async def open_transfers(
                 await kinds.close()
 
 
+class _Quiet:
+    """A listener to a party that may have nothing to do for hours."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.wants_progress = listener.wants_progress
+        self.staged, self.failed_over, self.missing = listener.staged, listener.failed_over, listener.missing
+        self.progress = listener.progress
+        self._listener = listener
+        self._last: tuple[int, int] | None = None
+
+    def overall(self, direction: Direction, overall: Overall) -> None:
+        """Tell what has changed."""
+        seen = overall.done_files, overall.done_bytes
+        if seen != self._last and overall.files:
+            self._last = seen
+            self._listener.overall(direction, overall)
+
+
+async def _publish(
+    errands: Sequence[Errand], early: Early, move: Callable[[Sequence[Errand]], Awaitable[None]]
+) -> None:
+    """Move all, what is on its way when it has arrived and everything else meanwhile."""
+    early.close()
+    coming: list[Errand] = []
+    others: list[Errand] = []
+    for errand in errands:
+        (coming if early.is_on_its_way(errand.name) else others).append(errand)
+
+    async def now() -> None:
+        await move(await early.published(others))
+
+    async def later() -> None:
+        await early.landed()
+        await move(await early.published(coming))
+
+    await for_each([now, later] if coming else [now], lambda step: step(), 2)
+
+
 def _open_cache(site: Site) -> Cache | None:
     """The node's cache, if the site has one. Raises `InvalidSite`."""
     if site.cache is None:
@@ -473,7 +574,7 @@ def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
 
 def _sizes(workdir: Workdir, names: Iterable[str]) -> list[int | None]:
     """What can be seen of the sizes, to put the biggest first; whether a file may leave is seen when it is opened."""
-    return [workdir.size_of(name) for name in names]
+    return [workdir.seen_size(name) for name in names]
 
 
 def _read_through(end: LocalFile, algorithm: str) -> FileInfo:

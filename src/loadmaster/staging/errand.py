@@ -9,7 +9,7 @@ from typing import Final, Protocol, TypeAlias
 from loadmaster.errors import StorageError
 from loadmaster.staging.lanes import Road
 from loadmaster.staging.retry import Course
-from loadmaster.storage.base import Direction, FileInfo, LocalFile, Replica, Transfer
+from loadmaster.storage.base import Direction, FileInfo, Held, LocalFile, Replica, Step, Transfer
 from loadmaster.storage.checksums import Checksum
 
 BATCH_FILES: Final = 64
@@ -52,6 +52,9 @@ class Errand:
     lfn: str | None = None
     rank: int = 0
     """Those of a lower rank are begun first."""
+    step: Step = Step.ALL
+    held: Held | None = None
+    """What a storage holds of it, for all steps but `ALL`."""
     key: object = None
     """Whatever the one who wants it knows it by."""
 
@@ -63,8 +66,17 @@ class Errand:
     """What has gone wrong so far, if anything has."""
     errors: dict[int, StorageError] | None = None
     """The last one of each place."""
+    moving: Moving | None = None
+    """The transfer under way."""
+    forgone: bool = False
     rest: Transfer | None = None
     """A transfer that failed on its way, and can be continued."""
+
+    def forgo(self) -> None:
+        """It is not wanted any more: it ends soon, and is not tried again."""
+        self.forgone = True
+        if self.moving is not None:
+            self.moving.give_up()
 
     @property
     def replica(self) -> Replica:

@@ -281,7 +281,10 @@ class Party:
         errand.end.continues = 0
         errand.transfers += 1
         self.transfers += 1
-        transfer = Moving(errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand)
+        transfer = errand.moving = Moving(
+            errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand
+        )
+        transfer.step, transfer.held = errand.step, errand.held
         if errand.rest is not None:
             rest, errand.rest = errand.rest, None
             transfer.passed = rest.passed
@@ -309,6 +312,7 @@ class Party:
         self._changed.set()
 
     def _drop(self, transfer: Moving) -> None:
+        _errand(transfer).moving = None
         if self.moving.pop(transfer, None) is not None and isinstance(transfer.result, FileInfo):
             self.done_bytes += transfer.first_byte + transfer.done_bytes
 
@@ -321,7 +325,7 @@ class Party:
             errand.errors = {}
         if errand.errors is not None:
             errand.errors[errand.place] = error
-        ours = getattr(errand.end, "refused", None) is not None
+        ours = getattr(errand.end, "refused", None) is not None or errand.forgone
         step: Step | None = None
         if not ours and not self._late:
             step = errand.course.failed(

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-from loadmaster.errors import StorageError
+from loadmaster.errors import NotFound, StorageError
 from loadmaster.storage.checksums import Checksum, Running, running
 
 
@@ -31,6 +31,8 @@ class Ability(Flag):
     """An upload is written beside its name and renamed: the name never holds half a file, or nothing holds."""
     MULTIPART = auto()
     """An upload comes into being by a last word; what was sent before it can be abandoned."""
+    HOLD = auto()
+    """An upload can be left one word short of its name, for as long as the caller likes: see `Step`."""
     COPY = auto()
     """A file can be copied within the storage, without its bytes passing through us."""
 
@@ -86,6 +88,37 @@ class Direction(Enum):
     UPLOAD = "upload"
 
 
+class Step(Enum):
+    """How much of an upload one transfer does. Only a storage with `Ability.HOLD` is asked for less than all of it.
+
+    An upload that is held is nowhere to be seen under its name; what there is of it can be told from a whole file, also
+    when nobody comes back for it.
+    """
+
+    ALL = "all"
+    HOLD = "hold"
+    """Send it, and see that it is there, but do not give it its name: `held` has what it takes to do so."""
+    PUBLISH = "publish"
+    """Give what is held its name, over whatever has it; the result is what was sent. The local file is not opened."""
+    ABANDON = "abandon"
+    """Remove what is held; what is gone already is no fault. The local file is not opened."""
+
+    @property
+    def sends(self) -> bool:
+        """Whether the bytes of the file pass."""
+        return self in {Step.ALL, Step.HOLD}
+
+
+@dataclass(eq=False, slots=True)
+class Held:
+    """An upload of which the last word has not been said. It outlives the transfers that make and end it."""
+
+    token: Any = None
+    """What the storage knows it by, of whatever type; None before it is there, and once it is published or abandoned."""
+    info: FileInfo | None = None
+    """What was sent."""
+
+
 @dataclass(eq=False, slots=True)
 class Transfer:
     """One file, or a part of one, to be moved once. Whoever moves it sets `result` and, as bytes pass, `done_bytes`.
@@ -115,6 +148,9 @@ class Transfer:
     """How many bytes have passed, of this part; may be read from any thread, at any time."""
     result: FileInfo | StorageError | None = None
     """The count of the bytes that passed (`done_bytes`) and the checksum, once they are safe; or why they are not."""
+    step: Step = Step.ALL
+    held: Held | None = None
+    """For all steps but `ALL`. The storage fills it as the last thing it does, so that no cancellation comes between."""
     given_up: bool = False
     """Nobody wants it any more: it should end soon, with an error. A storage looks at this between blocks."""
     when_given_up: Callable[[], None] | None = None
@@ -130,6 +166,24 @@ class Transfer:
     def info(self) -> FileInfo:
         """What has passed so far."""
         return FileInfo(self.done_bytes, self.passed.result() if self.passed is not None else None)
+
+    def hold(self, token: Any) -> FileInfo:
+        """To be called by the storage when all of an upload is there that is to be held; what has passed."""
+        assert self.held is not None  # noqa: S101 - whoever asks for this step brings one
+        self.held.token, self.held.info = token, self.info()
+        return self.held.info
+
+    def take_held(self) -> Any:
+        """What the storage knows a held upload by. Raises `NotFound` when nothing is held."""
+        if self.held is None or self.held.token is None:
+            raise NotFound(self.url, "nothing is held")
+        return self.held.token
+
+    def let_go(self) -> FileInfo:
+        """To be called by the storage when what was held is published or removed; what was sent."""
+        assert self.held is not None  # noqa: S101 - it was taken
+        self.held.token = None
+        return self.held.info or FileInfo(0)
 
     def give_up(self) -> None:
         """Have it end without being done."""

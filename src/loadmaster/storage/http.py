@@ -26,8 +26,15 @@ from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from loadmaster.description import complaints
-from loadmaster.errors import AccessDenied, ChecksumMismatch, InvalidSite, StorageError, StorageUnavailable
-from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
+from loadmaster.errors import (
+    AccessDenied,
+    ChecksumMismatch,
+    InvalidSite,
+    NotFound,
+    StorageError,
+    StorageUnavailable,
+)
+from loadmaster.storage.base import Ability, Direction, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running
 from loadmaster.storage.credentials import Token, authorities, discovered_proxy, discovered_token, own_user
 from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, GivenUp, Request, Script
@@ -237,8 +244,12 @@ class CurlStorage:
         try:
             if transfer.given_up:
                 raise GivenUp(visible(transfer.url), "given up")
-            descriptor = transfer.local.open()
-            if transfer.direction is Direction.UPLOAD:
+            if transfer.step.sends:
+                descriptor = transfer.local.open()
+            if descriptor is None:
+                yield from self._end(transfer, transfer.take_held())
+                info = transfer.let_go()
+            elif transfer.direction is Direction.UPLOAD:
                 yield from self._upload(transfer, descriptor)
                 info = transfer.info()
             else:
@@ -313,7 +324,11 @@ class CurlStorage:
             raise ChecksumMismatch(url, f"what came is not what the server has ({told})")
 
     def _upload(self, transfer: Transfer, descriptor: int) -> Script:
-        """Send it, and see that the server has it under its name. Tidies up when it fails."""
+        """Send it, and see that the server has it under its name, or holds it. Tidies up when it fails."""
+        raise NotImplementedError
+
+    def _end(self, transfer: Transfer, token: Any) -> Script:
+        """Publish or abandon what is held."""
         raise NotImplementedError
 
     def _stat(self, url: str) -> Generator[Request, Reply, FileInfo]:
@@ -363,7 +378,7 @@ class HttpStorage(CurlStorage):
         self._headers: dict[tuple[str, bool], tuple[str, ...]] = {}
         self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
         if self._publish == "move":
-            self.abilities |= Ability.RENAME
+            self.abilities |= Ability.RENAME | Ability.HOLD
 
     def _upload(self, transfer: Transfer, descriptor: int) -> Script:
         size = os.fstat(descriptor).st_size
@@ -374,6 +389,8 @@ class HttpStorage(CurlStorage):
                 return
             self._cannot_rename.add(host)
             source.seek(0)
+        if transfer.step is Step.HOLD:
+            raise StorageError(visible(transfer.url), "the server cannot rename: it can hold nothing back")
         yield from self._put(transfer.url, source)
         if self._publish != "put":
             yield from self._compare(transfer, transfer.url, size)
@@ -383,19 +400,36 @@ class HttpStorage(CurlStorage):
         part = beside(transfer.url)
         try:
             yield from self._put(transfer.url, source, part)
-            if source.size_bytes > SMALL_BYTES:
+            if source.size_bytes > SMALL_BYTES or transfer.step is Step.HOLD:
                 yield from self._compare(transfer, part, source.size_bytes)
-            destination = f"Destination: {self._address(transfer.url)}"
-            reply = yield from self._send("MOVE", part, extra=(destination, "Overwrite: T"), about=transfer.url)
-            if reply.status in {201, 204}:
+            if transfer.step is Step.HOLD:
+                transfer.hold(part)
                 return True
-            if reply.status not in {405, 501}:
-                raise self._refusal(transfer.url, reply, "renaming")
+            if (yield from self._rename(part, transfer.url)):
+                return True
         except StorageError:
             yield from self._abandon(part)
             raise
         yield from self._abandon(part)
         return False
+
+    def _rename(self, part: str, url: str) -> Generator[Request, Reply, bool]:
+        """Whether the server knows how to."""
+        destination = f"Destination: {self._address(url)}"
+        reply = yield from self._send("MOVE", part, extra=(destination, "Overwrite: T"), about=url)
+        if reply.status in {201, 204}:
+            return True
+        if reply.status not in {405, 501}:
+            raise self._refusal(url, reply, "renaming")
+        return False
+
+    def _end(self, transfer: Transfer, token: Any) -> Script:
+        if transfer.step is Step.ABANDON:
+            with suppress(NotFound):
+                yield from self._remove(token)
+        elif not (yield from self._rename(token, transfer.url)):
+            self._cannot_rename.add(urlsplit(transfer.url).netloc)
+            raise StorageError(visible(transfer.url), "the server cannot rename")
 
     def _abandon(self, part: str) -> Script:
         with suppress(StorageError):

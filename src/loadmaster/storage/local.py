@@ -15,7 +15,7 @@ from anyio import CapacityLimiter, from_thread, to_thread
 
 from loadmaster.errors import AccessDenied, NoSpace, NotFound, StorageError, StorageUnavailable
 from loadmaster.names import local_file, local_path
-from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.base import Ability, Direction, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running, running
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ _ERRORS: Final[dict[int, type[StorageError]]] = {
 class LocalStorage:
     """Files by path. Written beside the target, synced, renamed: a name never holds half a file."""
 
-    abilities = Ability.RANGES | Ability.RENAME
+    abilities = Ability.RANGES | Ability.RENAME | Ability.HOLD
 
     def __init__(self, threads: int = 16, *, sync: bool = True) -> None:
         """`threads`: so many calls at once, each in a thread; none of them is taken from the host's.
@@ -148,7 +148,10 @@ class _Batch:
         try:
             try:
                 path = local_file(transfer.url)
-                transfer.result = self._download(transfer, path) if download else self._upload(transfer, path)
+                if download:
+                    transfer.result = self._download(transfer, path)
+                else:
+                    transfer.result = (self._upload if transfer.step.sends else self._end)(transfer, path)
             except (OSError, ValueError) as exc:
                 raise translate(exc, transfer.url) from exc
         except StorageError as exc:
@@ -203,6 +206,8 @@ class _Batch:
                         os.fsync(target)
                 finally:
                     os.close(target)
+                if transfer.step is Step.HOLD:
+                    return transfer.hold(part)
                 os.replace(part, path)
             except BaseException:
                 with suppress(FileNotFoundError):
@@ -212,6 +217,17 @@ class _Batch:
             return transfer.info()
         finally:
             os.close(source)
+
+    def _end(self, transfer: Transfer, path: str) -> FileInfo:
+        """Give what is held its name, or remove it."""
+        part = transfer.take_held()
+        if transfer.step is Step.PUBLISH:
+            os.replace(part, path)
+            self._unsynced.add(path.rpartition("/")[0] or "/")
+        else:
+            with suppress(FileNotFoundError):
+                os.unlink(part)
+        return transfer.let_go()
 
     def _copy(self, transfer: Transfer, source: int, source_name: str, target: int, target_name: str) -> None:
         """Copy what is wanted of the file, the checksum computed as the bytes pass."""

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 from urllib.parse import quote, unquote_to_bytes, urlsplit
@@ -24,7 +25,7 @@ from anyio import to_thread
 from pydantic import Field, SecretStr, field_validator, model_validator
 
 from loadmaster.errors import AccessDenied, ChecksumMismatch, StorageError, StorageUnavailable
-from loadmaster.storage.base import Ability, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.base import Ability, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.credentials import KeyRing, Keys, discovered_keys
 from loadmaster.storage.curl import CLEANUP_SECONDS, GivenUp, Request, Script, Signing
 from loadmaster.storage.http import SMALL_BYTES, CommonWords, CurlStorage, Origin, Target, common_settings
@@ -67,10 +68,28 @@ class S3Words(CommonWords):
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """All parts of an upload that is not an object yet."""
+
+    upload: str
+    """As it is named in requests."""
+    tags: tuple[str, ...]
+    size_bytes: int
+
+    def listing(self) -> bytes:
+        """What the server is told to make an object of."""
+        parts = "".join(
+            f"<Part><PartNumber>{number}</PartNumber><ETag>{_escaped(tag)}</ETag></Part>"
+            for number, tag in enumerate(self.tags, 1)
+        )
+        return f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
+
+
 class S3Storage(CurlStorage):
     """Objects by bucket and key."""
 
-    abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS | Ability.MULTIPART
+    abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS | Ability.MULTIPART | Ability.HOLD
 
     def __init__(self, options: StorageOptions, environ: Mapping[str, str] = os.environ) -> None:
         words = S3Words.of(options)
@@ -93,7 +112,7 @@ class S3Storage(CurlStorage):
     def _upload(self, transfer: Transfer, descriptor: int) -> Script:
         size = os.fstat(descriptor).st_size
         passed = transfer.begin()
-        if size > self._part_bytes:
+        if size > self._part_bytes or transfer.step is Step.HOLD:
             yield from self._upload_parts(transfer, descriptor, size)
             return
         extra = ("Expect:",) if size <= SMALL_BYTES else ()
@@ -116,27 +135,38 @@ class S3Storage(CurlStorage):
         try:
             length = max(self._part_bytes, -(-size // PARTS))
             tags: list[str] = []
-            for number, first in enumerate(range(0, size, length), 1):
+            for number, first in enumerate(range(0, size, length) or (0,), 1):
                 count = min(length, size - first)
                 tags.append(
                     (yield from self._part(transfer, descriptor, f"partNumber={number}&{upload}", first, count))
                 )
-            parts = "".join(
-                f"<Part><PartNumber>{number}</PartNumber><ETag>{_escaped(tag)}</ETag></Part>"
-                for number, tag in enumerate(tags, 1)
-            )
-            body = f"<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>".encode()
-            xml = ("Content-Type: application/xml",)
-            reply = yield from self._send("POST", url, query=upload, extra=xml, source=body)
-            if reply.status != 200 or s3_code(reply.body):  # it begins to answer before it knows
-                raise self._refusal(url, reply, "making an object of the parts")
-            found_size = (yield from self._stat(url)).size_bytes
-            if found_size != size:
-                raise StorageUnavailable(visible(url), f"the server has {found_size} of the {size} bytes sent")
+            parts = _Parts(upload, tuple(tags), size)
+            if transfer.step is Step.HOLD:
+                transfer.hold(parts)
+                return
+            yield from self._complete(url, parts)
         except StorageError:
             with suppress(StorageError):
                 yield from self._send("DELETE", url, query=upload, seconds=CLEANUP_SECONDS)
             raise
+
+    def _complete(self, url: str, parts: _Parts) -> Script:
+        """Make an object of the parts."""
+        xml = ("Content-Type: application/xml",)
+        reply = yield from self._send("POST", url, query=parts.upload, extra=xml, source=parts.listing())
+        if reply.status != 200 or s3_code(reply.body):  # it begins to answer before it knows
+            raise self._refusal(url, reply, "making an object of the parts")
+        found_size = (yield from self._stat(url)).size_bytes
+        if found_size != parts.size_bytes:
+            raise StorageUnavailable(visible(url), f"the server has {found_size} of the {parts.size_bytes} bytes sent")
+
+    def _end(self, transfer: Transfer, token: _Parts) -> Script:
+        if transfer.step is Step.PUBLISH:
+            yield from self._complete(transfer.url, token)
+            return
+        reply = yield from self._send("DELETE", transfer.url, query=token.upload)
+        if reply.status not in {200, 202, 204, 404}:
+            raise self._refusal(transfer.url, reply, "abandoning the parts")
 
     def _part(
         self, transfer: Transfer, descriptor: int, query: str, first: int, count: int
