@@ -51,6 +51,9 @@ namespace holds cannot hinder it, and a status is lost that we do not wait for."
 LOOK_SECONDS: Final = 0.2
 """Between two kills of our own; the shim's end is noticed at once."""
 
+BEGIN_SECONDS: Final = 1.0
+"""A start takes some milliseconds; one that takes longer than this hangs on a program far away, and can be cancelled."""
+
 LACKS: Final = (errno.EAGAIN, errno.ENOMEM)
 """What a busy node says, and what says nothing of what it allows."""
 
@@ -334,6 +337,10 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree
 async def _start_shim(containment: Containment, launch: Launch) -> ShimTree:
     tree = await to_thread.run_sync(lambda: ShimTree(containment, isolated(launch, containment)))
     try:
+        # A payload that runs is one, also for somebody who is cancelled just then: he ends it with its grace, and says so.
+        with anyio.move_on_after(BEGIN_SECONDS, shield=True):
+            await tree.begin()
+            return tree
         await tree.begin()
     except BaseException:
         with anyio.CancelScope(shield=True):  # `end` is bounded
