@@ -313,7 +313,6 @@ def measure(
     files: Files, places: Mapping[str, str], root: Path, home: Path, rounds: int, only: str
 ) -> Iterator[dict[str, Any]]:
     """The figures of every row of a set of files."""
-    assert len(files.checksums) == files.count
     for name, row, variants in rows(files, places, root, home):
         title = f"{name}, {files.title}"
         if only not in title:
@@ -378,30 +377,33 @@ def _peak(title: str, pairs: Sequence[tuple[str, Path]], home: Path) -> dict[str
     return {"title": title, **asdict(cost)}
 
 
+def tell_row(row: Mapping[str, Any]) -> None:
+    """The table of one row."""
+    fastest = min([figures["wall_seconds"].median for figures in row["variants"].values()], default=0.0)
+    unit = "GB/s" if row["large"] else "files/s"
+    amount = row["bytes"] / 1e9 if row["large"] else row["files"]
+    print_table(
+        f"{row['title']}: seconds, median (min..max)",
+        ["", "wall", unit, "CPU", "times the fastest", "peak MB"],
+        [
+            (
+                name,
+                figures["wall_seconds"].show(),
+                f"{amount / figures['wall_seconds'].median:,.{2 if row['large'] else 0}f}",
+                f"{figures['cpu_seconds'].median:.2f}",
+                f"{figures['wall_seconds'].median / fastest:.2f}",
+                f"{figures['peak_bytes'] / 1e6:.0f}",
+            )
+            for name, figures in sorted(row["variants"].items(), key=lambda item: item[1]["wall_seconds"].median)
+        ],
+    )
+    for name, why in row["unable"].items():
+        print(f"  {name} could not: {why.splitlines()[-1]:.150}")
+    sys.stdout.flush()
+
+
 def tell(found: Mapping[str, Any]) -> None:
-    """The tables."""
-    print_machine(found["machine"])
-    for row in found["rows"]:
-        fastest = min([figures["wall_seconds"].median for figures in row["variants"].values()], default=0.0)
-        unit = "GB/s" if row["large"] else "files/s"
-        amount = row["bytes"] / 1e9 if row["large"] else row["files"]
-        print_table(
-            f"{row['title']}: seconds, median (min..max)",
-            ["", "wall", unit, "CPU", "times the fastest", "peak MB"],
-            [
-                (
-                    name,
-                    figures["wall_seconds"].show(),
-                    f"{amount / figures['wall_seconds'].median:,.{2 if row['large'] else 0}f}",
-                    f"{figures['cpu_seconds'].median:.2f}",
-                    f"{figures['wall_seconds'].median / fastest:.2f}",
-                    f"{figures['peak_bytes'] / 1e6:.0f}",
-                )
-                for name, figures in sorted(row["variants"].items(), key=lambda item: item[1]["wall_seconds"].median)
-            ],
-        )
-        for name, why in row["unable"].items():
-            print(f"  {name} could not: {why.splitlines()[-1]:.150}")
+    """What is known at the end only."""
     print_table(
         "loadmaster stage, memory at its peak",
         ["", "MB", "wall seconds"],
@@ -447,8 +449,13 @@ def main() -> None:
             )
         ]
         found: dict[str, Any] = {"machine": machine(), "rows": [], "memory": []}
+        if not options.json:
+            print_machine(found["machine"])
         for files in sets:
-            found["rows"] += measure(files, places, root, home, rounds, options.only)
+            for row in measure(files, places, root, home, rounds, options.only):
+                found["rows"].append(row)
+                if not options.json:
+                    tell_row(row)
             shutil.rmtree(files.directory)
         if not options.only and "http" in places:
             counts = (100, 1000, 10_000) if quick else (1000, 10_000, 100_000)

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,7 +17,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
+from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from urllib.request import Request as UrlRequest
@@ -27,7 +30,6 @@ import pytest
 START_SECONDS = 30.0
 
 NGINX = """
-{modules}
 {user}
 worker_processes 2;
 error_log {home}/error.log error;
@@ -70,10 +72,8 @@ def nginx(home: Path, *, makes_directories: bool = True) -> Iterator[Server]:
     """An nginx that takes PUT, DELETE, MKCOL and MOVE. `makes_directories`: those a PUT needs."""
     program = program_or_skip("nginx")
     (home / "root").mkdir(parents=True)
-    module = Path("/usr/lib/nginx/modules/ngx_http_dav_ext_module.so")
     port = free_port()
     words = {
-        "modules": f"load_module {module};" if module.exists() else "",
         "user": "user root;" if os.geteuid() == 0 else "",
         "full_path": "on" if makes_directories else "off",
     }
@@ -183,13 +183,16 @@ class HostileServer:
         server.orders = lambda asked: Fault("503", ("Retry-After: 1",)) if asked.method == "GET" else None
     """
 
-    def __init__(self, orders: Orders | None = None) -> None:
+    def __init__(self, orders: Orders | None = None, *, tls: ssl.SSLContext | None = None) -> None:
         self.files: dict[str, bytes] = {}
         self.orders = orders
         self.asked: list[Asked] = []
         self.attempts: Counter[tuple[str, str]] = Counter()
         self.faults: Counter[str] = Counter()
         self.knows_move = True
+        self.peers: list[str] = []
+        """Over TLS: the common names of the certificates that were shown."""
+        self._tls = tls
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._ready = threading.Event()
@@ -198,7 +201,7 @@ class HostileServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self._tls else 'http'}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> HostileServer:
         self._thread.start()
@@ -212,7 +215,7 @@ class HostileServer:
 
     def _serve(self) -> None:
         async def main() -> None:
-            server = await asyncio.start_server(self._talk, "127.0.0.1", 0, backlog=1024, limit=2**20)
+            server = await asyncio.start_server(self._talk, "127.0.0.1", 0, backlog=1024, limit=2**20, ssl=self._tls)
             self.port = server.sockets[0].getsockname()[1]
             self._ready.set()
             await self._stop.wait()
@@ -225,6 +228,8 @@ class HostileServer:
         self._loop.run_until_complete(main())
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._tls is not None and (shown := writer.get_extra_info("peercert")):
+            self.peers.append(dict(pair for part in shown["subject"] for pair in part)["commonName"])
         try:
             while (asked := await self._read(reader, writer)) is not None:
                 self.asked.append(asked)
@@ -361,3 +366,48 @@ def some_of_the_time(share: float, seed: int, kinds: Sequence[str] = TRANSIENT) 
 
 def http_date(seconds_from_now: float) -> str:
     return formatdate(time.time() + seconds_from_now, usegmt=True)
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """Of an authority of our own: its certificate, and files with certificate and key for a server and for a user."""
+
+    authority: Path
+    server: Path
+    user: Path
+
+    def for_server(self) -> ssl.SSLContext:
+        """TLS that asks users for theirs."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self.server)
+        context.load_verify_locations(self.authority)
+        context.verify_mode = ssl.CERT_OPTIONAL
+        return context
+
+
+def make_certificates(home: Path) -> Certificates:
+    """For 127.0.0.1, and for somebody called `user`."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    now = datetime.now(UTC)
+    keys = {who: ec.generate_private_key(ec.SECP256R1()) for who in ("authority", "server", "user")}
+    names = {who: x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, who)]) for who in keys}
+    for who, key in keys.items():
+        builder = (
+            x509.CertificateBuilder(names["authority"], names[who], key.public_key(), x509.random_serial_number())
+            .not_valid_before(now - timedelta(days=1))
+            .not_valid_after(now + timedelta(days=1))
+            .add_extension(x509.BasicConstraints(ca=who == "authority", path_length=None), critical=True)
+        )
+        if who == "server":
+            address = x509.IPAddress(ip_address("127.0.0.1"))
+            builder = builder.add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        pem = builder.sign(keys["authority"], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+        if who != "authority":
+            pem += key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        (home / f"{who}.pem").write_bytes(pem)
+    return Certificates(*(home / f"{who}.pem" for who in keys))

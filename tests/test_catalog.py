@@ -132,3 +132,20 @@ async def test_a_file_somebody_else_may_read_with_plain_sqlite(catalog: SqliteCa
         ("/vo/a", "file:///a", "DISK")
     ]
     connection.close()
+
+
+async def test_a_catalog_of_the_first_release_is_read_and_written_on(catalog: SqliteCatalog) -> None:
+    catalog.path.parent.mkdir()
+    connection = sqlite3.connect(catalog.path)
+    connection.execute(
+        "CREATE TABLE files (lfn TEXT PRIMARY KEY, size_bytes INTEGER NOT NULL, adler32 TEXT) WITHOUT ROWID"
+    )
+    connection.execute("INSERT INTO files VALUES ('/vo/a', 3, '024d0127')")
+    connection.commit()
+    connection.close()
+    await catalog.register(entry("/vo/a", "file:///1"))
+    await catalog.register(entry("/vo/b", "file:///2"))
+    assert await catalog.lookup(["/vo/a", "/vo/b"]) == {
+        "/vo/a": entry("/vo/a", "file:///1"),
+        "/vo/b": entry("/vo/b", "file:///2"),
+    }

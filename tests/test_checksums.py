@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loadmaster.storage import checksums
-from loadmaster.storage.checksums import COMBINABLE, DIGITS, Checksum, combined, running
+from loadmaster.storage.checksums import COMBINABLE, DIGITS, Checksum, combined, continuing, running
 
 CHUNKS = st.lists(st.binary(max_size=300), max_size=5)
 
@@ -41,6 +41,9 @@ def test_crc32c_is_castagnolis() -> None:
 def test_the_checksum_of_a_whole_follows_from_its_parts(algorithm: str, first: bytes, second: bytes) -> None:
     parts = of(algorithm, first), of(algorithm, second)
     assert combined(*parts, len(second)) == of(algorithm, first, second)
+    rest = continuing(parts[0])
+    rest.update(second)
+    assert rest.result() == of(algorithm, first, second)
 
 
 @pytest.mark.parametrize("algorithm", sorted(COMBINABLE))
@@ -53,6 +56,8 @@ def test_parts_may_be_long(algorithm: str) -> None:
 def test_what_cannot_be_combined_is_refused() -> None:
     with pytest.raises(ValueError, match="md5 and md5: cannot be combined"):
         combined(of("md5"), of("md5"), 0)
+    with pytest.raises(ValueError, match="md5: cannot be continued"):
+        continuing(of("md5"))
     with pytest.raises(ValueError, match="adler32 and crc32c"):
         combined(of("adler32"), of("crc32c"), 0)
 

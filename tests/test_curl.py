@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -23,7 +24,7 @@ from loadmaster.errors import AccessDenied, ChecksumMismatch, InvalidSite, NoSpa
 from loadmaster.storage.base import Direction, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.http import open_http
 from loadmaster.storage.s3 import open_s3
-from servers import Fault, HostileServer, Server, http_date, moto, nginx
+from servers import Fault, HostileServer, Server, http_date, make_certificates, moto, nginx
 
 KEYS = {"access_key": "AK", "secret_key": "SK"}
 
@@ -389,6 +390,44 @@ async def test_words_that_are_not_understood_are_named(words: dict[str, Any]) ->
             raise AssertionError
 
 
+# -- TLS -------------------------------------------------------------------------------------------------------------
+
+
+async def test_tls_shows_token_and_proxy_to_a_server_that_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    papers = make_certificates(tmp_path)
+    monkeypatch.setenv("X509_USER_PROXY", str(papers.user))
+    monkeypatch.setenv("BEARER_TOKEN", "secret")
+    with HostileServer(tls=papers.for_server()) as server:
+        server.files["/f"] = b"content"
+        url = server.url.replace("https", "davs")
+        transfer, local = await fetched(f"{url}/f", {"ca_file": str(papers.authority)})
+        assert local.content == b"content"
+        assert isinstance(transfer.result, FileInfo)
+        assert server.peers == ["user"]
+        assert server.asked[0].headers["authorization"] == "Bearer secret"
+
+
+async def test_a_server_that_is_not_trusted_is_told_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    papers = make_certificates(tmp_path)
+    monkeypatch.setenv("BEARER_TOKEN", "secret")
+    with HostileServer(tls=papers.for_server()) as server:
+        transfer, _ = await fetched(f"{server.url}/f")
+        assert not failure(transfer).retryable
+        assert "not trusted" in str(transfer.result)
+        assert server.asked == []
+
+
+async def test_a_proxy_that_cannot_be_read_is_said_and_not_tried_again(tmp_path: Path) -> None:
+    papers = make_certificates(tmp_path)
+    with HostileServer(tls=papers.for_server()) as server:
+        words = {"ca_file": str(papers.authority), "proxy": str(tmp_path / "nowhere")}
+        transfer, _ = await fetched(f"{server.url}/f", words)
+        assert "our own certificate" in str(transfer.result)
+        assert not failure(transfer).retryable
+
+
 # -- the thread ------------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +440,9 @@ async def test_the_thread_is_there_when_it_is_needed_and_gone_at_the_end(hostile
         with pytest.raises(NotFound):
             await storage.stat(f"{hostile.url}/f")
         assert ours() == 1
+    assert ours() == 0
+    with pytest.raises(anyio.ClosedResourceError):
+        await storage.stat(f"{hostile.url}/f")
     assert ours() == 0
 
 
@@ -432,6 +474,31 @@ async def test_more_files_than_streams_wait_and_are_counted(hostile: HostileServ
     assert all(isinstance(each.result, FileInfo) for each in transfers)
     assert sum(told) == 500
     assert len(told) < 250, "told in batches"
+
+
+async def test_a_child_of_fork_has_a_thread_of_its_own(hostile: HostileServer) -> None:
+    """The parent's is not in it: a storage that was opened before must not wait for one that is not there."""
+    script = f"""
+import os, sys, anyio
+from loadmaster.storage.base import StorageOptions
+from loadmaster.storage.http import HttpStorage
+async def again(storage):
+    with anyio.fail_after(5):
+        assert (await storage.stat("{hostile.url}/f")).size_bytes == 7
+        await storage.close()
+async def both():
+    storage = HttpStorage(StorageOptions(scheme="http"))
+    assert (await storage.stat("{hostile.url}/f")).size_bytes == 7
+    return storage
+storage = anyio.run(both)
+pid = os.fork()
+anyio.run(again, storage)
+if pid:
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    hostile.files["/f"] = b"content"
+    done = await anyio.run_process([sys.executable, "-c", script], check=False)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
 
 
 # -- S3 --------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from anyio import to_thread
 
 from conftest import until
 from loadmaster import InvalidSite, Site, StagingFailed, StoredFile, open_transfers
+from loadmaster.errors import StorageUnavailable
 from loadmaster.names import file_url
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Overall
@@ -481,6 +482,25 @@ async def test_a_replica_that_the_catalog_knows_but_storage_has_lost_is_sent_aga
     assert (se / "a").read_bytes() == b"content"
 
 
+async def test_an_output_is_not_lost_for_a_catalog_that_is_busy(
+    workdir: Workdir, se: Path, told: Told, catalog: SqliteCatalog
+) -> None:
+    class Busy(SqliteCatalog):
+        calls = 0
+
+        async def register(self, entry: CatalogEntry) -> None:
+            self.calls += 1
+            if self.calls < 3:
+                raise StorageUnavailable(str(self.path), "locked")
+            await super().register(entry)
+
+    (workdir.path / "out").write_bytes(b"content")
+    busy = Busy(catalog.path)
+    async with open_transfers(HASTY, catalog=busy) as transfers:
+        await transfers.deliver([Delivery("out", (replica(se / "a"),), (), "/vo/a")], workdir, told)
+    assert (busy.calls, list(await catalog.lookup(["/vo/a"]))) == (3, ["/vo/a"])
+
+
 async def test_a_catalog_that_cannot_be_asked_fails_the_staging_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "spoilt").write_bytes(b"not a database" * 100)
     async with open_transfers(Site(catalog=str(tmp_path / "spoilt"))) as transfers:
@@ -503,6 +523,10 @@ async def test_a_catalog_that_is_no_file_is_refused() -> None:
 # -- what it costs the loop --------------------------------------------------------------------------------------
 
 
+ROUNDS = 8
+"""Of a quarter of a second: the 99th percentile of one round is its one worst moment."""
+
+
 async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     workdir: Workdir, there: Path, se: Path, told: Told
 ) -> None:
@@ -511,6 +535,7 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     for number in range(100):
         (there / str(number)).write_bytes(content)
     delays: list[float] = []
+    checksum = adler32(content)  # a hundred of them, in the loop, were the delay that was measured
 
     async def tick() -> None:
         while True:
@@ -521,14 +546,16 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     async with anyio.create_task_group() as group:
         group.start_soon(tick)
         names = [str(number) for number in range(100)]
-        await fetch([Fetch(name, (replica(there / name),), None, adler32(content)) for name in names], workdir, told)
-        await deliver([Delivery(name, (replica(se / name),)) for name in names], workdir, told)
+        fetches = [Fetch(name, (replica(there / name),), None, checksum) for name in names]
+        for _ in range(ROUNDS):
+            await fetch(fetches, workdir, told)
+            await deliver([Delivery(name, (replica(se / name),)) for name in names], workdir, told)
         group.cancel_scope.cancel()
     delays.sort()
     late = delays[int(len(delays) * 0.99)]
     print(f"measured: delay p99 {late * 1000:.2f} ms, max {delays[-1] * 1000:.2f} ms")
-    assert len(told.files) == 200
-    assert len(delays) > 20
+    assert len(told.files) == 200 * ROUNDS
+    assert len(delays) > 200
     assert late < 0.020
 
 

@@ -92,9 +92,8 @@ def options(scheme: str, words: Mapping[str, object], streams: int = 8) -> Stora
 
 
 def _names(words: objects._Words, prefix: str) -> Callable[[], list[str]]:
-    bucket = words.bucket(BUCKET, None, CLIENT)
-
     def names() -> list[str]:
+        bucket = words.bucket(BUCKET, None, CLIENT)  # let go of each time, and with it its connections
         found = [item["path"] for batch in obstore.list(bucket, prefix) for item in batch]
         return sorted(path.removeprefix(f"{prefix}/") for path in found)
 
@@ -164,11 +163,15 @@ async def test_what_was_sent_in_one_request_has_its_checksum_beside_it(s3_endpoi
     assert str(found.checksum) == "md5:9a0364b9e99bb480dd25e1f0284c8555"
 
 
-@pytest.mark.parametrize("scheme", ["s3", "az"])
-async def test_a_large_object_goes_in_parts_and_comes_back_whole(request: pytest.FixtureRequest, scheme: str) -> None:
-    factory: StorageFactory = objects.open_azure if scheme == "az" else objects.open_amazon
-    endpoint = request.getfixturevalue("azure_endpoint" if scheme == "az" else "s3_endpoint")
-    words = az_words(endpoint) if scheme == "az" else s3_words(endpoint)
+async def test_a_large_object_goes_to_s3_in_parts_and_comes_back_whole(s3_endpoint: str) -> None:
+    await _there_and_back_in_parts(objects.open_amazon, "s3", s3_words(s3_endpoint))
+
+
+async def test_a_large_object_goes_to_azure_in_parts_and_comes_back_whole(azure_endpoint: str) -> None:
+    await _there_and_back_in_parts(objects.open_azure, "az", az_words(azure_endpoint))
+
+
+async def _there_and_back_in_parts(factory: StorageFactory, scheme: str, words: dict[str, object]) -> None:
     data, url = os.urandom(3 * objects.PART_BYTES + 5), f"{scheme}://{BUCKET}/{uuid.uuid4().hex}"
     async with factory(options(scheme, words)) as storage:
         up = Transfer(Direction.UPLOAD, url, LocalBytes(data))
@@ -178,6 +181,22 @@ async def test_a_large_object_goes_in_parts_and_comes_back_whole(request: pytest
         assert await storage.stat(url) == FileInfo(len(data))
     assert local.content == data
     assert up.result == down.result
+
+
+@pytest.mark.parametrize("size", [7, 6, 8, 0, 2 * 1024**2])
+async def test_what_is_known_of_the_size_is_held_against_what_comes(s3_endpoint: str, size: int) -> None:
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    async with objects.open_amazon(options("s3", s3_words(s3_endpoint))) as storage:
+        up = Transfer(Direction.UPLOAD, url, LocalBytes(b"content"))
+        await storage.move([up], lambda _: None)
+        down = Transfer(Direction.DOWNLOAD, url, local := LocalBytes(), size_bytes=size)
+        await storage.move([down], lambda _: None)
+    if size in {7, 2 * 1024**2}:  # of a large one that is short the local end says so, as of every file
+        assert down.result == up.result
+        assert local.content == b"content"
+    else:
+        assert isinstance(down.result, ChecksumMismatch)
+        assert local.content == b""
 
 
 async def test_an_object_larger_than_expected_does_not_fill_our_disk(s3_endpoint: str) -> None:

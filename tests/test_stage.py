@@ -342,15 +342,17 @@ def gated(count: int) -> tuple[Gated, list[dict[str, Any]]]:
 
 async def test_enough_finishes_what_is_under_way_and_begins_nothing(tmp_path: Path) -> None:
     storage, lines = gated(3000)
-    heard = Heard()
-    async with staging(tmp_path, *lines, heard=heard, storages={"memory": storage}, site=Site(streams=2)) as it:
-        async with anyio.create_task_group() as group:
-            group.start_soon(it.run)
-            await until(lambda: len(storage.begun) >= 2)
-            it.begin_no_more()
-            begun = len(storage.begun)
-            await anyio.wait_all_tasks_blocked()
-            storage.open.set()
+    two = Site(streams=2)
+    async with (
+        staging(tmp_path, *lines, heard=Heard(), storages={"memory": storage}, site=two) as it,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(it.run)
+        await until(lambda: len(storage.begun) >= 2)
+        it.begin_no_more()
+        await anyio.wait_all_tasks_blocked()
+        begun = len(storage.begun)
+        storage.open.set()
     assert len(storage.begun) == begun < 200
     assert it.tally.moved == begun == len(files_in(tmp_path / "out"))
     assert it.tally.left == 3000 - begun

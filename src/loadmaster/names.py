@@ -89,17 +89,22 @@ def file_url(path: str | Path) -> str:
 
 def local_path(url: str) -> Path:
     """The path a `file://` URL names. Raises ValueError when it names another host, or no absolute path."""
-    if url.startswith("file:///"):  # as nearly all are, and taking a URL to pieces costs more than all the rest
+    return Path(local_file(url))
+
+
+def local_file(url: str) -> str:
+    """As `local_path`, a text: for many files, a `Path` of each costs more than all the rest."""
+    if url.startswith("file:///"):  # as nearly all are, and taking a URL to pieces is not cheap either
         quoted = url[7:]
     else:
         parts = urlsplit(url, allow_fragments=False)
         if parts.scheme != "file" or parts.netloc not in {"", "localhost"}:
             raise ValueError(f"{url}: not a file:// URL of this host")
         quoted = url.partition("://")[2].removeprefix(parts.netloc)
-    path = unquote(quoted, errors="surrogateescape")
+    path = unquote(quoted, errors="surrogateescape") if "%" in quoted else quoted
     if not path.startswith("/") or "\0" in path:
         raise ValueError(f"{url}: not an absolute path")
-    return Path(path)
+    return path.rstrip("/") or "/"
 
 
 def as_url(text: str) -> str:

@@ -18,7 +18,7 @@ from anyio import to_thread
 
 from loadmaster.errors import StorageError
 from loadmaster.manifest import Entry
-from loadmaster.names import local_path
+from loadmaster.names import local_file
 from loadmaster.staging.engine import Transfers
 from loadmaster.storage.base import FileInfo
 from loadmaster.storage.checksums import Checksum
@@ -87,7 +87,7 @@ class Look:
         if not entry.target.startswith("file://"):
             return ABSENT if self._nowhere else UNCLEAR
         try:
-            found = os.stat(local_path(entry.target))
+            found = os.stat(local_file(entry.target))
         except (OSError, ValueError):
             return ABSENT  # the attempt to make it will say what is wrong
         if not stat.S_ISREG(found.st_mode):
@@ -98,7 +98,7 @@ class Look:
         wanted = entry.size_bytes
         if wanted is None and entry.source.startswith("file://"):
             with suppress(OSError, ValueError):
-                wanted = os.stat(local_path(entry.source)).st_size
+                wanted = os.stat(local_file(entry.source)).st_size
         if wanted is None:
             return UNCLEAR
         if wanted != found_bytes:
@@ -146,7 +146,7 @@ class Look:
 def read_through(url: str, algorithm: str) -> Checksum | None:
     """The checksum of a file of this machine. Blocks; stops between blocks if cancelled. Raises `StorageError`."""
     with translated(url):
-        descriptor = os.open(local_path(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(local_file(url), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             return checksum(descriptor, algorithm).checksum
         finally:

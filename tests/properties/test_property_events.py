@@ -55,6 +55,7 @@ OWN_FIELDS: dict[str, tuple[st.SearchStrategy[object], ...]] = {
     "JobFinished": (st.sampled_from(Status), FAILURES),
     "Heartbeat": (st.sampled_from(Phase), NUMBERS, NUMBERS, COUNTS, COUNTS),
     "TransferProgress": (NAMES, NAMES, COUNTS, st.none() | COUNTS),
+    "StagingProgress": (NAMES, COUNTS, COUNTS, COUNTS, st.none() | COUNTS, NUMBERS, st.none() | NUMBERS),
 }
 
 
@@ -82,6 +83,7 @@ FIXED: dict[str, tuple[object, ...]] = {
     "JobFinished": (Status.DONE, None),
     "Heartbeat": (Phase.PAYLOAD, 1.0, 1.0, 1, 1),
     "TransferProgress": ("a", "b", 1, None),
+    "StagingProgress": ("download", 1, 2, 3, None, 4.0, None),
 }
 
 

@@ -371,7 +371,7 @@ def _is_header(record: bytes) -> bool:
         return False
     others = record[:148] + b" " * 8 + record[156:]
     unsigned = sum(others)
-    return wanted in {unsigned, unsigned - 256 * sum(byte > 127 for byte in others)}
+    return wanted == unsigned or wanted == unsigned - 256 * sum(byte > 127 for byte in others)
 
 
 def _number(field: bytes) -> int:

@@ -4,11 +4,8 @@ A directory on a local disk holds, for each key, the file, a record of it and, w
 
     <digest>         the content, read-only; <digest>.part while it comes in
     <digest>.json    what is known of it; its time is when it was used last
-    <digest>.lock    a FIFO, open and locked (`flock`) by the one who fills it
+    <digest>.lock    had by the one who fills it (`locks`)
     total            how many bytes there are; only a hint, counted anew whenever something is evicted
-
-The lock is a FIFO because whoever waits for it can then wait without asking again and again: when its holder closes it, or
-dies, the kernel first drops the lock and then tells those who have it open for reading.
 
 Payloads run as the same user. What one does to the files here is found before they are used again; not so if it forges the
 records too. Whoever has to fear that gives payloads no way to this directory.
@@ -25,7 +22,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final, Literal
@@ -34,6 +31,7 @@ import anyio
 from anyio import from_thread, to_thread
 
 from loadmaster.errors import InvalidSite
+from loadmaster.staging.locks import Locks
 from loadmaster.staging.plan import Fetch
 from loadmaster.storage.base import FileInfo
 from loadmaster.storage.checksums import Checksum, running
@@ -116,6 +114,7 @@ class Cache:
             self._top = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as exc:
             raise InvalidSite(f"cache: {root}: {exc.strerror}") from exc
+        self._locks = Locks(self._top)
         found = os.fstat(self._top)
         if found.st_uid != os.geteuid() or found.st_mode & 0o022:
             os.close(self._top)
@@ -136,15 +135,15 @@ class Cache:
         digest = _digest(key)
         if entry := self._entry(key, digest):
             return entry
-        if (lock := self._lock(digest)) is None:
+        if (lock := self._locks.take(digest)) is None:
             return None
         try:
             if entry := self._entry(key, digest):  # brought in since we looked
-                self._unlock(digest, lock)
+                self._locks.release(digest, lock)
                 return entry
             self._drop(digest)
         except BaseException:
-            self._unlock(digest, lock)
+            self._locks.release(digest, lock)
             raise
         return Filling(self, key, digest, lock, size_bytes)
 
@@ -153,7 +152,7 @@ class Cache:
         digest = _digest(key)
         seen = -1
         while True:
-            reader = await to_thread.run_sync(self._reader, digest)
+            reader = await to_thread.run_sync(self._locks.reader, digest)
             if reader is None:
                 return True
             try:
@@ -264,7 +263,7 @@ class Cache:
                 _Record(key, 0, 0, 0, 0, "", executable, str(passed or ""), str(checksum or "")), descriptor
             )
             try:
-                self._write_record(digest, record)
+                self._write_record(digest, record, new=True)
             except OSError as exc:  # a full disk: it is for this job only
                 log.warning("%s: cannot keep %s: %s", self.root, key, exc.strerror)
                 self._unlink(digest)
@@ -281,15 +280,17 @@ class Cache:
         except (OSError, ValueError, TypeError):  # none, or a damaged one
             return None
 
-    def _write_record(self, digest: str, record: _Record) -> None:
-        beside = f"{digest}.{os.urandom(4).hex()}.new"
+    def _write_record(self, digest: str, record: _Record, *, new: bool = False) -> None:
+        """Half a record is none. Over another one, it is written beside it."""
+        name = f"{digest}.json" if new else f"{digest}.{os.urandom(4).hex()}.new"
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            with os.fdopen(os.open(beside, flags, 0o600, dir_fd=self._top), "w") as file:
-                json.dump(asdict(record), file)
-            os.replace(beside, f"{digest}.json", src_dir_fd=self._top, dst_dir_fd=self._top)
+            with os.fdopen(os.open(name, flags, 0o600, dir_fd=self._top), "wb", buffering=0) as file:
+                file.write(json.dumps({key: getattr(record, key) for key in record.__slots__}).encode())
+            if not new:
+                os.replace(name, f"{digest}.json", src_dir_fd=self._top, dst_dir_fd=self._top)
         except BaseException:
-            self._unlink(beside)
+            self._unlink(name)
             raise
 
     def _drop(self, digest: str) -> None:
@@ -305,57 +306,6 @@ class Cache:
         with suppress(OSError):
             return os.stat(name, dir_fd=self._top, follow_symlinks=False).st_size
         return -1
-
-    # -- locks -------------------------------------------------------------------------------------------------------
-
-    def _lock(self, digest: str) -> int | None:
-        """A descriptor of the lock, ours; None when somebody has it."""
-        name = f"{digest}.lock"
-        while True:
-            with suppress(FileExistsError):
-                os.mkfifo(name, 0o600, dir_fd=self._top)
-            try:
-                descriptor = os.open(name, os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._top)
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                return None
-            if self._has_its_name(descriptor, name):
-                return descriptor
-            os.close(descriptor)
-
-    def _unlock(self, digest: str, descriptor: int) -> None:
-        self._unlink(f"{digest}.lock")
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # by name, for a child that is just being started may have it too
-        os.close(descriptor)
-
-    def _reader(self, digest: str) -> int | None:
-        """A descriptor that is readable once the lock's holder has gone; None when there is none.
-
-        It is opened before the lock is tried: so whoever has the lock then closes it later.
-        """
-        name = f"{digest}.lock"
-        while True:
-            try:
-                reader = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._top)
-            except FileNotFoundError:
-                return None
-            lock = self._lock(digest)
-            if lock is None and self._has_its_name(reader, name):
-                return reader
-            os.close(reader)
-            if lock is not None:
-                self._unlock(digest, lock)
-                return None
-
-    def _has_its_name(self, descriptor: int, name: str) -> bool:
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(descriptor), os.stat(name, dir_fd=self._top, follow_symlinks=False))
-        return False
 
     # -- bytes -------------------------------------------------------------------------------------------------------
 
@@ -404,11 +354,11 @@ class Cache:
 
     def _clear(self, digest: str, *, only: str) -> None:
         """Remove something that belongs to no entry, unless it is being filled."""
-        lock = self._lock(digest)
+        lock = self._locks.take(digest)
         if lock is not None:
             if only.endswith((".part", ".json")) or (only == digest and self._record(digest) is None):
                 self._unlink(only)
-            self._unlock(digest, lock)
+            self._locks.release(digest, lock)
 
     def _unlink_stale(self, name: str) -> None:
         with suppress(FileNotFoundError):
@@ -427,7 +377,7 @@ class Cache:
 
     def _evict_one(self, digest: str) -> bool:
         """False when it is in use: being copied, or linked to by a job."""
-        lock = self._lock(digest)
+        lock = self._locks.take(digest)
         if lock is None:
             return False
         try:
@@ -442,7 +392,7 @@ class Cache:
         except (BlockingIOError, FileNotFoundError):
             return False
         finally:
-            self._unlock(digest, lock)
+            self._locks.release(digest, lock)
         return True
 
 
@@ -573,8 +523,13 @@ class Filling:
         if self._lock is not None:
             with suppress(OSError):
                 self._cache._unlink(self._part)
-            self._cache._unlock(self._digest, self._lock)
+            self._cache._locks.release(self._digest, self._lock)
             self._lock = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is done, one way or the other."""
+        return self._lock is None
 
     @property
     def _part(self) -> str:
@@ -627,8 +582,7 @@ def _read_total(accounts: int) -> int | None:
 
 
 def _write_total(accounts: int, total: int) -> None:
-    os.ftruncate(accounts, 0)
-    os.pwrite(accounts, str(max(0, total)).encode(), 0)
+    os.pwrite(accounts, b"%020d" % max(0, total), 0)  # always as long: cutting a file costs more than all else here
 
 
 def _heed_cancellation() -> None:

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import anyio
 from anyio import to_thread
 
 from loadmaster.errors import AlreadyExists, InvalidSite, StagingFailed, StorageError
-from loadmaster.names import local_path
+from loadmaster.names import local_file, local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
-from loadmaster.staging.errand import End, Errand, Outcome, told
+from loadmaster.staging.errand import Errand, Outcome, told
 from loadmaster.staging.files import Incoming, Outgoing, OutgoingPath
 from loadmaster.staging.lanes import Lanes
 from loadmaster.staging.parts import PartOfPath
 from loadmaster.staging.party import Party
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Meter, Overall, report
-from loadmaster.staging.retry import Patience
+from loadmaster.staging.retry import Patience, delay
 from loadmaster.storage.base import (
     Ability,
     Catalog,
     CatalogEntry,
     Direction,
     FileInfo,
+    LocalFile,
     Replica,
     Storage,
     Transfer,
@@ -111,6 +113,27 @@ class Moved:
     attempts: int
 
 
+class _Each:
+    """Errands as they are asked for. Not a generator: one that is left before its end would want to be closed."""
+
+    def __init__(
+        self, wanted: Iterable[Wanted] | AsyncIterable[Wanted], errand: Callable[[Wanted], Awaitable[Errand]]
+    ) -> None:
+        self._later = aiter(wanted) if isinstance(wanted, AsyncIterable) else None
+        self._now = iter(()) if isinstance(wanted, AsyncIterable) else iter(wanted)
+        self._errand = errand
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Errand:
+        if self._later is not None:
+            return await self._errand(await anext(self._later))
+        for wanted in self._now:
+            return await self._errand(wanted)
+        raise StopAsyncIteration
+
+
 class Transfers:
     """The storages and the catalog of a site, ready to move files. Made by `open_transfers`; may serve many jobs."""
 
@@ -170,11 +193,12 @@ class Transfers:
             info, error = (None, outcome) if failed else (outcome, None)
             await ended(Moved(key, info, error, errand.transfers))  # type: ignore[arg-type]
 
+        async def errand(each: Wanted) -> Errand:
+            return await self._take_up(_errand(each, sync, keeps))
+
         errands: Iterable[Errand] | AsyncIterable[Errand]
-        if isinstance(wanted, AsyncIterable):
-            errands = (await self._take_up(_errand(each, sync, keeps)) async for each in wanted)
-        elif keeps:
-            errands = (await self._take_up(_errand(each, sync, keeps)) for each in wanted)
+        if isinstance(wanted, AsyncIterable) or keeps:
+            errands = _Each(wanted, errand)
         else:
             errands = (_errand(each, sync, keeps) for each in wanted)
         await self._run(
@@ -390,7 +414,17 @@ class Transfers:
         if file.lfn is not None and self.catalog is not None:
             replica = Replica(file.url, file.storage_element)
             info = FileInfo(file.size_bytes, Checksum.parse(file.checksum) if file.checksum else None)
-            await self.catalog.register(CatalogEntry(file.lfn, info, (replica,)))
+            entry, failures = CatalogEntry(file.lfn, info, (replica,)), 0
+            while True:  # the file is there: it is not to be lost for a catalog that is busy
+                try:
+                    await self.catalog.register(entry)
+                except StorageError as exc:
+                    failures += 1
+                    if not exc.retryable or failures > self.site.retries:
+                        raise
+                    await anyio.sleep(max(delay(self._patience, failures, random.random), exc.retry_after or 0.0))
+                else:
+                    return
 
     async def _without_those_there(
         self, errands: list[Errand], failed: Callable[[Errand, str], Awaitable[None]], listener: Listener
@@ -532,9 +566,9 @@ def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
     """A download if the target is a file of this machine, else an upload of one."""
     known = {"size_bytes": wanted.size_bytes, "checksum": wanted.checksum}
     if wanted.target.startswith("file://"):
-        end: PartOfPath | OutgoingPath = PartOfPath(local_path(wanted.target), sync=sync, keeps=keeps, **known)  # type: ignore[arg-type]
+        end: PartOfPath | OutgoingPath = PartOfPath(local_file(wanted.target), sync=sync, keeps=keeps, **known)  # type: ignore[arg-type]
         return Errand(wanted.target, Direction.DOWNLOAD, (Replica(wanted.source),), end, key=wanted, **known)  # type: ignore[arg-type]
-    end = OutgoingPath(local_path(wanted.source))
+    end = OutgoingPath(local_file(wanted.source))
     return Errand(wanted.target, Direction.UPLOAD, (Replica(wanted.target),), end, key=wanted, **known)  # type: ignore[arg-type]
 
 
@@ -543,7 +577,7 @@ def _sizes(workdir: Workdir, names: Iterable[str]) -> list[int | None]:
     return [workdir.seen_size(name) for name in names]
 
 
-def _read_through(end: End, algorithm: str) -> FileInfo:
+def _read_through(end: LocalFile, algorithm: str) -> FileInfo:
     with translated(WORK_DIRECTORY):
         descriptor = end.open()
         try:

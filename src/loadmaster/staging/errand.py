@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final, Protocol, TypeAlias
 
 from loadmaster.errors import StorageError
@@ -88,7 +89,9 @@ class Errand:
         """The road it takes now."""
         replica = self.replica
         scheme, _, rest = replica.url.partition("://")
-        return Road(self.direction, scheme, replica.storage_element or f"{scheme}://{rest.partition('/')[0]}")
+        return _road(
+            self.direction, scheme, replica.storage_element or rest.partition("/")[0], not replica.storage_element
+        )
 
     @property
     def urgency(self) -> tuple[int, int]:
@@ -99,6 +102,12 @@ class Errand:
     def weight(self) -> int:
         """How much it fills a batch."""
         return UNKNOWN_BYTES if self.size_bytes is None else self.size_bytes
+
+
+@lru_cache(maxsize=256)
+def _road(direction: Direction, scheme: str, element: str, is_host: bool) -> Road:
+    """The same object for the same words: it is looked up for each file."""
+    return Road(direction, scheme, f"{scheme}://{element}" if is_host else element)
 
 
 Outcome: TypeAlias = FileInfo | StorageError
@@ -113,6 +122,13 @@ class Moving(Transfer):
     mark_bytes: int = 0
     mark_time: float = 0.0
     """How far it had come when it was last looked at, and when that was."""
+    parts: list[Transfer] = field(default_factory=list)
+    """What it is moved as, while it is moved as several at once."""
+
+    @property
+    def so_far_bytes(self) -> int:
+        """How many bytes have passed, in all its parts."""
+        return self.done_bytes + sum(part.done_bytes for part in self.parts)
 
 
 def told(errand: Errand, last: StorageError) -> str:

@@ -45,7 +45,7 @@ class PartOfPath:
 
     def __init__(
         self,
-        path: Path,
+        path: Path | str,
         *,
         size_bytes: int | None = None,
         checksum: Checksum | None = None,
@@ -54,7 +54,9 @@ class PartOfPath:
     ) -> None:
         """`sync`: whether it is on the disk, and not only on its way there, when it gets its name. `keeps`: whether what
         has come in stays for another run, should this one not finish it."""
-        self._path, self._part = str(path), str(path.parent / part_name(path.name))
+        self._path = str(path)
+        folder, _, name = self._path.rpartition("/")
+        self._part = f"{folder}/{part_name(name)}" if folder or self._path.startswith("/") else part_name(name)
         self._sync, self._wrong = sync, False
         self._mine = False
         """Whether what is beside it was written by us, and not by another process that is at it now."""

@@ -26,6 +26,7 @@ from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
 from loadmaster.staging.errand import BATCH_BYTES, BATCH_FILES, Errand, Moving, Outcome
 from loadmaster.staging.lanes import Lanes, Road
 from loadmaster.staging.retry import Course, Patience, Step
+from loadmaster.staging.split import move_in_parts, parts_of
 from loadmaster.storage.base import Ability, Direction, FileInfo, Storage, Transfer
 from loadmaster.tasks import single_error
 
@@ -236,7 +237,12 @@ class Party:
                         self._failed(errand, exc)
                     return
                 transfers = [self._transfer(errand, storage, number) for errand in batch]
-                await storage.move(transfers, self._on_end)
+                count = self._parts(transfers, storage)
+                if count > 1:
+                    await move_in_parts(storage, transfers[0], transfers[0].parts, count)
+                    self._on_end(transfers)
+                else:
+                    await storage.move(transfers, self._on_end)
             if not transfers:
                 self._queue_all(batch)
             for transfer in [transfer for transfer in transfers if transfer in self.moving]:
@@ -255,6 +261,13 @@ class Party:
             del self._batches[number]
             self._lanes.release(road)
             self._changed.set()
+
+    def _parts(self, transfers: Sequence[Moving], storage: Storage) -> int:
+        """In how many parts a file comes that is alone: while others wait for a lane, streams are not lacking work."""
+        if len(transfers) != 1 or self._queued:
+            return 1
+        limit = self._lanes.limit(_errand(transfers[0]).road.element)
+        return parts_of(transfers[0], storage, self._lanes.streams if limit is None else 1)
 
     def _queue_all(self, errands: Iterable[Errand]) -> None:
         for errand in errands:
@@ -301,7 +314,7 @@ class Party:
     def _drop(self, transfer: Moving) -> None:
         _errand(transfer).moving = None
         if self.moving.pop(transfer, None) is not None and isinstance(transfer.result, FileInfo):
-            self.done_bytes += transfer.done_bytes
+            self.done_bytes += transfer.first_byte + transfer.done_bytes
 
     def _failed(self, errand: Errand, error: StorageError, transfer: Moving | None = None) -> None:
         """Try again, elsewhere or later, or end it."""
@@ -367,14 +380,14 @@ class Party:
                 self._look_at(transfer, number, now)
 
     def _look_at(self, transfer: Moving, number: int, now: float) -> None:
-        passed, seconds = transfer.done_bytes - transfer.mark_bytes, now - transfer.mark_time
+        passed, seconds = transfer.so_far_bytes - transfer.mark_bytes, now - transfer.mark_time
         if transfer.given_up:
             if seconds > GIVE_UP_SECONDS and number in self._batches:
                 self._batches[number].cancel()
         elif not transfer.begun and transfer.done_bytes == 0:  # waits inside the storage
             transfer.mark_time = now
         elif seconds >= self._stall_seconds:
-            transfer.mark_bytes, transfer.mark_time = transfer.done_bytes, now
+            transfer.mark_bytes, transfer.mark_time = transfer.so_far_bytes, now
             if passed < SLOW_BYTES_PER_SECOND * seconds:
                 transfer.give_up()
 

@@ -46,7 +46,7 @@ class Meter:
     def look(self, now: float) -> Overall:
         """How far it is."""
         party = self._party
-        passing = sum(transfer.first_byte + transfer.done_bytes for transfer in party.moving)
+        passing = sum(transfer.first_byte + transfer.so_far_bytes for transfer in party.moving)
         done = party.done_bytes + passing
         self._looks.append((now, done))
         (begun, before), seconds = self._looks[0], now - self._looks[0][0]
@@ -64,6 +64,6 @@ async def report(party: Party, meter: Meter, one: Callable[..., None] | None, al
         if one is not None:
             for transfer in party.moving:
                 if transfer.errand is not None and transfer.begun:
-                    done = transfer.first_byte + transfer.done_bytes
+                    done = transfer.first_byte + transfer.so_far_bytes
                     one(transfer.errand.name, transfer.url, done, transfer.errand.size_bytes)
         all_(meter.look(anyio.current_time()))

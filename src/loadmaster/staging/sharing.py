@@ -104,6 +104,17 @@ class Sharing:
         if not isinstance(filling, Filling):
             return outcome
         try:
+            # A small one was given to the cache and the job in the storage's thread already, if there was room for both.
+            if not filling.closed or isinstance(outcome, NoSpace):
+                return await self._settled(filling, outcome)
+        finally:
+            self._held.discard(filling)
+            self._fetches.pop(filling, None)
+            self._freed.set()
+        return outcome
+
+    async def _settled(self, filling: Filling, outcome: Outcome) -> Outcome | None:
+        try:
             if isinstance(outcome, FileInfo):
                 with translated(WORK_DIRECTORY):
                     await to_thread.run_sync(filling.finish)
@@ -116,11 +127,9 @@ class Sharing:
         except StorageError as exc:
             return exc
         finally:
-            with anyio.move_on_after(CLOSING_SECONDS, shield=True):
-                await to_thread.run_sync(filling.close)
-            self._held.discard(filling)
-            self._fetches.pop(filling, None)
-            self._freed.set()
+            if not filling.closed:
+                with anyio.move_on_after(CLOSING_SECONDS, shield=True):
+                    await to_thread.run_sync(filling.close)
         return outcome
 
     async def close(self) -> None:

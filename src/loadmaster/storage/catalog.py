@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -84,11 +84,19 @@ class SqliteCatalog:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection, connection:
                     connection.executescript(_SCHEMA)
+                    _renew(connection)
                     return work(connection)
             except (sqlite3.Error, OSError) as exc:
                 raise StorageUnavailable(str(self.path), f"the catalog cannot be used: {exc}") from exc
 
         return await to_thread.run_sync(job)
+
+
+def _renew(connection: sqlite3.Connection) -> None:
+    """The first release had a column for one algorithm; its values are read as they are."""
+    if any(column[1] == "adler32" for column in connection.execute("PRAGMA table_info(files)")):
+        with suppress(sqlite3.OperationalError):  # another process was faster
+            connection.execute("ALTER TABLE files RENAME COLUMN adler32 TO checksum")
 
 
 def _info(size_bytes: int, checksum: str | None) -> FileInfo:

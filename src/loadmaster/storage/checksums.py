@@ -136,6 +136,14 @@ def combined(first: Checksum, second: Checksum, second_bytes: int) -> Checksum:
     return Checksum(first.algorithm, f"{combine(one, two, second_bytes):08x}")
 
 
+def continuing(checksum: Checksum) -> Running:
+    """One that has the bytes of this checksum already. Raises ValueError if there is no way to go on from it."""
+    if checksum.algorithm not in COMBINABLE:
+        raise ValueError(f"{checksum.algorithm}: cannot be continued from its digits")
+    function = _adler32() if checksum.algorithm == "adler32" else _crc32c()
+    return _Cyclic(checksum.algorithm, function, int(checksum.digits, 16))
+
+
 _ADLER_BASE: Final = 65521
 
 

@@ -344,6 +344,7 @@ class CurlThread:
         self._orders: deque[_Call[Item]] = deque()
         self._wake = -1
         self._closing = False
+        self._closed = False
         self._look = False
 
     def __repr__(self) -> str:
@@ -355,8 +356,10 @@ class CurlThread:
         """Run a script for each; `ended` is called in the event loop's thread with those that have ended.
 
         A script that is cancelled has `GivenUp` thrown into it and may still tidy up, in bounded time. What a
-        script raises is raised here.
+        script raises is raised here. Raises `anyio.ClosedResourceError` after the end.
         """
+        if self._closed:
+            raise anyio.ClosedResourceError
         if not items:
             return
         call = _Call(items, lane, script)
@@ -389,6 +392,7 @@ class CurlThread:
 
     async def close(self) -> None:
         """End the thread, also while transfers hang: their scripts are closed where they stand."""
+        self._closed = True
         thread = self._thread
         if thread is not None:
             self._closing = True

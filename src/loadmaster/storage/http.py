@@ -46,6 +46,9 @@ V = TypeVar("V")
 SMALL_BYTES: Final = 1024 * 1024
 """Up to this size a download does not ask for what only a resumed one needs, and an upload does not ask for leave."""
 
+WRITE_BYTES: Final = 256 * 1024
+"""libcurl hands over 16 KiB at a time; so much is written at once. It stays in a core's cache."""
+
 QUESTIONS_AT_ONCE: Final = 8
 """Questions (size, removal) beside the transfers."""
 
@@ -94,10 +97,12 @@ class HttpWords(CommonWords):
 class Target:
     """A local file that the body of an answer goes to."""
 
-    __slots__ = ("_descriptor", "_limit", "_offset", "_passed", "_transfer")
+    __slots__ = ("_descriptor", "_held", "_limit", "_offset", "_passed", "_pieces", "_transfer")
 
     def __init__(self, transfer: Transfer, descriptor: int) -> None:
         self._transfer, self._descriptor = transfer, descriptor
+        self._pieces: list[bytes] = []
+        self._held = 0
         self._passed: Running = transfer.begin()
         self._offset = transfer.first_byte
         end = transfer.size_bytes if transfer.last_byte is None else transfer.last_byte + 1
@@ -109,15 +114,27 @@ class Target:
 
     def write(self, data: bytes) -> None:
         """Checksum and write. Raises `ChecksumMismatch` for more than there should be: a disk is not to be filled by it."""
-        end = self._offset + len(data)
-        if self._limit is not None and end > self._limit:
+        size = len(data)
+        if self._limit is not None and self._offset + self._held + size > self._limit:
             raise ChecksumMismatch(visible(self._transfer.url), f"sends more than the {self._limit} bytes expected")
         self._passed.update(data)
-        written = os.pwrite(self._descriptor, data, self._offset)
-        while written < len(data):
-            written += os.pwrite(self._descriptor, memoryview(data)[written:], self._offset + written)
-        self._offset = end
-        self._transfer.done_bytes += len(data)
+        self._pieces.append(data)
+        self._held += size
+        self._transfer.done_bytes += size
+        if self._held >= WRITE_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is held."""
+        if self._held:
+            written = os.pwritev(self._descriptor, self._pieces, self._offset)
+            if written < self._held:
+                rest = memoryview(b"".join(self._pieces))
+                while written < self._held:
+                    written += os.pwrite(self._descriptor, rest[written:], self._offset + written)
+            self._offset += self._held
+            self._held = 0
+            self._pieces.clear()
 
 
 class Origin:
@@ -267,6 +284,7 @@ class CurlStorage:
                 extra += (f"If-Match: {transfer.version}",)
         target = Target(transfer, descriptor)
         reply = yield from self._send("GET", transfer.url, extra=extra, sink=target, wants_headers=careful)
+        target.flush()
         if not target.accept(reply.status):
             if part and reply.status == 200:
                 raise StorageUnavailable(visible(transfer.url), "the server gives no parts of files")

@@ -212,6 +212,10 @@ class Objects:
     def __repr__(self) -> str:
         return f"<Objects {self._scheme}>"
 
+    def forget(self) -> None:
+        """Let go of the buckets, and of the connections to them."""
+        self._buckets.clear()
+
     async def stat(self, url: str) -> FileInfo:
         """The size, and the checksum if the object's metadata has one of ours."""
         bucket, key = self._place(url)
@@ -230,6 +234,8 @@ class Objects:
         """The object, or a part of it that is still of the same version."""
         bucket, key = self._place(url)
         passed, first = transfer.begin(), transfer.first_byte
+        if _is_small(transfer):
+            return await self._download_small(url, target, transfer)
         options: GetOptions = {}
         if transfer.last_byte is not None:
             options["range"] = (first, transfer.last_byte + 1)
@@ -248,13 +254,27 @@ class Objects:
             while (data := await anext(stream, None)) is not None:
                 block = memoryview(data)
                 if offset + len(block) > end:
-                    raise ChecksumMismatch(visible(url), f"sends more than the {end - start} bytes announced")
+                    raise ChecksumMismatch(_shown(url), f"sends more than the {end - start} bytes announced")
                 passed.update(block)
                 write_at(target, block, offset)
                 offset += len(block)
                 transfer.done_bytes = offset - start
         if offset != end:
-            raise StorageUnavailable(visible(url), f"ended after {offset - start} of {end - start} bytes")
+            raise StorageUnavailable(_shown(url), f"ended after {offset - start} of {end - start} bytes")
+        return transfer.info()
+
+    async def _download_small(self, url: str, target: int, transfer: Transfer) -> FileInfo:
+        """In one wait, which costs half as much; a byte more is asked for than there should be."""
+        bucket, key = self._place(url)
+        size = transfer.size_bytes or 0
+        with understood(url):
+            data = memoryview(await obstore.get_range_async(bucket, key, start=0, length=size + 1))
+        if len(data) != size:
+            has = f"more than {size}" if len(data) > size else f"{len(data)}"
+            raise ChecksumMismatch(_shown(url), f"has {has} bytes, not the {size} expected")
+        transfer.begin().update(data)
+        write_at(target, data, 0)
+        transfer.done_bytes = size
         return transfer.info()
 
     async def upload(self, source: int, url: str, transfer: Transfer) -> FileInfo:
@@ -284,11 +304,11 @@ class Objects:
     def _check_answer(self, url: str, transfer: Transfer, meta: Mapping[str, Any], start: int) -> None:
         """Whether it is what was asked for. More than is expected is not let onto the disk."""
         if start != transfer.first_byte:
-            raise StorageUnavailable(visible(url), f"was asked from byte {transfer.first_byte}, answers from {start}")
+            raise StorageUnavailable(_shown(url), f"was asked from byte {transfer.first_byte}, answers from {start}")
         if transfer.version is not None and meta["e_tag"] != transfer.version:
-            raise StorageUnavailable(visible(url), "has changed meanwhile")
+            raise StorageUnavailable(_shown(url), "has changed meanwhile")
         if transfer.size_bytes is not None and meta["size"] > transfer.size_bytes:
-            raise ChecksumMismatch(visible(url), f"has {meta['size']} bytes, not the {transfer.size_bytes} expected")
+            raise ChecksumMismatch(_shown(url), f"has {meta['size']} bytes, not the {transfer.size_bytes} expected")
 
     def _place(self, url: str) -> tuple[Any, str]:
         """The bucket and the key a URL names."""
@@ -296,9 +316,9 @@ class Objects:
             parts = urlsplit(url, allow_fragments=False)
             key = unquote(parts.path.removeprefix("/"), errors="strict")
         except ValueError:
-            raise StorageError(visible(url), "no URL of an object: not UTF-8, or no proper host") from None
+            raise StorageError(_shown(url), "no URL of an object: not UTF-8, or no proper host") from None
         if parts.query or not {"", ".", ".."}.isdisjoint(key.split("/")):
-            raise StorageError(visible(url), "no URL of an object: it has a query, or an empty part, or . or .. as one")
+            raise StorageError(_shown(url), "no URL of an object: it has a query, or an empty part, or . or .. as one")
         name, _, host = parts.netloc.partition("@")
         account = host.partition(".")[0] or None
         if (bucket := self._buckets.get((name, account))) is None:
@@ -319,7 +339,13 @@ class Objects:
             # Retrying is the engine's, which holds no lane meanwhile.
             return words.bucket(name, account, {"client_options": client, "retry_config": {"max_retries": 0}})
         except (exceptions.BaseError, OSError, ValueError, TypeError) as exc:
-            raise StorageError(visible(url), f"[storage.{self._scheme}] cannot be used: {_told(exc)}") from None
+            raise StorageError(_shown(url), f"[storage.{self._scheme}] cannot be used: {_told(exc)}") from None
+
+
+def _is_small(transfer: Transfer) -> bool:
+    """A whole file of a size we know, not so large that it had better come in blocks. An empty one has no ranges."""
+    whole = transfer.first_byte == 0 and transfer.last_byte is None and transfer.version is None
+    return whole and transfer.size_bytes is not None and 0 < transfer.size_bytes <= BLOCK_BYTES
 
 
 class _Parts:
@@ -361,6 +387,18 @@ def _checksum_in(attributes: Mapping[Any, str]) -> Checksum | None:
         return None
 
 
+def _shown(url: str) -> str:
+    """The URL without what may be a secret; what stands before the host of abfs:// is a container."""
+    plain = visible(url)
+    scheme, _, rest = url.partition("://")
+    container, at, _ = rest.partition("/")[0].partition("@")
+    return (
+        plain.replace("://", f"://{container}@", 1)
+        if at and scheme.startswith("abfs") and ":" not in container
+        else plain
+    )
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -375,7 +413,7 @@ def understood(url: str, parts: _Parts | None = None) -> Iterator[None]:
         exc.__traceback__ = None  # likewise
         if parts is not None and parts.error is not None:
             raise parts.error from None
-        raise _error(visible(url), exc) from None
+        raise _error(_shown(url), exc) from None
 
 
 def _error(name: str, exc: Exception) -> StorageError:
@@ -433,6 +471,7 @@ class _Factory:
             yield storage
         finally:
             await storage.close()
+            objects.forget()
 
 
 ABILITIES: Final = Ability.RANGES | Ability.MULTIPART
