@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -27,11 +29,13 @@ from loadmaster import (
     run_job,
 )
 from loadmaster.errors import NotFound
-from loadmaster.events import FileStagedIn, PayloadStarted
+from loadmaster.events import FileStagedIn, FileStagedOut, PayloadStarted
+from loadmaster.notices import Notices
 from loadmaster.result import EndedBy, Phase
 from loadmaster.storage.base import Transfer
 from loadmaster.testing import Faults, MemoryStorage
 from servers import Server, moto, nginx
+from test_cancellation import Countdown, counting
 
 
 def early(*patterns: str, **words: Any) -> dict[str, Any]:
@@ -118,6 +122,35 @@ async def test_nothing_is_left_at_the_storage_when_the_host_leaves(fly: Fly, out
             await appears(lambda: len(parts(out)) == 1)
             group.cancel_scope.cancel()
     assert [path for path in out.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.timeout(240)
+async def test_cancelling_at_any_await_leaves_nothing_or_a_whole_file(root: Path, out: Path) -> None:
+    """An output on its way, a late input on its way, and the host leaves. The payload ends when both are there."""
+    script = f"""
+        echo x > a.dat
+        for i in $(seq 500); do [ -e late.dat ] && ls {out}/.*.part 2>/dev/null && exit 0; sleep 0.01; done; exit 1
+    """
+    for step in count(1):
+        storage = MemoryStorage({"memory://se/late": b"late\n"})
+        handle = JobHandle()
+        job = JobDescription(**sh(script), input_data=[late("memory://se/late")], **early("a.dat"))
+        countdown = Countdown(step, lambda: scope.cancel())
+        with anyio.CancelScope() as scope, counting(countdown):
+            async with open_transfers(Site(output_directory=str(out)), storages={"memory": storage}) as transfers:
+                await run_job(job, transfers=transfers, root=root, handle=handle)
+        assert await to_thread.run_sync(parts, out) == []
+        found = await to_thread.run_sync(whole, out)
+        told = [event.file.name for event in await history(handle) if isinstance(event, FileStagedOut)]
+        assert found in ({}, {"a.dat": "x\n"})
+        assert set(told) <= found.keys()
+        assert await to_thread.run_sync(os.listdir, root) == []
+        await to_thread.run_sync(shutil.rmtree, out, True)
+        if not countdown.reached:
+            break
+    assert handle.result is not None
+    assert (handle.result.status, found) == (Status.DONE, {"a.dat": "x\n"})
+    assert step > 60
 
 
 async def test_nothing_is_left_of_an_upload_that_is_under_way_when_the_job_is_killed(fly: Fly, out: Path) -> None:
@@ -336,6 +369,22 @@ async def test_what_cannot_be_removed_is_told_and_fails_nothing(root: Path, capl
     assert result.status is Status.FAILED
     assert [name.endswith(".part") for name in memory.files] == [True]
     assert "is left there" in caplog.text
+
+
+async def test_where_nothing_can_be_watched_outputs_leave_after_the_payload(
+    fly: Fly, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The user's queues are all taken by others."""
+    seen: list[Any] = []
+    look = looking(lambda: len(parts(out)), seen)
+    with ExitStack() as others:
+        with suppress(OSError):
+            for _ in range(10_000):
+                others.enter_context(Notices())
+            pytest.skip("there is no end of queues here")
+        result = await fly({"coordinator": look}, **sh("echo x > a.dat; sleep 0.3"), **early("a.dat"))
+    assert (result.status, seen, whole(out)) == (Status.DONE, [0], {"a.dat": "x\n"})
+    assert "cannot be watched" in caplog.text
 
 
 async def test_a_coordinator_that_delivers_its_own_way_leaves_nothing_behind(fly: Fly, out: Path) -> None:
