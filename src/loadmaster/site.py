@@ -57,6 +57,10 @@ class Site(BaseModel):
     default_se: Names = ()
     failover_se: Names = ()
     sandbox_store: Place | None = None
+    sandbox_format: Literal["files", "tar.bz2", "tar.zst"] = "files"
+    """What an output sandbox goes out as: its files one by one, or all of them in one archive, flat, as DIRAC's does."""
+    sandbox_limit_bytes: int = Field(default=10 * 1024**2, ge=1)
+    """The largest archive the sandbox_store takes (the default is DIRAC's); a larger one goes to grid storage."""
     output_directory: Place | None = None
     """Where outputs go that have no other target, and sandboxes if there is no store for them. Jobs that share it
     overwrite each other's, unless it has `{job_id}` in it."""

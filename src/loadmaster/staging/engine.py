@@ -238,13 +238,14 @@ class Transfers:
         if not deliveries:
             return
         problems: list[str] = []
-        sizes = await to_thread.run_sync(_sizes, workdir, [delivery.name for delivery in deliveries])
+        files = [delivery.file or delivery.name for delivery in deliveries]
+        sizes = await to_thread.run_sync(_sizes, workdir, files)
         errands = [
             Errand(
-                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, delivery.name),
+                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, file),
                 delivery.failover, size_bytes=size, lfn=delivery.lfn,
             )
-            for delivery, size in zip(deliveries, sizes, strict=True)
+            for delivery, file, size in zip(deliveries, files, sizes, strict=True)
         ]  # fmt: skip
 
         async def failed(errand: Errand, reason: str) -> None:
@@ -431,6 +432,8 @@ async def open_transfers(
         from loadmaster.storage.catalog import SqliteCatalog  # with sqlite3, loaded when used
 
         catalog = SqliteCatalog(local_path(site.catalog))
+    if site.sandbox_format == "tar.zst":
+        await to_thread.run_sync(_check_zstd)
     with single_error():
         async with anyio.create_task_group() as group:
             kinds = Storages(group, storages or {}, site.storage, site.streams)
@@ -452,6 +455,16 @@ def _open_cache(site: Site) -> Cache | None:
     from loadmaster.staging.cache import Cache  # loaded when used
 
     return Cache(local_path(site.cache), site.cache_bytes, link=site.cache_link)
+
+
+def _check_zstd() -> None:
+    """Raises `InvalidSite` now, and not when there are outputs to be packed."""
+    from loadmaster.staging.archives import Refused, zstd_library  # with all its compressors, loaded when used
+
+    try:
+        zstd_library()
+    except Refused as exc:
+        raise InvalidSite(f"sandbox_format: {exc}") from exc
 
 
 def _inbound(fetch: Fetch, end: Incoming) -> Errand:
