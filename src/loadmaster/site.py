@@ -24,7 +24,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from loadmaster.description import LocalName, MaybeComponent, Names, complaints
 from loadmaster.errors import InvalidSite
@@ -90,6 +99,13 @@ class Site(BaseModel):
     """How a job is given a file: "copy" (one of its own, sharing its blocks where the file system can) or "hard" (the same
     for all jobs, read-only: no space, but it is read through each time, for a job may have written to it)."""
 
+    _file: str = PrivateAttr(default="")
+
+    @property
+    def file(self) -> str:
+        """Where it was read from, for the words of errors; empty for a site that was made up."""
+        return self._file
+
     @model_validator(mode="after")
     def _known_elements(self) -> Self:
         for field in ("default_se", "failover_se"):
@@ -105,10 +121,12 @@ class Site(BaseModel):
 
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
-            return cls.model_validate(data, context={"base": path.absolute().parent})
+            site = cls.model_validate(data, context={"base": path.absolute().parent})
         except OSError as exc:
             raise InvalidSite(f"{path}: {exc.strerror}") from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise InvalidSite(f"{path}: not TOML: {exc}") from exc
         except ValidationError as exc:
             raise InvalidSite(f"{path}: " + "; ".join(complaints(exc))) from exc
+        site._file = str(path)
+        return site

@@ -131,8 +131,18 @@ class Transfers:
         return f"<Transfers {self.site.name or 'local'}: {self._storages!r}>"
 
     async def storage(self, url: str) -> Storage:
-        """The storage a URL is for, opened if need be. Raises `StorageError` when there is none."""
+        """The storage a URL is for, opened if need be. Raises `StorageError` when there is none.
+
+        `InvalidSite` when it does not understand what the site says of it. Files that are on their way there fail for it
+        one by one, as for any other error: who shares the transfers has files of other kinds too.
+        """
         return await self._storages.for_url(url)
+
+    async def _storage(self, url: str) -> Storage:
+        try:
+            return await self.storage(url)
+        except InvalidSite as exc:
+            raise StorageError(url, str(exc)) from exc
 
     async def lookup(self, lfns: Sequence[str]) -> Mapping[str, CatalogEntry]:
         """What the catalog knows of these; nothing when there is no catalog. Raises `StagingFailed`."""
@@ -190,7 +200,7 @@ class Transfers:
         end = errand.end
         if isinstance(end, PartOfPath) and end.keeps and errand.checksum is not None and end.is_worth_it:
             try:
-                storage = await self.storage(errand.replica.url)
+                storage = await self._storage(errand.replica.url)
             except StorageError:
                 return errand
             if Ability.RANGES in storage.abilities:
@@ -322,7 +332,7 @@ class Transfers:
             errands,
             arrived,
             lanes=self._lanes,
-            storage=self.storage,
+            storage=self._storage,
             patience=self._patience,
             stall_seconds=self.site.stall_seconds,
             tellers=tellers,
@@ -413,7 +423,7 @@ class Transfers:
     async def _has(self, place: Replica, size_bytes: int) -> bool:
         """Whether a replica is really there: a catalog may know of files that storage has lost."""
         try:
-            return (await (await self.storage(place.url)).stat(place.url)).size_bytes == size_bytes
+            return (await (await self._storage(place.url)).stat(place.url)).size_bytes == size_bytes
         except StorageError:
             return False
 
@@ -436,7 +446,7 @@ async def open_transfers(
         await to_thread.run_sync(_check_zstd)
     with single_error():
         async with anyio.create_task_group() as group:
-            kinds = Storages(group, storages or {}, site.storage, site.streams)
+            kinds = Storages(group, storages or {}, site.storage, site.streams, site.file)
             cache = await to_thread.run_sync(_open_cache, site)
             try:
                 yield Transfers(site, kinds, catalog, cache)
