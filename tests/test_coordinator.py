@@ -24,6 +24,7 @@ from following import Signpost, history, kinds
 from loadmaster import (
     ComputingElement,
     HoldJob,
+    InvalidSite,
     JobDescription,
     JobError,
     JobExecutionCoordinator,
@@ -40,6 +41,7 @@ from loadmaster import (
 from loadmaster.events import OutputMissing
 from loadmaster.hooks import BLOCKED_SECONDS
 from loadmaster.result import Failure, Phase
+from loadmaster.staging import archives
 
 PHASES = {
     "stageIn": Phase.STAGE_IN,
@@ -626,6 +628,41 @@ async def test_a_directory_for_outputs_takes_archives_of_any_size(fly: Fly, tmp_
     result = await fly({"site": site}, **sh("echo hi"), **LOGS)
     assert result.status is Status.DONE
     assert unpacked(*out.iterdir()) == {"std.out": b"hi\n"}
+
+
+async def test_an_archive_may_be_of_zstd_and_its_library_is_missed_before_there_are_outputs(
+    fly: Fly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setattr(archives, "_zstd", lambda: None)
+        with pytest.raises(InvalidSite, match=r"^sandbox_format: zstd takes .* pip install loadmaster\[zstd\]$"):
+            await fly({"site": packing(tmp_path, sandbox_format="tar.zst")}, **sh("echo hi"), **LOGS)
+    if archives._zstd() is None:
+        pytest.skip("zstd is not installed")
+    result = await fly({"site": packing(tmp_path, sandbox_format="tar.zst")}, **sh("echo hi"), **LOGS)
+    assert result.status is Status.DONE
+    (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+    with tarfile.open(fileobj=io.BytesIO(archives.zstd_library().decompress(archive.read_bytes()))) as tar:
+        assert tar.getnames() == ["std.out"]
+
+
+async def test_a_killed_jobs_sandbox_is_an_archive_too(fly: Fly, tmp_path: Path) -> None:
+    class Killed(JobExecutionCoordinator):
+        async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec:
+            self.job.start_soon(self.kill)
+            return PayloadSpec(command=command, env=exeEnv)
+
+        async def kill(self) -> None:
+            while await self.job.peek() != ["hi"]:
+                await anyio.sleep(0.002)
+            handle.kill("enough")
+
+    handle = JobHandle()
+    options = {"site": packing(tmp_path), "handle": handle, "coordinator": Killed}
+    result = await fly(options, **sh("echo hi; sleep 60"), **{**LOGS, "output_sandbox": ["std.out"]})
+    assert result.status is Status.KILLED
+    (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+    assert unpacked(archive) == {"std.out": b"hi\n"}
 
 
 async def test_a_zip_archive_among_the_inputs_stays_packed(fly: Fly, tmp_path: Path, out: Path) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from anyio import to_thread
 
-from loadmaster.description import InputFile, JobDescription
+from loadmaster.description import JobDescription
 from loadmaster.errors import InvalidSite, StagingFailed, StorageError
-from loadmaster.names import local_file, local_path, shown
+from loadmaster.names import local_file, shown
 from loadmaster.staging.engine import Transfers
 from loadmaster.staging.plan import Fetch, lfns_of, plan_fetches
-from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
+from loadmaster.storage.base import FileInfo, Replica
 from loadmaster.storage.local import translated
 from loadmaster.tasks import for_each
 
@@ -46,7 +45,7 @@ async def ask_for_inputs(job: JobDescription, transfers: Transfers, *, online: b
     fetches: list[tuple[str, Fetch]] = []
     for field, files in (("input_sandbox", job.input_sandbox), ("input_data", job.input_data)):
         try:
-            known = await _known(files, transfers)
+            known = await transfers.lookup(lfns_of(files))
         except StagingFailed as exc:
             problems.append(f"{field}: {exc}")
             continue
@@ -57,14 +56,6 @@ async def ask_for_inputs(job: JobDescription, transfers: Transfers, *, online: b
                 problems += [f"{field}: {problem}" for problem in exc.problems]
     await for_each(fetches, one, transfers.site.streams)
     return Inquiry(tuple(problems), not_asked)
-
-
-async def _known(files: Sequence[InputFile], transfers: Transfers) -> Mapping[str, CatalogEntry]:
-    """What the catalog says; one that is not there yet is not made. Raises `StagingFailed`."""
-    catalog = transfers.site.catalog
-    if catalog is not None and not await to_thread.run_sync(os.path.exists, local_path(catalog)):
-        return {}
-    return await transfers.lookup(lfns_of(files))
 
 
 async def _answer(fetch: Fetch, replica: Replica, transfers: Transfers, online: bool) -> FileInfo | str | None:
