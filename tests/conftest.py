@@ -119,6 +119,18 @@ def _children() -> set[int]:
     return found
 
 
+SERVED = ("test_curl.py", "test_objects.py", "test_xrootd.py", "test_storage.py", "test_early.py", "test_watch.py")
+"""Of these files' tests uvloop's are part of the long run only: their storages have threads of their own, whichever loop
+waits for them, and the run has to be over in ten minutes on two cores."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave uvloop out where asyncio and trio tell as much."""
+    for item in items:
+        if item.path.name in SERVED and "uvloop" in item.name:
+            item.add_marker(pytest.mark.long)
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
     """Where work directories are made; empty again at the end of the test."""

@@ -231,6 +231,24 @@ def test_check_refuses_what_run_would_refuse(shell: Shell) -> None:
     assert shell.run({"Executable": ""}, command="check").returncode == 1
 
 
+def test_check_names_every_input_that_cannot_be_found(shell: Shell) -> None:
+    (shell.directory / "there").write_text("cargo")
+    inputs = ["there", "gone", "LFN:/vo/a", "https://host.invalid/b"]
+    done = shell.run(sh("true", InputData=inputs, InputSandbox=["also gone"]), command="check")
+    assert done.returncode == 1
+    assert set(done.stderr.splitlines()) == {
+        "1 of the inputs are at servers, which were not asked: --online does",
+        "job.json: input_data: LFN:/vo/a: needs a catalog: give a site configuration",
+        f"job.json: input_data: {shell.directory}/gone: No such file or directory",
+        f"job.json: input_sandbox: {shell.directory}/also gone: No such file or directory",
+    }
+    done = shell.run(sh("true", InputData=["there", "https://host.invalid/b"]), command="check")
+    assert done.returncode == 0
+    done = shell.run(sh("true", InputData=["there", "https://127.0.0.1:1/b"]), "--online", command="check")
+    assert done.returncode == 1
+    assert "https://127.0.0.1:1/b: " in done.stderr
+
+
 def test_a_live_display_works_on_a_terminal(shell: Shell) -> None:
     pytest.importorskip("rich")
     (shell.directory / "job.json").write_text(json.dumps(sh("sleep 1.5", InputData=[__file__])))

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import bz2
+import hashlib
+import io
 import os
+import tarfile
 import time
+import zipfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +24,7 @@ from following import Signpost, history, kinds
 from loadmaster import (
     ComputingElement,
     HoldJob,
+    InvalidSite,
     JobDescription,
     JobError,
     JobExecutionCoordinator,
@@ -28,11 +34,14 @@ from loadmaster import (
     PayloadSpec,
     RescheduleJob,
     RetryHook,
+    Site,
     SkipPayload,
     Status,
 )
+from loadmaster.events import OutputMissing
 from loadmaster.hooks import BLOCKED_SECONDS
 from loadmaster.result import Failure, Phase
+from loadmaster.staging import archives
 
 PHASES = {
     "stageIn": Phase.STAGE_IN,
@@ -493,3 +502,173 @@ async def test_hooks_of_different_jobs_run_side_by_side(fly: Fly) -> None:
         for _ in range(2):
             tg.start_soon(fly, {"coordinator": Meets})
     assert len(set(met)) == 2
+
+
+# -- the output sandbox in one archive -------------------------------------------------------------------------------
+
+
+def packing(tmp_path: Path, **words: Any) -> Site:
+    """A site with a place for archives, and a storage element."""
+    return Site(
+        **{
+            "sandbox_format": "tar.bz2",
+            "sandbox_store": str(tmp_path / "sandboxes"),
+            "storage_elements": {"DISK": str(tmp_path / "disk")},
+            "default_se": ["DISK"],
+            "vo": "vo",
+            **words,
+        }
+    )
+
+
+def unpacked(path: Path) -> dict[str, bytes]:
+    """What is in an archive, whose name is the checksum of it."""
+    data = path.read_bytes()
+    assert path.name == f"{hashlib.md5(data).hexdigest()}.tar.bz2"
+    with tarfile.open(fileobj=io.BytesIO(bz2.decompress(data))) as tar:
+        return {info.name: getattr(tar.extractfile(info), "read", bytes)() for info in tar}
+
+
+LOGS = {"job_id": "7", "owner": "ada", "output_sandbox": ["std.out", "d", "l/*.log", "none"]}
+
+
+class SandboxFirst(JobExecutionCoordinator):
+    async def stageOut(self) -> None:
+        await self.job.upload_output_sandbox()
+        await self.job.upload_output_data()
+
+
+async def test_a_sandbox_goes_out_as_one_archive_where_the_site_says_so(fly: Fly, tmp_path: Path) -> None:
+    handle = JobHandle()
+    result = await fly(
+        {"site": packing(tmp_path), "handle": handle, "coordinator": SandboxFirst},
+        **sh("echo hi; mkdir d l; echo 1 > d/x; echo 2 > l/a.log; echo 3 > l/b.log; echo 4 > data"),
+        **LOGS, output_data=["*[a2]"],
+    )  # fmt: skip
+    assert (result.status, result.failure) == (Status.DONE, None)
+    (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+    content = unpacked(archive)
+    assert [*content] == ["d.tar", "a.log", "b.log", "std.out"]
+    assert (content["std.out"], content["a.log"]) == (b"hi\n", b"2\n")
+    with tarfile.open(fileobj=io.BytesIO(content["d.tar"])) as tar:
+        assert tar.getnames() == ["d/x"]
+    assert outputs(result) == {archive.name, "data"}, "no pattern of the data finds the archive"
+    missing = [(event.name, event.reason) for event in await history(handle) if isinstance(event, OutputMissing)]
+    assert missing == [("none", "the payload did not make it")]
+
+
+async def test_a_failed_jobs_sandbox_is_an_archive_too_and_an_empty_one_is_none(fly: Fly, tmp_path: Path) -> None:
+    result = await fly({"site": packing(tmp_path)}, **sh("echo hi; exit 1"), **LOGS)
+    assert result.status is Status.FAILED
+    (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+    assert unpacked(archive) == {"std.out": b"hi\n"}
+    result = await fly({"site": packing(tmp_path)}, **{**LOGS, "job_id": "8", "output_sandbox": ["none"]})
+    assert (result.status, result.outputs) == (Status.DONE, ())
+
+
+async def test_what_may_not_be_in_the_archive_fails_the_job_and_the_rest_is_delivered(fly: Fly, tmp_path: Path) -> None:
+    handle = JobHandle()
+    result = await fly(
+        {"site": packing(tmp_path), "handle": handle},
+        **sh("ln -s /etc/passwd link; mkdir d; echo 1 > a; echo 2 > d/a; ln -s gone dangling; mkfifo fifo"),
+        job_id="7", output_sandbox=["a", "d/*", "link", "fifo", "dangling"],
+    )  # fmt: skip
+    assert (result.status, result.failure.kind) == (Status.FAILED, "StagingFailed")
+    (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+    assert unpacked(archive) == {"a": b"1\n"}
+    missing = {event.name: event.reason for event in await history(handle) if isinstance(event, OutputMissing)}
+    assert missing == {
+        "d/a": "has the same last part as a",
+        "link": "is a symbolic link out of the work directory",
+        "fifo": "is a FIFO, not a file",
+        "dangling": "the payload did not make it",
+    }
+    assert "link: is a symbolic link out of the work directory" in result.failure.message
+    assert "dangling" not in result.failure.message, "as when it is taken out by itself"
+
+
+@pytest.mark.parametrize("code", [0, 1])
+async def test_a_sandbox_too_large_for_its_store_goes_to_grid_storage(fly: Fly, tmp_path: Path, code: int) -> None:
+    """Also when the job has failed, as in DIRAC: it is the user's only look at why."""
+    site = packing(tmp_path, sandbox_limit_bytes=5_000, sandbox_store="https://nobody.invalid/")
+    result = await fly({"site": site}, **sh(f"head -c 9000 /dev/urandom; exit {code}"), **LOGS)
+    assert (result.status, result.outcome.exit_code) == (Status.FAILED if code else Status.DONE, code)
+    (archive,) = (tmp_path / "disk/vo/user/a/ada/0/7").iterdir()
+    assert len(unpacked(archive)["std.out"]) == 9000
+    assert (result.outputs[0].storage_element, result.outputs[0].lfn) == ("DISK", f"/vo/user/a/ada/0/7/{archive.name}")
+    assert result.parameters["OutputSandbox"] == "Sandbox uploaded to grid storage"
+    assert result.parameters["OutputSandboxLFN"] == result.outputs[0].lfn
+
+
+async def test_a_sandbox_its_store_cannot_take_goes_to_grid_storage(fly: Fly, tmp_path: Path) -> None:
+    (tmp_path / "sandboxes").write_text("in the way")
+    result = await fly({"site": packing(tmp_path)}, **sh("echo hi"), **LOGS)
+    assert result.status is Status.DONE
+    (archive,) = (tmp_path / "disk/vo/user/a/ada/0/7").iterdir()
+    assert unpacked(archive) == {"std.out": b"hi\n"}
+    assert result.parameters["OutputSandboxLFN"] == f"/vo/user/a/ada/0/7/{archive.name}"
+
+
+async def test_a_sandbox_that_nobody_takes_fails_the_job_and_says_why(fly: Fly, tmp_path: Path) -> None:
+    site = packing(tmp_path, sandbox_limit_bytes=5_000, default_se=[])
+    result = await fly({"site": site}, **sh("head -c 9000 /dev/urandom"), **LOGS)
+    assert (result.status, result.failure.phase) == (Status.FAILED, Phase.STAGE_OUT)
+    assert "bytes, and the sandbox store takes 5,000; as output data: " in result.failure.message
+    assert "nowhere to put it" in result.failure.message
+    (tmp_path / "sandboxes").write_text("in the way")
+    (tmp_path / "disk").write_text("in the way")
+    result = await fly({"site": packing(tmp_path)}, **sh("echo hi"), **LOGS)
+    assert result.status is Status.FAILED
+    assert {f"{tmp_path}/{place}" in result.failure.message for place in ("sandboxes", "disk")} == {True}
+    assert "OutputSandbox" not in result.parameters
+
+
+async def test_a_directory_for_outputs_takes_archives_of_any_size(fly: Fly, tmp_path: Path, out: Path) -> None:
+    site = Site(sandbox_format="tar.bz2", sandbox_limit_bytes=1, output_directory=str(out))
+    result = await fly({"site": site}, **sh("echo hi"), **LOGS)
+    assert result.status is Status.DONE
+    assert unpacked(*out.iterdir()) == {"std.out": b"hi\n"}
+
+
+async def test_an_archive_may_be_of_zstd_and_its_library_is_missed_before_there_are_outputs(
+    fly: Fly, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as without:
+        without.setattr(archives, "_zstd", lambda: None)
+        with pytest.raises(InvalidSite, match=r"^sandbox_format: zstd takes .* pip install loadmaster\[zstd\]$"):
+            await fly({"site": packing(tmp_path, sandbox_format="tar.zst")}, **sh("echo hi"), **LOGS)
+    if archives._zstd() is None:
+        pytest.skip("zstd is not installed")
+    result = await fly({"site": packing(tmp_path, sandbox_format="tar.zst")}, **sh("echo hi"), **LOGS)
+    assert result.status is Status.DONE
+    (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+    with tarfile.open(fileobj=io.BytesIO(archives.zstd_library().decompress(archive.read_bytes()))) as tar:
+        assert tar.getnames() == ["std.out"]
+
+
+async def test_a_killed_jobs_sandbox_is_an_archive_too(fly: Fly, tmp_path: Path) -> None:
+    class Killed(JobExecutionCoordinator):
+        async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec:
+            self.job.start_soon(self.kill)
+            return PayloadSpec(command=command, env=exeEnv)
+
+        async def kill(self) -> None:
+            while await self.job.peek() != ["hi"]:
+                await anyio.sleep(0.002)
+            handle.kill("enough")
+
+    handle = JobHandle()
+    options = {"site": packing(tmp_path), "handle": handle, "coordinator": Killed}
+    result = await fly(options, **sh("echo hi; sleep 60"), **{**LOGS, "output_sandbox": ["std.out"]})
+    assert result.status is Status.KILLED
+    (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+    assert unpacked(archive) == {"std.out": b"hi\n"}
+
+
+async def test_a_zip_archive_among_the_inputs_stays_packed(fly: Fly, tmp_path: Path, out: Path) -> None:
+    """DIRAC does not unpack it, and payloads call `unzip`, which asks whether to overwrite and waits."""
+    with zipfile.ZipFile(tmp_path / "in.zip", "w") as archive:
+        archive.writestr("inside", "x")
+    result = await fly(**sh("ls; test -f in.zip"), input_sandbox=[str(tmp_path / "in.zip")], output_sandbox=["std.out"])
+    assert result.status is Status.DONE
+    assert "inside" not in (out / "std.out").read_text().split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,11 @@ def imported(tree: ast.AST) -> Iterator[str]:
                 yield node.module
 
 
+@cache
+def imports_of(file: Path) -> tuple[str, ...]:
+    return tuple(imported(ast.parse(file.read_text(encoding="utf-8"))))
+
+
 def floor(name: str) -> float:
     assert name in FLOORS, f"loadmaster.{name} has no floor yet: add it to FLOORS in tests/test_floors.py"
     return FLOORS[name]
@@ -113,7 +119,7 @@ def test_a_folders_modules_do_not_import_in_circles(path: Path) -> None:
     while ahead:
         file = SOURCE.parent.joinpath(*ahead.pop().split(".")).with_suffix(".py")
         if file.is_file():
-            for name in imported(ast.parse(file.read_text(encoding="utf-8"))):
+            for name in imports_of(file):
                 assert name != start, f"{start} imports itself, by way of {file.relative_to(SOURCE)}"
                 if name not in seen:
                     seen.add(name)

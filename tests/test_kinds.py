@@ -10,8 +10,10 @@ from pathlib import Path
 import anyio
 import pytest
 
-from loadmaster import Site, open_transfers
+from conftest import Fly
+from loadmaster import InvalidSite, Site, Status, open_transfers
 from loadmaster.errors import StorageError
+from loadmaster.staging.engine import Moved, Wanted
 from loadmaster.storage.base import FileInfo, StorageOptions
 from loadmaster.storage.local import LocalStorage
 from loadmaster.testing import MemoryStorage
@@ -79,17 +81,116 @@ async def test_a_package_comes_before_ours_and_a_plain_schemes_words_count_for_t
 
 async def test_words_nobody_understands_are_told_with_the_table_they_are_in(package: None) -> None:
     async with open_transfers(Site(storage={"ours": {"bad": 1}, "file": {"synk": 1}})) as transfers:
-        with pytest.raises(StorageError, match=r"ours://se/a: \[storage.ours\] bad: is nothing we know"):
-            await transfers.storage("ours://se/a")
-        with pytest.raises(StorageError, match=r"\[storage.file\] synk: there is `sync`"):
+        for _ in range(2):
+            with pytest.raises(InvalidSite, match=r"^\[storage.ours\] bad: is nothing we know$"):
+                await transfers.storage("ours://se/a")
+        with pytest.raises(InvalidSite, match=r"^\[storage.file\] synk: there is `sync`"):
             await transfers.storage("file:///a")
 
 
-async def test_what_is_not_installed_is_named_with_how_to_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "loadmaster.storage.curl", None)
+BAD = """
+[storage.http]
+tokn_file = "x"
+connect_seconds = -1
+[storage.s3]
+endpoint = "s3.example.org"
+[storage.gs]
+anonymus = true
+"""
+
+
+@pytest.fixture
+def bad_site(tmp_path: Path) -> Site:
+    (tmp_path / "site.toml").write_text(BAD)
+    return Site.load(tmp_path / "site.toml")
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("http://h/a", ["[storage.http] tokn_file: there is no such field", "[storage.http] connect_seconds: "]),
+        ("davs://h/a", ["[storage.http] tokn_file: there is no such field", "[storage.http] connect_seconds: "]),
+        ("s3://b/a", ["[storage.s3] endpoint: must be an http:// or https:// URL"]),
+        ("gs://b/a", ["[storage.gs] anonymus: there is no such field"]),
+    ],
+)
+async def test_a_bad_word_is_told_once_by_file_table_and_field(
+    tmp_path: Path, bad_site: Site, url: str, told: list[str]
+) -> None:
+    """It came out of the group the storages are kept open in, and everything else that moved ended with it."""
+    pytest.importorskip("obstore" if url.startswith("gs") else "pycurl")
+    (tmp_path / "a").write_bytes(b"cargo")
+    ended: list[Moved] = []
+
+    async def hear(moved: Moved) -> None:
+        ended.append(moved)
+
+    async with open_transfers(bad_site.model_copy(update={"retry_seconds": 0.001})) as transfers:
+        with pytest.raises(InvalidSite) as caught:
+            await transfers.storage(url)
+        assert str(caught.value).startswith(f"{tmp_path}/site.toml: [storage.")
+        assert [each for each in told if each not in str(caught.value)] == []
+        there = Wanted(f"file://{tmp_path}/a", f"file://{tmp_path}/b")
+        await transfers.move([Wanted(url, f"file://{tmp_path}/c"), there], hear)
+        errors = {moved.wanted.source: str(moved.error) for moved in ended}
+        assert errors == {url: f"{url}: {caught.value}", there.source: "None"}, "others go on"
+
+
+async def test_a_job_whose_file_is_at_a_badly_configured_storage_fails_with_the_word(
+    fly: Fly, tmp_path: Path, bad_site: Site
+) -> None:
+    pytest.importorskip("pycurl")
+    result = await fly({"site": bad_site}, input_data=["https://host.invalid/a"])
+    assert (result.status, result.failure.kind) == (Status.FAILED, "StagingFailed")
+    assert f"{tmp_path}/site.toml: [storage.http] " in result.failure.message
+    assert "[storage.http] tokn_file: there is no such field" in result.failure.message
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
+    """As if they were not installed: the modules that need them are imported anew."""
+    for name in packages:
+        monkeypatch.setitem(sys.modules, name, None)
+    for name in ("http", "s3", "objects", "xrootd", "curl"):
+        monkeypatch.delitem(sys.modules, f"loadmaster.storage.{name}", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("https://h/a", "pycurl is not installed: pip install 'loadmaster[http]'"),
+        ("dav://h/a", "pycurl is not installed: pip install 'loadmaster[http]'"),
+        ("s3://b/a", "pycurl is not installed: pip install 'loadmaster[s3]' or pip install 'loadmaster[objects]'"),
+        ("az://b/a", "obstore is not installed: pip install 'loadmaster[objects]'"),
+        ("root://h//a", "XRootD is not installed: pip install 'loadmaster[xrootd]'"),
+    ],
+)
+async def test_what_is_not_installed_is_named_with_how_to_have_it(
+    monkeypatch: pytest.MonkeyPatch, url: str, told: str
+) -> None:
+    without(monkeypatch, "pycurl", "obstore", "XRootD")
     async with open_transfers(Site()) as transfers:
-        with pytest.raises(StorageError, match=r"is not installed: pip install 'loadmaster\[http\]'"):
-            await transfers.storage("https://host/a")
+        for _ in range(2):
+            with pytest.raises(StorageError) as caught:
+                await transfers.storage(url)
+            assert str(caught.value) == f"{url}: {told}"
+
+
+async def test_s3_is_served_by_obstore_where_there_is_no_pycurl(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("obstore")
+    site = Site(storage={"s3": {"endpoint": "http://127.0.0.1:1", "path_style": True, "anonymous": True}})
+    without(monkeypatch, "pycurl")
+    async with open_transfers(site) as transfers:
+        storage = await transfers.storage("s3://bucket/a")
+        assert type(storage).__module__ == "loadmaster.storage.aside"
+    async with open_transfers(Site(storage={"s3": {"endpiont": "x"}})) as transfers:
+        with pytest.raises(InvalidSite, match=r"^\[storage.s3\] endpiont: there is no such field"):
+            await transfers.storage("s3://bucket/a")
+
+
+async def test_s3_is_served_by_pycurl_where_there_is_both() -> None:
+    pytest.importorskip("pycurl")
+    async with open_transfers(Site(storage={"s3": {"anonymous": True}})) as transfers:
+        assert type(await transfers.storage("s3://bucket/a")).__name__ == "S3Storage"
 
 
 async def test_a_kind_of_url_nobody_serves_is_named_each_time() -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 README = Path(__file__).parent.parent / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+
+
+(STORAGE,) = [example for example in EXAMPLES if "StorageConformance" in example]
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -25,3 +30,29 @@ def test_an_example_of_the_readme_runs(example: str, tmp_path: Path) -> None:
         assert (tmp_path / "results" / "sorted.txt").read_text() == "a\nb\n"
     if "changed their mind" in example:
         assert "Killed JobWasKilled: the user changed their mind" in done.stdout
+
+
+def test_the_storage_of_the_readme_conforms_and_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    entry = re.search(r"```toml\n(\[project\.entry-points.*?)```", README.read_text(), re.DOTALL)
+    assert entry is not None
+    offered = tomllib.loads(entry[1])["project"]["entry-points"]["loadmaster.storages"]
+    assert offered == {"pigeon": "pigeons:open_pigeons"}
+    (tmp_path / "pigeons.py").write_text(STORAGE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nanyio_mode = auto\npython_files = pigeons.py\n")
+    (tmp_path / "pigeons-1.0.dist-info").mkdir()
+    (tmp_path / "pigeons-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: pigeons\nVersion: 1.0\n")
+    (tmp_path / "pigeons-1.0.dist-info" / "entry_points.txt").write_text(
+        "[loadmaster.storages]\n" + "".join(f"{scheme} = {place}\n" for scheme, place in offered.items())
+    )
+    python = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, timeout=50)
+    done = python([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "pigeons.py"])
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"^\d\d+ passed", done.stdout, re.MULTILINE), done.stdout
+    (tmp_path / "a").write_text("cargo")
+    (tmp_path / "manifest").write_text('{"source": "a", "target": "pigeon://loft/a"}\n')
+    (tmp_path / "site.toml").write_text("[storage.pigeon]\nlofft = 1\n")
+    command = [sys.executable, "-c", "from loadmaster.cli import command; command()", "stage", "manifest"]
+    assert python(command).returncode == 0
+    done = python([*command, "--config", "site.toml"])
+    assert done.returncode == 1
+    assert done.stderr == "loadmaster: site.toml: [storage.pigeon] lofft: there is `loft`\n"

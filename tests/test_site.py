@@ -78,6 +78,8 @@ def test_a_list_may_be_written_as_a_string(tmp_path: Path) -> None:
         ("element_streams = {DISK = 0}", "element_streams.DISK: Input should be greater than or equal to 1"),
         ("retries = -1", "retries: "),
         ("stall_seconds = 0", "stall_seconds: "),
+        ('sandbox_format = "zip"', "sandbox_format: "),
+        ("sandbox_limit_bytes = 0", "sandbox_limit_bytes: "),
         ('storage = {s3 = "x"}', "storage.s3: "),
         ('streams = "many"', "streams: "),
         ('default_se = ["TAPE"]', "default_se: 'TAPE' is not one of the storage_elements"),

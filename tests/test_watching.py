@@ -63,10 +63,10 @@ async def followed(fly: Fly, *, output: bool = False, options: dict[str, Any] | 
 
 async def test_heartbeats_come_in_every_phase_with_usage_and_the_last_lines(fly: Fly) -> None:
     """DIRAC's came only while the payload ran: a stage-out of hours looked like a dead job (DIRAC #274)."""
-    _, events = await followed(fly, options={"coordinator": Slow}, **sh("echo so far; sleep 0.5"))
+    _, events = await followed(fly, options={"coordinator": Slow}, **sh("echo so far; sleep 1"))
     beats = [event for event in events if isinstance(event, Heartbeat)]
     assert {beat.phase for beat in beats} == set(Phase)
-    assert all(beat.seconds < 2 for beat in beats)
+    assert all(beat.seconds < 30 for beat in beats)
     before = [beat for beat in beats if beat.phase in {Phase.STAGE_IN, Phase.PRE_PROCESS}]
     assert all((beat.usage, beat.last_lines) == (None, ()) for beat in before)
     later = [beat for beat in beats if beat.phase in {Phase.POST_PROCESS, Phase.STAGE_OUT}]

@@ -38,6 +38,8 @@ from loadmaster.result import JobResult, Phase, Status
 from loadmaster.runner import run_job
 from loadmaster.site import Site
 from loadmaster.stage import Terms, stage
+from loadmaster.staging.engine import open_transfers
+from loadmaster.staging.inquiry import Inquiry, ask_for_inputs
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import leaves, single_error
 from loadmaster.terminal import Display, follow, printable, size, stderr_display
@@ -122,8 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
     check = commands.add_parser(
-        "check", parents=[job], help="say what a job description means, and what is wrong with it"
+        "check", parents=[job], help="say what a job description means, what is wrong with it, what inputs are missing"
     )
+    check.add_argument("--online", action="store_true", help="ask servers too whether they have the inputs")
     check.set_defaults(command=_check)
 
     move = commands.add_parser("stage", help="move many files", description=STAGE, epilog=STAGE_ENDS)
@@ -180,8 +183,20 @@ def _check(options: argparse.Namespace) -> int:
     print(json.dumps(words | {"computing_element": ce.model_dump(mode="json", exclude_defaults=True)}, indent=2))
     if job.extra:
         print(f"kept for the coordinator, not understood: {', '.join(sorted(job.extra))}", file=sys.stderr)
+    found = anyio.run(_ask, job, site, options.online)
+    for problem in found.problems:
+        print(printable(f"{options.job}: {problem}"), file=sys.stderr)
+    if found.not_asked:
+        print(f"{found.not_asked} of the inputs are at servers, which were not asked: --online does", file=sys.stderr)
+    if found.problems:
+        return NOT_PREPARED
     print(f"{options.job}: the description of job {job.job_id} is valid", file=sys.stderr)
     return OK
+
+
+async def _ask(job: JobDescription, site: Site, online: bool) -> Inquiry:
+    async with open_transfers(site.model_copy(update={"cache": None})) as transfers:  # which would be made
+        return await ask_for_inputs(job, transfers, online=online)
 
 
 # -- run ---------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,6 +49,7 @@ from loadmaster.workdir import NotDeliverable, Workdir
 
 if TYPE_CHECKING:
     from loadmaster.staging.early import EarlyOutputs
+    from loadmaster.staging.sandbox import Packed, SandboxFormat
 
 
 class Coordinator(Protocol):
@@ -165,21 +167,29 @@ class JobInFlight:
     async def _fetch_sandbox(self, files: Sequence[InputFile]) -> None:
         if not files:
             return
-        from loadmaster.staging.sandbox import unpack  # with tarfile and its compressors, loaded when used
+        from loadmaster.staging.archives import ArchiveLimits  # with tarfile and its compressors, loaded when used
+        from loadmaster.staging.sandbox import unpack
 
         await self._fetch(files)
         job = self.description
         taken = {file.name for file in (*job.input_sandbox, *job.input_data)} | {job.std_output, job.std_error}
+        limits = ArchiveLimits(zip=False)  # DIRAC leaves them packed, and payloads unpack them
         for file in files:
-            await to_thread.run_sync(unpack, self._files, file.name, taken - {file.name})
+            await to_thread.run_sync(unpack, self._files, file.name, taken - {file.name}, limits)
 
     async def resolve_input_data(self) -> None:
         """Find the input data in the catalog and bring it in. Raises `StagingFailed`."""
         await self._fetch(self._for_now(self.description.input_data))
 
     async def upload_output_sandbox(self) -> None:
-        """Take out the output sandbox: files flat, a directory as `<directory>.tar`. Raises `StagingFailed`."""
-        if self.description.output_sandbox:
+        """Take out the output sandbox: files flat, a directory as `<directory>.tar`. Raises `StagingFailed`.
+
+        All of it is in one archive where the site has a `sandbox_format`. If its place does not take that, it goes where
+        output data go, also for a job that has failed: the parameters OutputSandbox and OutputSandboxLFN say so.
+        """
+        if self.description.output_sandbox and self._transfers.site.sandbox_format != "files":
+            await self._take_out_packed(self._transfers.site.sandbox_format)
+        elif self.description.output_sandbox:
             place = sandbox_directory(self.description, self._transfers.site)
 
             def delivery(file: OutputFile, name: str) -> Delivery:
@@ -281,6 +291,57 @@ class JobInFlight:
             problems += exc.problems
         if problems:
             raise StagingFailed("cannot deliver", problems)
+
+    async def _take_out_packed(self, sandbox_format: SandboxFormat) -> None:
+        """Deliver the output sandbox as one archive. What cannot be in it keeps nothing else from going."""
+        from loadmaster.staging.sandbox import pack_sandbox  # as above
+
+        site, files = self._transfers.site, self.description.output_sandbox
+        limit = site.sandbox_limit_bytes if site.sandbox_store is not None else None
+        found, missing, refused = await to_thread.run_sync(self._expand, files, self._pack)
+        problems: list[str] = []
+        try:
+            if found:
+                packed = await to_thread.run_sync(pack_sandbox, self._files, list(found), sandbox_format, limit)
+                missing |= dict.fromkeys(packed.gone, NOT_MADE)
+                refused |= dict(packed.left_out)
+                if packed.files:
+                    await self._deliver_archive(packed)
+        except StagingFailed as exc:
+            problems = list(exc.problems)
+        for name, reason in (*missing.items(), *refused.items()):
+            await self._handle.record(OutputMissing, name, reason)
+        problems += [f"{name}: {reason}" for name, reason in refused.items()]
+        if problems:
+            raise StagingFailed("cannot deliver", problems)
+
+    async def _deliver_archive(self, packed: Packed) -> None:
+        """Take the archive to the place of sandboxes; if that is not for it, to where output data go, as DIRAC does."""
+        job, site, recorder = self.description, self._transfers.site, _Recorder(self._handle, FileStagedOut)
+        wanted = Replica(join_url(sandbox_directory(job, site), packed.name))
+        if packed.oversize:
+            limit = site.sandbox_limit_bytes
+            problems = [f"{packed.name}: has {packed.size_bytes:,} bytes, and the sandbox store takes {limit:,}"]
+        else:
+            try:
+                await self._transfers.deliver(
+                    [Delivery(packed.name, (wanted,), file=packed.file)], self._files, recorder
+                )
+            except StagingFailed as exc:
+                problems = list(exc.problems)
+            else:
+                return
+        try:
+            delivery = plan_delivery(OutputFile(pattern=packed.name), packed.name, job, site)
+            if wanted in delivery.targets:
+                raise StagingFailed("cannot deliver", problems)
+            await self._transfers.deliver([replace(delivery, file=packed.file)], self._files, recorder)
+        except InvalidJob as exc:
+            raise StagingFailed("cannot deliver", [f"{'; '.join(problems)}; as output data: {exc}"]) from exc
+        except StagingFailed as exc:
+            raise StagingFailed("cannot deliver", list(dict.fromkeys((*problems, *exc.problems)))) from exc
+        await self.report("OutputSandbox", "Sandbox uploaded to grid storage")
+        await self.report("OutputSandboxLFN", delivery.lfn or delivery.targets[0].url)
 
     def _expand(
         self, files: Sequence[OutputFile], of_directory: Callable[[str], Iterable[str]]

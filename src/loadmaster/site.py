@@ -24,7 +24,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from loadmaster.description import LocalName, MaybeComponent, Names, complaints
 from loadmaster.errors import InvalidSite
@@ -57,6 +66,10 @@ class Site(BaseModel):
     default_se: Names = ()
     failover_se: Names = ()
     sandbox_store: Place | None = None
+    sandbox_format: Literal["files", "tar.bz2", "tar.zst"] = "files"
+    """What an output sandbox goes out as: its files one by one, or all of them in one archive, flat, as DIRAC's does."""
+    sandbox_limit_bytes: int = Field(default=10 * 1024**2, ge=1)
+    """The largest archive the sandbox_store takes (the default is DIRAC's); a larger one goes to grid storage."""
     output_directory: Place | None = None
     """Where outputs go that have no other target, and sandboxes if there is no store for them. Jobs that share it
     overwrite each other's, unless it has `{job_id}` in it."""
@@ -86,6 +99,13 @@ class Site(BaseModel):
     """How a job is given a file: "copy" (one of its own, sharing its blocks where the file system can) or "hard" (the same
     for all jobs, read-only: no space, but it is read through each time, for a job may have written to it)."""
 
+    _file: str = PrivateAttr(default="")
+
+    @property
+    def file(self) -> str:
+        """Where it was read from, for the words of errors; empty for a site that was made up."""
+        return self._file
+
     @model_validator(mode="after")
     def _known_elements(self) -> Self:
         for field in ("default_se", "failover_se"):
@@ -101,10 +121,12 @@ class Site(BaseModel):
 
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
-            return cls.model_validate(data, context={"base": path.absolute().parent})
+            site = cls.model_validate(data, context={"base": path.absolute().parent})
         except OSError as exc:
             raise InvalidSite(f"{path}: {exc.strerror}") from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise InvalidSite(f"{path}: not TOML: {exc}") from exc
         except ValidationError as exc:
             raise InvalidSite(f"{path}: " + "; ".join(complaints(exc))) from exc
+        site._file = str(path)
+        return site

@@ -197,6 +197,8 @@ class ShimTree(Tree):
                     umask=launch.umask,
                 )  # fmt: skip
             except OSError as exc:
+                if exc.errno in LACKS:
+                    raise OSError(exc.errno, _lack(exc.errno, "fork")) from exc
                 if exc.filename == command[0]:
                     raise Refused(f"{containment}: the shim cannot be executed: {exc}") from exc
                 raise

@@ -151,8 +151,18 @@ class Transfers:
         return f"<Transfers {self.site.name or 'local'}: {self._storages!r}>"
 
     async def storage(self, url: str) -> Storage:
-        """The storage a URL is for, opened if need be. Raises `StorageError` when there is none."""
+        """The storage a URL is for, opened if need be. Raises `StorageError` when there is none.
+
+        `InvalidSite` when it does not understand what the site says of it. Files that are on their way there fail for it
+        one by one, as for any other error: who shares the transfers has files of other kinds too.
+        """
         return await self._storages.for_url(url)
+
+    async def _storage(self, url: str) -> Storage:
+        try:
+            return await self.storage(url)
+        except InvalidSite as exc:
+            raise StorageError(url, str(exc)) from exc
 
     async def lookup(self, lfns: Sequence[str]) -> Mapping[str, CatalogEntry]:
         """What the catalog knows of these; nothing when there is no catalog. Raises `StagingFailed`."""
@@ -210,7 +220,7 @@ class Transfers:
         end = errand.end
         if isinstance(end, PartOfPath) and end.keeps and errand.checksum is not None and end.is_worth_it:
             try:
-                storage = await self.storage(errand.replica.url)
+                storage = await self._storage(errand.replica.url)
             except StorageError:
                 return errand
             if Ability.RANGES in storage.abilities:
@@ -261,13 +271,14 @@ class Transfers:
         if not deliveries:
             return
         problems: list[str] = []
-        sizes = await to_thread.run_sync(_sizes, workdir, [delivery.name for delivery in deliveries])
+        files = [delivery.file or delivery.name for delivery in deliveries]
+        sizes = await to_thread.run_sync(_sizes, workdir, files)
         errands = [
             Errand(
-                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, delivery.name),
+                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, file),
                 delivery.failover, size_bytes=size, lfn=delivery.lfn,
             )
-            for delivery, size in zip(deliveries, sizes, strict=True)
+            for delivery, file, size in zip(deliveries, files, sizes, strict=True)
         ]  # fmt: skip
 
         async def failed(errand: Errand, reason: str) -> None:
@@ -384,7 +395,7 @@ class Transfers:
             errands,
             arrived,
             lanes=self._lanes,
-            storage=self.storage,
+            storage=self._storage,
             patience=self._patience,
             stall_seconds=self.site.stall_seconds,
             tellers=tellers,
@@ -475,7 +486,7 @@ class Transfers:
     async def _has(self, place: Replica, size_bytes: int) -> bool:
         """Whether a replica is really there: a catalog may know of files that storage has lost."""
         try:
-            return (await (await self.storage(place.url)).stat(place.url)).size_bytes == size_bytes
+            return (await (await self._storage(place.url)).stat(place.url)).size_bytes == size_bytes
         except StorageError:
             return False
 
@@ -494,9 +505,11 @@ async def open_transfers(
         from loadmaster.storage.catalog import SqliteCatalog  # with sqlite3, loaded when used
 
         catalog = SqliteCatalog(local_path(site.catalog))
+    if site.sandbox_format == "tar.zst":
+        await to_thread.run_sync(_check_zstd)
     with single_error():
         async with anyio.create_task_group() as group:
-            kinds = Storages(group, storages or {}, site.storage, site.streams)
+            kinds = Storages(group, storages or {}, site.storage, site.streams, site.file)
             cache = await to_thread.run_sync(_open_cache, site)
             try:
                 yield Transfers(site, kinds, catalog, cache)
@@ -553,6 +566,16 @@ def _open_cache(site: Site) -> Cache | None:
     from loadmaster.staging.cache import Cache  # loaded when used
 
     return Cache(local_path(site.cache), site.cache_bytes, link=site.cache_link)
+
+
+def _check_zstd() -> None:
+    """Raises `InvalidSite` now, and not when there are outputs to be packed."""
+    from loadmaster.staging.archives import Refused, zstd_library  # with all its compressors, loaded when used
+
+    try:
+        zstd_library()
+    except Refused as exc:
+        raise InvalidSite(f"sandbox_format: {exc}") from exc
 
 
 def _inbound(fetch: Fetch, end: Incoming) -> Errand:

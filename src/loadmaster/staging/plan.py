@@ -34,6 +34,8 @@ class Delivery:
     targets: tuple[Replica, ...]
     failover: tuple[Replica, ...] = ()
     lfn: str | None = None
+    file: str | None = None
+    """What it is called in the work directory, when that is another name."""
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------

@@ -266,10 +266,16 @@ class Packed:
 
     name: str
     """`<checksum>.<format>`, as DIRAC calls its sandboxes."""
+    file: str
+    """What it is called in the work directory: hidden, so that no pattern of the job's outputs finds it."""
     size_bytes: int
     checksum: Checksum
+    files: int
+    """How many are in it."""
     left_out: tuple[tuple[str, str], ...]
-    """What could not be packed, each with its reason."""
+    """What may not leave or could not be packed, each with its reason."""
+    gone: tuple[str, ...]
+    """What was not there."""
     oversize: bool
     """More than the limit: DIRAC's wrapper then takes it to grid storage, as output data."""
 
@@ -289,6 +295,7 @@ def pack_sandbox(
     be written.
     """
     left_out: list[tuple[str, str]] = []
+    gone: list[str] = []
     flat: dict[str, str] = {}
     for name in sorted(set(names)):
         last = name.rpartition("/")[2]
@@ -297,17 +304,24 @@ def pack_sandbox(
         else:
             flat[last] = name
     part = f".{os.urandom(8).hex()}.part"
+    files = 0
     with _removed_if_failed(workdir, part, f"the output sandbox as {sandbox_format}"):
         with os.fdopen(workdir.create(part), "wb", buffering=0) as out:
             summed = _Summed(out, algorithm)
             compressed = _compressed(summed, sandbox_format)
             with compressed, tarfile.open(fileobj=compressed, mode="w|") as tar:
                 for last, name in flat.items():
-                    _add(workdir, tar, name, last, left_out)
-        archive = f"{summed.running.result().digits}.{sandbox_format}"
-        workdir.rename(part, archive)
+                    try:
+                        files += _add(workdir, tar, name, last, left_out)
+                    except FileNotFoundError:
+                        gone.append(name)
+        checksum = summed.running.result()
+        archive = f"{checksum.digits}.{sandbox_format}"
+        workdir.rename(part, f".{archive}")
     oversize = limit_bytes is not None and summed.size_bytes > limit_bytes
-    return Packed(archive, summed.size_bytes, summed.running.result(), tuple(left_out), oversize)
+    return Packed(
+        archive, f".{archive}", summed.size_bytes, checksum, files, tuple(left_out), tuple(gone), oversize
+    )  # fmt: skip
 
 
 def pack(workdir: Workdir, directory: str, archive: str) -> list[tuple[str, str]]:
@@ -324,7 +338,10 @@ def pack(workdir: Workdir, directory: str, archive: str) -> list[tuple[str, str]
         tarfile.open(fileobj=out, mode="w") as tar,
     ):
         for name in workdir.files_below(directory):
-            _add(workdir, tar, name, str(PurePosixPath(name).relative_to(above)), left_out)
+            try:
+                _add(workdir, tar, name, str(PurePosixPath(name).relative_to(above)), left_out)
+            except FileNotFoundError as exc:
+                left_out.append((name, exc.strerror or str(exc)))
     return left_out
 
 
@@ -340,14 +357,16 @@ def _removed_if_failed(workdir: Workdir, archive: str, what: str) -> Iterator[No
         raise
 
 
-def _add(workdir: Workdir, tar: tarfile.TarFile, name: str, as_name: str, left_out: list[tuple[str, str]]) -> None:
-    """Add a file, or its name to what was left out."""
+def _add(workdir: Workdir, tar: tarfile.TarFile, name: str, as_name: str, left_out: list[tuple[str, str]]) -> bool:
+    """Add a file, or its name to what was left out; whether it was added. Raises FileNotFoundError."""
     _heed_cancellation()
     try:
         descriptor = workdir.open_output(name)
+    except FileNotFoundError:
+        raise
     except OSError as exc:
         left_out.append((name, exc.strerror or str(exc)))
-        return
+        return False
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         found = os.fstat(descriptor)
         header = tarfile.TarInfo(as_name)
@@ -357,6 +376,7 @@ def _add(workdir: Workdir, tar: tarfile.TarFile, name: str, as_name: str, left_o
     if content.short:
         left_out.append((name, "became shorter while it was packed; zeros are in place of the rest"))
     tar.members.clear()  # type: ignore[attr-defined]  # all headers, kept for questions nobody asks
+    return True
 
 
 class _Steady:

@@ -40,7 +40,10 @@ class SqliteCatalog:
         return f"<SqliteCatalog {self.path}>"
 
     async def lookup(self, lfns: Sequence[str]) -> Mapping[str, CatalogEntry]:
-        """The entries of those that are known, replicas in the order of their registration's URL."""
+        """The entries of those that are known, replicas in the order of their registration's URL.
+
+        A file that is not there knows nothing, and is not made for being asked.
+        """
 
         def ask(connection: sqlite3.Connection) -> dict[str, CatalogEntry]:
             connection.execute("BEGIN")  # both questions see the same state
@@ -57,7 +60,7 @@ class SqliteCatalog:
                     found[lfn] = CatalogEntry(lfn, _info(size, checksum), tuple(replicas.get(lfn, ())))
             return found
 
-        return await self._in_thread(ask) if lfns else {}
+        return await self._in_thread(ask, absent={}) if lfns else {}
 
     async def register(self, entry: CatalogEntry) -> None:
         """Add the file and its replicas in one transaction."""
@@ -78,9 +81,13 @@ class SqliteCatalog:
 
         await self._in_thread(add)
 
-    async def _in_thread(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def _in_thread(self, work: Callable[[sqlite3.Connection], T], absent: T | None = None) -> T:
+        """`absent`: the answer when there is no file; without one, it is made."""
+
         def job() -> T:
             try:
+                if absent is not None and not self.path.exists():
+                    return absent
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 with closing(sqlite3.connect(self.path, timeout=BUSY_SECONDS)) as connection, connection:
                     connection.executescript(_SCHEMA)

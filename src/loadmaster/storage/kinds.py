@@ -7,7 +7,7 @@ in a task of its own, and closed with the transfers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
@@ -17,7 +17,7 @@ import anyio
 from anyio import to_thread
 from anyio.abc import TaskGroup
 
-from loadmaster.errors import StorageError
+from loadmaster.errors import InvalidSite, StorageError
 from loadmaster.storage.base import Storage, StorageFactory, StorageOptions
 from loadmaster.storage.local import LocalStorage
 
@@ -26,20 +26,30 @@ ENTRY_POINTS: Final = "loadmaster.storages"
 CLOSE_SECONDS: Final = 10.0
 """How long storages may take to close."""
 
-OURS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+OURS: Final[Mapping[str, tuple[tuple[str, str], ...]]] = MappingProxyType(
     {
-        "file": ("loadmaster.storage.local:open_storage", ""),
-        **dict.fromkeys(("http", "https", "dav", "davs"), ("loadmaster.storage.http:open_http", "http")),
-        "s3": ("loadmaster.storage.s3:open_s3", "s3"),
-        "gs": ("loadmaster.storage.objects:open_google", "objects"),
-        **dict.fromkeys(("az", "abfs", "abfss"), ("loadmaster.storage.objects:open_azure", "objects")),
-        **dict.fromkeys(("root", "roots", "xroot"), ("loadmaster.storage.xrootd:open_storage", "xrootd")),
+        "file": (("loadmaster.storage.local:open_storage", ""),),
+        **dict.fromkeys(("http", "https", "dav", "davs"), (("loadmaster.storage.http:open_http", "http"),)),
+        "s3": (("loadmaster.storage.s3:open_s3", "s3"), ("loadmaster.storage.objects:open_amazon", "objects")),
+        "gs": (("loadmaster.storage.objects:open_google", "objects"),),
+        **dict.fromkeys(("az", "abfs", "abfss"), (("loadmaster.storage.objects:open_azure", "objects"),)),
+        **dict.fromkeys(("root", "roots", "xroot"), (("loadmaster.storage.xrootd:open_storage", "xrootd"),)),
     }
 )
-"""Scheme -> the factory, as `module:function`, and the extra that brings what it needs."""
+"""Scheme -> factories, as `module:function`, each with the extra that brings what it needs; the first that is there."""
 
-_PLAIN: Final = MappingProxyType({"https": "http", "davs": "dav", "roots": "root", "xroot": "root", "abfss": "abfs"})
-"""Whose words count for a scheme that has no table of its own in the site's file."""
+_ALSO: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "https": ("http",),
+        "dav": ("http",),
+        "davs": ("dav", "https", "http"),
+        "roots": ("root",),
+        "xroot": ("root",),
+        "abfs": ("az",),
+        "abfss": ("abfs", "az"),
+    }
+)
+"""Whose words count for a scheme that has no table of its own in the site's file, the first that has one."""
 
 
 @dataclass(eq=False, slots=True)
@@ -47,6 +57,8 @@ class _Kind:
     ready: anyio.Event = field(default_factory=anyio.Event)
     storage: Storage | None = None
     error: str = ""
+    of_site: bool = False
+    """Whether it is the site's configuration that is wrong."""
 
 
 class Storages:
@@ -58,13 +70,16 @@ class Storages:
         given: Mapping[str, Storage],
         words: Mapping[str, Mapping[str, Any]],
         streams: int,
+        file: str = "",
     ) -> None:
+        """`file`: where the words are written, if it is in one."""
         self._group = group
         self._given = dict(given)
         if "file" not in words:
             self._given.setdefault("file", LocalStorage(2 * streams))
         self._words = words
         self._streams = streams
+        self._file = file
         self._kinds: dict[str, _Kind] = {}
         self._closing = anyio.Event()
         self._open = 0
@@ -74,7 +89,10 @@ class Storages:
         return ", ".join(sorted({*self._given, *self._kinds}))
 
     async def for_url(self, url: str) -> Storage:
-        """The storage a URL is for. Raises `StorageError` when there is none, or it cannot be opened."""
+        """The storage a URL is for. Raises `StorageError` when there is none, or it cannot be opened.
+
+        `InvalidSite`, which names the file, the table and the word, when it does not understand what the site says.
+        """
         scheme = url.partition("://")[0]
         if scheme in self._given:
             return self._given[scheme]
@@ -84,6 +102,8 @@ class Storages:
             self._open += 1
             self._group.start_soon(self._keep_open, scheme, kind)
         await kind.ready.wait()
+        if kind.of_site:
+            raise InvalidSite(kind.error)
         if kind.storage is None:
             raise StorageError(url, kind.error)
         return kind.storage
@@ -96,10 +116,11 @@ class Storages:
                 await self._all_closed.wait()
 
     async def _keep_open(self, scheme: str, kind: _Kind) -> None:
+        table = next((name for name in (scheme, *_ALSO.get(scheme, ())) if self._words.get(name)), scheme)
         try:
             with anyio.CancelScope(shield=True):  # it is `close` that ends it
                 factory = await to_thread.run_sync(_find, scheme)
-                words = self._words.get(scheme) or self._words.get(_PLAIN.get(scheme, scheme)) or {}
+                words = self._words.get(table, {})
                 async with factory(StorageOptions(scheme, self._streams, words)) as kind.storage:
                     kind.ready.set()
                     await self._closing.wait()
@@ -107,12 +128,14 @@ class Storages:
         except LookupError as exc:
             kind.error = f"{exc.args[0]}; there is {'://, '.join(sorted(self._given))}://"
         except ImportError as exc:
-            extra = OURS[scheme][1] if scheme in OURS else ""
-            kind.error = f"{exc.name or exc} is not installed" + (
-                f": pip install 'loadmaster[{extra}]'" if extra else ""
-            )
-        except (ValueError, StorageError) as exc:
-            kind.error = f"[storage.{scheme}] {exc}"
+            kind.error = _missing(scheme, exc)
+        except (ValueError, InvalidSite) as exc:
+            # A storage names the table as its scheme; the words may be another's.
+            told = str(exc).replace(f"[storage.{scheme}]", f"[storage.{table}]")
+            told = told if f"[storage.{table}]" in told else f"[storage.{table}] {told}"
+            kind.error, kind.of_site = f"{self._file}: {told}" if self._file else told, True
+        except StorageError as exc:
+            kind.error = f"[storage.{table}] {exc}"
         finally:
             kind.ready.set()
             self._open -= 1
@@ -128,5 +151,25 @@ def _find(scheme: str) -> StorageFactory:
         return cast(StorageFactory, entry.load())
     if scheme not in OURS:
         raise LookupError(f"no storage for {scheme}://")
-    module, _, function = OURS[scheme][0].partition(":")
-    return cast(StorageFactory, getattr(import_module(module), function))
+    first: ImportError | None = None
+    for place, _ in OURS[scheme]:
+        module, _, function = place.partition(":")
+        try:
+            return cast(StorageFactory, getattr(import_module(module), function))
+        except ImportError as exc:
+            first = first or exc
+    raise first or LookupError(scheme)
+
+
+def _missing(scheme: str, error: ImportError) -> str:
+    """What is not there, and what to install."""
+    missing = next((exc for exc in _causes(error) if isinstance(exc, ModuleNotFoundError)), None)
+    told = f"{missing.name} is not installed" if missing is not None else str(error)
+    extras = " or ".join(f"pip install 'loadmaster[{extra}]'" for _, extra in OURS.get(scheme, ()) if extra)
+    return f"{told}: {extras}" if extras else told
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
