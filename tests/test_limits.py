@@ -105,7 +105,7 @@ def test_too_little_free_disk_stops_it(free: int | None, stopped: bool) -> None:
 
 @pytest.mark.parametrize(("early", "stopped"), [(1, False), (0, True), (-60, True)])
 def test_a_deadline_has_passed_when_it_is_reached(early: int, stopped: bool) -> None:
-    limits = Limits(deadline=NOON + timedelta(seconds=early))
+    limits = Limits(deadline=NOON + timedelta(seconds=early), grace_seconds=0)
     assert (judge([Usage(0.0)], limits, now=NOON) is not None) is stopped
 
 
@@ -292,7 +292,7 @@ def test_a_limit_that_is_near_or_past_does_not_make_the_loop_spin(wall: float) -
 
 
 def test_the_next_look_is_when_the_deadline_comes() -> None:
-    assert look(Usage(wall_seconds=5), Limits(deadline=NOON + timedelta(seconds=20))) == 20
+    assert look(Usage(wall_seconds=5), Limits(deadline=NOON + timedelta(seconds=20), grace_seconds=2)) == 18
     assert look(Usage(wall_seconds=5), Limits(deadline=NOON - timedelta(days=1))) == SHORTEST_LOOK_SECONDS
 
 
@@ -321,7 +321,7 @@ def test_the_time_that_is_left_is_that_of_the_nearest_limit() -> None:
     assert seconds_left(usage, Limits(wall_seconds=150, cpu_seconds=390), now=NOON) == 30  # at three cores' pace
     assert seconds_left(usage, Limits(cpu_seconds=200), now=NOON) < 0
     assert seconds_left(Usage(100, 1), Limits(cpu_seconds=11), now=NOON) == 10  # it may begin to compute
-    assert seconds_left(usage, Limits(deadline=NOON + timedelta(seconds=7)), now=NOON) == 7
+    assert seconds_left(usage, Limits(deadline=NOON + timedelta(seconds=7), grace_seconds=3), now=NOON) == 4
 
 
 @pytest.mark.parametrize("limit", ["memory_bytes", "processes", "workdir_bytes", "free_disk_bytes", "output_bytes"])

@@ -192,3 +192,21 @@ async def test_of_a_flood_only_the_end_is_told(output: Output) -> None:
     [(_, text, skipped)] = told
     assert len(text) + skipped == 10_000_000
     assert len(text) == PEEK_BYTES
+
+
+def test_a_file_that_was_cut_and_written_anew_is_left_alone(workdir: Workdir, output: Output) -> None:
+    """What is where the gap was is the payload's: 262 kB were cut from a log that was under its cap."""
+    printed(output, 4_000_000)
+    output.trim(KEPT)
+    os.truncate(workdir.path / "std.out", 0)
+    printed(output, 3_900_000)
+    output.join()
+    assert (workdir.path / "std.out").read_bytes() == b"".join(b"%099d\n" % number for number in range(39_000))
+
+
+def test_whoever_still_prints_goes_on_appending(workdir: Workdir, output: Output) -> None:
+    printed(output, 4_000_000)
+    output.trim(KEPT)
+    output.join()
+    os.write(output.stdout, b"late\n")
+    assert (workdir.path / "std.out").read_bytes().endswith(b"\nlate\n")

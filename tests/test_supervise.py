@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -392,7 +393,7 @@ async def test_a_payload_may_idle_when_it_says_so_in_a_file(workdir: Workdir) ->
 
 async def test_a_deadline_ends_it_when_it_comes(workdir: Workdir) -> None:
     deadline = datetime.now(UTC) + timedelta(seconds=0.5)
-    outcome = await run("exec sleep 1000", workdir, deadline=deadline)
+    outcome = await run("exec sleep 1000", workdir, deadline=deadline, grace_seconds=0)
     assert str(outcome.verdict).startswith(f"deadline of {deadline:%Y-%m-%d %H:%M:%S} UTC was over at ")
     assert datetime.now(UTC) - deadline < timedelta(seconds=5)
 
@@ -611,3 +612,53 @@ def test_nothing_of_this_needs_the_main_thread(workdir: Workdir) -> None:
         await to_thread.run_sync(lambda: anyio.run(elsewhere))
 
     anyio.run(fly)
+
+
+# -- what a review found ------------------------------------------------------------------------------------------
+
+
+async def test_who_hurries_a_payload_that_was_reaped_hurries_nobody(workdir: Workdir) -> None:
+    """Its descriptor's number was the next payload's by then, and that one was killed."""
+    first = await start("exit 0", workdir)
+    await first.tree.wait()
+    await first.end(EndedBy.ITSELF, grace_seconds=0)
+    second = await start("echo ready; exec sleep 1000", workdir)
+    await says(workdir, "ready")
+    first.hurry()
+    await anyio.sleep(0.1)
+    assert not second.tree.gone
+    await second.end(EndedBy.KILL, grace_seconds=5)
+
+
+async def test_haste_for_a_payload_that_has_ended_by_itself_changes_nothing(workdir: Workdir) -> None:
+    payload = await start("exit 0", workdir)
+    await payload.tree.wait()
+    payload.hurry()
+    outcome = await payload.end(EndedBy.CANCELLATION, grace_seconds=0)
+    assert outcome.succeeded
+
+
+async def test_a_look_that_fails_is_no_verdict(workdir: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor was free for a moment, and the payload was ended, its job crashed."""
+
+    def fail(*_: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(supervise, "read_free_disk", fail)
+    payload = await start("sleep 0.5", workdir)
+    assert await watch(payload, Limits(), heartbeat_seconds=0.1, on_sample=keep([])) is None
+    monkeypatch.undo()
+    assert (await payload.end(EndedBy.ITSELF, grace_seconds=0)).succeeded
+
+
+async def test_limits_of_time_hold_while_a_look_hangs(workdir: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file server that is gone: the wall limit of 0.5 s was kept when the server came back."""
+    answered = threading.Event()
+    monkeypatch.setattr(supervise, "read_free_disk", lambda _: answered.wait(10) and 0)
+    monkeypatch.setattr(supervise, "LOOK_SECONDS", 0.3)
+    monkeypatch.setattr(supervise, "LAST_WORDS_SECONDS", 0.3)
+    with anyio.fail_after(5):
+        outcome = await run("exec sleep 1000", workdir, wall_seconds=0.5)
+    answered.set()
+    assert outcome.verdict is not None
+    assert outcome.verdict.limit == "wall time"

@@ -176,7 +176,7 @@ async def test_a_job_that_waits_for_its_slot_past_the_deadline_gives_its_place_b
 async def test_a_payload_is_stopped_early_enough_that_its_outputs_still_leave(fly: Fly, out: Path) -> None:
     """80 MB at 1 MB/s take 80 s; with the grace and what else delivering takes it is 111 s: stopped at once."""
     limits = soon(100) | {"upload_bytes_per_second": 1e6}
-    script = "head -c 80000000 /dev/zero > big; echo made; exec sleep 1000"
+    script = "head -c 80000000 /dev/zero > part; mv part big; echo made; exec sleep 1000"
     with anyio.fail_after(30):
         result = await fly(**sh(script), limits=limits, output_sandbox=["big", "std.out"])
     verdict = result.outcome.verdict
@@ -205,8 +205,8 @@ async def test_a_payload_is_asked_before_its_time_is_over_and_succeeds(fly: Fly,
     handle = JobHandle()
     with anyio.fail_after(10):
         result = await fly(
-            {"handle": handle}, **soft(WINDS_DOWN.format(ready="ready"), stop_seconds=999.5),
-            limits={"wall_seconds": 1000}, output_sandbox=["std.out"],
+            {"handle": handle}, **soft(WINDS_DOWN.format(ready="ready"), stop_seconds=2),
+            limits={"wall_seconds": 3}, output_sandbox=["std.out"],
         )  # fmt: skip
     assert result.status is Status.DONE
     assert (result.outcome.exit_code, result.outcome.stop_signal) == (130, signal.SIGINT)
@@ -223,7 +223,7 @@ async def test_the_same_exit_code_without_having_been_asked_is_a_failure(fly: Fl
 async def test_a_payload_that_does_not_listen_is_stopped_when_its_time_is_over(fly: Fly) -> None:
     with anyio.fail_after(10):
         result = await fly(
-            **soft("trap '' INT; exec sleep 1000", stop_seconds=0.5), limits={"wall_seconds": 1, "grace_seconds": 1}
+            **soft("trap '' INT; sleep 1000; true", stop_seconds=0.5), limits={"wall_seconds": 1, "grace_seconds": 1}
         )
     assert result.failure.kind == "LimitExceeded"
     assert (result.outcome.ended_by, result.outcome.stop_signal) == (EndedBy.LIMIT, signal.SIGINT)

@@ -114,7 +114,7 @@ def _exceeded(samples: Sequence[Usage], limits: Limits, now: datetime) -> Iterat
 def stop_margin(usage: Usage, limits: Limits) -> timedelta:
     """How long before the deadline a payload is stopped: until it has ended, and its outputs as they are now are out."""
     if usage.outputs_bytes is None:
-        return timedelta()
+        return timedelta(seconds=limits.grace_seconds if usage.wall_seconds > 0 else 0)
     return timedelta(
         seconds=limits.grace_seconds + DELIVERY_SECONDS + usage.outputs_bytes / limits.upload_bytes_per_second
     )

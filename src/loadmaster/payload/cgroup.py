@@ -103,7 +103,7 @@ class GroupUsage:
             found,
             rss_bytes=max(found.rss_bytes, self.memory_bytes or 0),
             threads=max(found.threads, self.tasks or 0),
-            processes=max(found.processes, self.processes),
+            processes=found.processes or self.processes,
             read_bytes=max(found.read_bytes, self.read_bytes or 0),
             written_bytes=max(found.written_bytes, self.written_bytes or 0),
         )

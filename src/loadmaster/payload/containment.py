@@ -31,13 +31,13 @@ from typing import Final, Protocol
 import anyio
 from anyio import CapacityLimiter, to_thread
 
-from loadmaster.description import Containment
+from loadmaster.description import Containment, Isolation
 from loadmaster.payload.isolation import isolated
 from loadmaster.payload.launch import Launch, Refused, shim_command
 from loadmaster.payload.launch import shim_kind as shim_kind
 from loadmaster.payload.process import Account, ExitRecord, Process
 from loadmaster.payload.sweep import kill_below, kill_session
-from loadmaster.payload.usage import BLOCK_BYTES, TreeUsage, read_session, read_tree
+from loadmaster.payload.usage import BLOCK_BYTES, TreeUsage, read_session, read_stat, read_tree
 
 log = logging.getLogger(__name__)
 
@@ -187,6 +187,9 @@ class ShimTree(Tree):
         self.started = time.monotonic()
         self._group = launch.group
         self._text = b""
+        self._helpers = int(containment is Containment.PID_NAMESPACE)
+        if launch.isolation is Isolation.BUBBLEWRAP:
+            self._helpers += 2
         mode = Containment.SUBREAPER if containment is Containment.CGROUP else containment
         command = shim_command()
         with _Channels(launch, mode) as channels:
@@ -203,7 +206,19 @@ class ShimTree(Tree):
                     raise Refused(f"{containment}: the shim cannot be executed: {exc}") from exc
                 raise
             self._report = channels.report.detach()
-        self._pidfd = os.pidfd_open(self._popen.pid)
+            self._pidfd = self._open()
+
+    def _open(self) -> int:
+        """A descriptor that can be read from once the shim has ended. Raises OSError, and then nothing is left."""
+        try:
+            return os.pidfd_open(self._popen.pid)
+        except ProcessLookupError:  # it has, and was reaped by a kernel whose embedding program ignores SIGCHLD
+            return os.eventfd(1)
+        except OSError:
+            self._popen.send_signal(signal.SIGUSR1)
+            self._popen.wait()
+            os.close(self._report)
+            raise
 
     async def begin(self) -> None:
         """Wait until the payload runs. Raises `Refused`, or OSError when it cannot be executed or no process be had."""
@@ -227,7 +242,7 @@ class ShimTree(Tree):
     def gone(self) -> bool:
         try:
             return os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-        except ChildProcessError:
+        except OSError:  # somebody else has reaped it
             return True
 
     async def wait(self) -> None:
@@ -264,6 +279,8 @@ class ShimTree(Tree):
     def _kill_below(self) -> int:
         if self._group is not None:
             self._group.kill()
+        if read_stat(self._popen.pid) is None:  # /proc hides it from us (hidepid)
+            return kill_below(self.pid) + kill_session(self.pid, self.start_ticks)
         return kill_below(self._popen.pid)
 
     async def _end_rest(self) -> None:
@@ -285,6 +302,7 @@ class ShimTree(Tree):
         self._collect()
         os.close(self._report)
         os.close(self._pidfd)
+        self._pidfd = -1
         with suppress(ChildProcessError):
             os.waitpid(self._popen.pid, os.WNOHANG)
         self._popen.returncode = 0
@@ -306,15 +324,20 @@ class ShimTree(Tree):
         self._order(signal.SIGUSR1)
 
     def usage(self) -> TreeUsage:
-        return read_tree(self._popen.pid, helpers=int(self.containment is Containment.PID_NAMESPACE))
+        if not self.fenced:  # the payload may have stopped it, and we would not hear of the end
+            self._signal(signal.SIGCONT)
+        if not self.gone and read_stat(self._popen.pid) is None:  # /proc hides it from us (hidepid)
+            return read_session(self.pid)
+        return read_tree(self._popen.pid, helpers=self._helpers)
 
     def _order(self, number: signal.Signals) -> None:
         self._signal(number)
         self._signal(signal.SIGCONT)  # who has the same user may have stopped it
 
     def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, number)
+        if self._pidfd >= 0:  # its number is another's once it is closed
+            with suppress(OSError):
+                signal.pidfd_send_signal(self._pidfd, number)
 
 
 async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree:
@@ -442,7 +465,10 @@ def _hold(pid: int, launch: Launch) -> None:
 
 async def _in_thread(function: Callable[[], int | None]) -> int:
     """In one of its own: a kill must not wait for the host's."""
-    return await to_thread.run_sync(function, limiter=CapacityLimiter(1)) or 0
+    try:
+        return await to_thread.run_sync(function, limiter=CapacityLimiter(1)) or 0
+    except RuntimeError:  # no thread is to be had: a fork bomb of the same user takes them all
+        return function() or 0
 
 
 def _check_started(facts: dict[str, str]) -> None:

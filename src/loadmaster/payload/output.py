@@ -11,7 +11,6 @@ it grows, and at the end the file is its beginning, a line that says how much is
 from __future__ import annotations
 
 import codecs
-import fcntl
 import logging
 import os
 from collections.abc import Callable
@@ -114,17 +113,13 @@ class Output:
     def join(self) -> None:
         """Close the gaps: nobody writes any more. A line in each says how many bytes are left out."""
         for descriptor, (begin, end) in self._gaps.items():
-            size = os.fstat(descriptor).st_size
-            # A file that is open for appending is appended to wherever one asks to write.
-            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_APPEND)
-            if begin < end <= size:  # otherwise the payload has cut its file since
-                mark = f"\n[... {end - begin} bytes left out ...]\n".encode()
-                os.pwrite(descriptor, mark, begin)
-                to = begin + len(mark)
-                while block := os.pread(descriptor, BLOCK_BYTES, end):
-                    os.pwrite(descriptor, block, to)
-                    to, end = to + len(block), end + len(block)
-                os.ftruncate(descriptor, to)
+            # Opened again: ours appends wherever it is asked to write, and somebody may still have it.
+            file = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if begin < end and _is_hole(file, begin, end):  # else the payload has cut its file, and written anew
+                    _join(file, begin, end)
+            finally:
+                os.close(file)
 
     async def follow(self, told: Printed) -> None:
         """Tell what is printed, as it is printed; ends by cancellation, when the rest has been told.
@@ -176,6 +171,30 @@ def last_lines(descriptor: int, lines: int) -> list[str]:
     if size > PEEK_BYTES and len(text) > 1:
         del text[0]  # the first line is most likely only the end of one
     return text[-lines:] if lines > 0 else []
+
+
+def _is_hole(file: int, begin: int, end: int) -> bool:
+    """Whether a file has nothing from here to there, and something after it."""
+    try:
+        return os.lseek(file, begin, os.SEEK_DATA) >= end
+    except OSError:  # nothing at all after it
+        return False
+
+
+def _join(file: int, begin: int, end: int) -> None:
+    """Put the end of a file behind its beginning and a mark. Raises OSError; the file is longer than it could be then."""
+    mark = f"\n[... {end - begin} bytes left out ...]\n".encode()
+    to = begin + _write_at(file, mark, begin)
+    while block := os.pread(file, BLOCK_BYTES, end):
+        to, end = to + _write_at(file, block, to), end + len(block)
+    os.ftruncate(file, to)
+
+
+def _write_at(file: int, data: bytes, offset: int) -> int:
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file, data[written:], offset + written)
+    return written
 
 
 def _give_back(descriptor: int, offset: int, size: int) -> None:

@@ -193,5 +193,7 @@ class Process:
         return True
 
     def _signal_group(self, number: signal.Signals) -> None:
+        if self._popen.returncode is not None:  # reaped: the number may be another's
+            return
         with suppress(ProcessLookupError, PermissionError):  # a set-uid payload: containment is more than a group
             os.killpg(self.pid, number)

@@ -208,6 +208,8 @@ static size_t signal_tree(int number)
     for (size_t i = 0; i < pids.count; i++) {
         struct found next = pids.list[i];
         struct stat_of found = stat_of(next.pid);
+        if (!found.state && kill(next.pid, 0) == 0)     /* hidden from us (hidepid), but ours to signal */
+            found = (struct stat_of){.state = 'R', .parent = next.parent};
         if (found.parent != next.parent && found.parent != self) continue;
         if (found.state == 'R' || found.state == 'S') running++;    /* D starts nothing before it sees its signals */
         add_children(&pids, next.pid);      /* before they lose their parent, and we the sight of them */

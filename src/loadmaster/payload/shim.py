@@ -176,6 +176,8 @@ def signal_tree(number: int) -> int:
     queue = [(child, own) for child in children(own)]
     for pid, parent in queue:  # it grows as we go
         state, parent_now, _ = stat_of(pid)
+        if not parent_now and libc.kill(pid, 0) == 0:  # hidden from us (hidepid), but ours to signal
+            state, parent_now = "R", parent
         if parent_now not in (parent, own):
             continue
         running += state in "RS"  # D starts nothing before it sees its signals

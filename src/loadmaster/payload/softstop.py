@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from loadmaster.description import JobDescription
+from loadmaster.payload.usage import read_stat
 
 MATCHING_SECONDS: Final = 5.0
 """A pattern that takes longer than this on the command lines of a payload is one that never ends."""
@@ -47,20 +48,19 @@ class SoftStop:
 
         Raises TimeoutError for a pattern that never ends.
         """
-        opened: list[tuple[int, bytes]] = []
-        try:
-            for pid in pids:
-                with suppress(OSError):  # gone
-                    opened.append((os.pidfd_open(pid), _command_line(pid)))  # its number is its own from here on
-            asked = 0
-            for index in _matching(self.pattern, [line for _, line in opened]):
-                with suppress(OSError):
-                    signal.pidfd_send_signal(opened[index][0], self.number)
-                    asked += 1
-            return asked
-        finally:
-            for pidfd, _ in opened:
-                os.close(pidfd)
+        found = [(pid, stat.start_ticks, _command_line(pid)) for pid in pids if (stat := read_stat(pid))]
+        asked = 0
+        for index in _matching(self.pattern, [line for _, _, line in found]):
+            pid, start_ticks, _ = found[index]
+            with suppress(OSError):  # gone
+                pidfd = os.pidfd_open(pid)
+                try:
+                    if (stat := read_stat(pid)) and stat.start_ticks == start_ticks:  # still who it was
+                        signal.pidfd_send_signal(pidfd, self.number)
+                        asked += 1
+                finally:
+                    os.close(pidfd)
+        return asked
 
 
 def _command_line(pid: int) -> bytes:

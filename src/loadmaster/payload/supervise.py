@@ -10,11 +10,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 
 from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 HEARTBEAT_SECONDS: Final = 10.0
 
 LAST_LOOK_SECONDS: Final = 0.1
@@ -60,6 +64,13 @@ LAST_LOOK_SECONDS: Final = 0.1
 
 FEW_PROCESSES: Final = 20
 """Looking at more of them one by one costs more than a millisecond; a control group costs 0.2 ms however many there are."""
+
+LOOK_SECONDS: Final = 10.0
+"""A look takes milliseconds; one that takes longer than this hangs, and limits are judged without it."""
+
+LAST_WORDS_SECONDS: Final = 5.0
+JOIN_SECONDS: Final = 60.0
+"""For a file of 1 GB on a slow disk."""
 
 DISK_FULL_BYTES: Final = 64 * 1024
 """Nobody writes anything of use to a disk with less than that."""
@@ -87,7 +98,7 @@ class Payload:
         self._output = output
         self._group = group
         self._soft_stop = soft_stop
-        self._stopped_softly = self._hurried = False
+        self._stopped_softly = self._heard_softly = self._hurried = self._disk_hangs = False
         self._kept_bytes = kept_bytes
         self._outputs_bytes = outputs_bytes
         self._outputs_known = 0
@@ -95,7 +106,6 @@ class Payload:
         self._walked: DirectoryUsage | None = None
         self._next_walk_seconds = 0.0
         self._seen = _Seen()
-        self._threads = anyio.CapacityLimiter(2)  # its own: limits hold also when the host's threads are all taken
 
     def __repr__(self) -> str:
         return f"<Payload {self.tree.pid}>"
@@ -107,14 +117,45 @@ class Payload:
 
     async def usage(self, limits: Limits = NO_LIMITS) -> Usage:
         """What it uses now, all of its processes together; what is dear to know only as far as the limits need it."""
-        return await to_thread.run_sync(self._look, limits, limiter=self._threads)
+        return await self._in_thread(LOOK_SECONDS, self._look, limits)
+
+    async def _in_thread(self, seconds: float, function: Callable[P, T], *args: P.args, **kw: P.kwargs) -> T:
+        """What blocks for a moment. Raises TimeoutError when the moment does not end: on a file server that is gone.
+
+        The thread is left to itself then. In this thread when there is no other to be had: a fork bomb of the same user
+        takes them all, and a kill must not depend on one.
+        """
+        try:
+            with anyio.fail_after(seconds):
+                return await to_thread.run_sync(
+                    partial(function, *args, **kw), abandon_on_cancel=True, limiter=CapacityLimiter(1)
+                )
+        except RuntimeError:
+            return function(*args, **kw)
+        except TimeoutError:
+            self._disk_hangs = True
+            raise
 
     def _look(self, limits: Limits) -> Usage:
         found, pss = self._look_at_processes(limits)
         self._seen.take(found, pss)
+        if self._disk_hangs:  # the clock and /proc still tell
+            return self._usage(found, pss)
         walked = self._walk() if limits.workdir_bytes is not None else None
         if self._kept_bytes is not None:
             self._output.trim(self._kept_bytes)
+        return replace(
+            self._usage(found, pss),
+            workdir_bytes=walked.size_bytes if walked else None,
+            workdir_files=walked.files if walked else None,
+            workdir_whole=walked is None or walked.whole,
+            free_disk_bytes=read_free_disk(self._output.directory),
+            output_bytes=read_sizes((self._output.stdout, self._output.stderr)),
+            outputs_bytes=self._measure_outputs() if limits.deadline is not None else None,
+        )
+
+    def _usage(self, found: TreeUsage, pss: int | None) -> Usage:
+        """What the processes use."""
         return Usage(
             wall_seconds=self.wall_seconds,
             cpu_seconds=self._seen.cpu_seconds,
@@ -125,12 +166,6 @@ class Payload:
             threads=found.threads,
             read_bytes=self._seen.read_bytes,
             written_bytes=self._seen.written_bytes,
-            workdir_bytes=walked.size_bytes if walked else None,
-            workdir_files=walked.files if walked else None,
-            workdir_whole=walked is None or walked.whole,
-            free_disk_bytes=read_free_disk(self._output.directory),
-            output_bytes=read_sizes((self._output.stdout, self._output.stderr)),
-            outputs_bytes=self._measure_outputs() if limits.deadline is not None else None,
         )
 
     def _look_at_processes(self, limits: Limits) -> tuple[TreeUsage, int | None]:
@@ -178,11 +213,11 @@ class Payload:
                 return True
             return False
 
-        return await to_thread.run_sync(look, limiter=self._threads)
+        return await self._in_thread(LOOK_SECONDS, look)
 
     async def peek(self, lines: int = PEEK_LINES) -> list[str]:
         """The last lines it printed."""
-        return await to_thread.run_sync(self._output.peek, lines, limiter=self._threads)
+        return await self._in_thread(LOOK_SECONDS, self._output.peek, lines)
 
     async def follow(self, told: Printed) -> None:
         """Tell what it prints, until cancelled. Where the kernel does not say, nothing is told."""
@@ -200,7 +235,9 @@ class Payload:
         """In how many seconds the soft stop is to be asked for; infinite when there is none, or no limit of time."""
         if self._soft_stop is None or self._stopped_softly:
             return inf
-        return seconds_left(usage, limits, now=now) - self._soft_stop.seconds
+        left = seconds_left(usage, limits, now=now)
+        # Of a short time the second half: asked as it starts, a payload would only be killed by it.
+        return left - min(self._soft_stop.seconds, (usage.wall_seconds + left) / 2)
 
     async def stop_softly(self) -> bool:
         """Ask it to wind down, once; whether there was somebody to ask."""
@@ -208,16 +245,18 @@ class Payload:
         if stop is None:
             return False
         try:
-            asked = await to_thread.run_sync(lambda: stop.ask(self.tree.usage().pids), limiter=self._threads)
+            asked = await self._in_thread(LOOK_SECONDS, lambda: stop.ask(self.tree.usage().pids))
         except (OSError, subprocess.SubprocessError) as exc:
             log.warning("process %d: soft stop: %s", self.tree.pid, exc)
             return False
-        return asked > 0
+        self._heard_softly = asked > 0
+        return self._heard_softly
 
     def hurry(self) -> None:
         """End it now: an `end` that keeps a grace returns soon."""
-        self._hurried = True
-        self.tree.hurry()
+        if not self.tree.gone:
+            self._hurried = True
+            self.tree.hurry()
 
     async def end(self, by: EndedBy, *, grace_seconds: float, verdict: Verdict | None = None) -> PayloadOutcome:
         """Make sure it has ended with everything it started, and say how.
@@ -233,19 +272,22 @@ class Payload:
             with anyio.move_on_after(grace_seconds):
                 await self.tree.wait()
         if self.wall_seconds >= LAST_LOOK_SECONDS:
-            await to_thread.run_sync(self._last_look, limiter=self._threads)
+            with suppress(TimeoutError):
+                await self._in_thread(LAST_WORDS_SECONDS, self._last_look)
         if left_behind := not await self.tree.end(grace_seconds):
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
         outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
         try:
             if self._group is not None:
-                outcome = await to_thread.run_sync(self._leave_group, self._group, outcome, limiter=self._threads)
+                outcome = await self._in_thread(LAST_WORDS_SECONDS, self._leave_group, self._group, outcome)
             if not outcome.succeeded:
-                words, full = await to_thread.run_sync(self._look_for_reasons, limiter=self._threads)
+                words, full = await self._in_thread(LAST_WORDS_SECONDS, self._look_for_reasons)
                 self.last_lines, outcome = tuple(words), replace(outcome, disk_full=full)
             if self._output.has_gaps:
-                await to_thread.run_sync(self._output.join, limiter=self._threads)
+                await self._in_thread(JOIN_SECONDS, self._output.join)
+        except OSError as exc:  # a full disk, one that hangs: how the payload ended is known all the same
+            log.warning("process %d: its last words: %s", self.tree.pid, exc)
         finally:
             self._output.close()
         return outcome
@@ -297,7 +339,7 @@ class Payload:
             orphans=record.orphans,
             peak_pss_bytes=seen.peak_pss_bytes or None,
             peak_processes=seen.peak_processes or None,
-            stop_signal=self._soft_stop.number if self._soft_stop and self._stopped_softly else None,
+            stop_signal=self._soft_stop.number if self._soft_stop and self._heard_softly else None,
         )
 
 
@@ -343,7 +385,7 @@ async def start(
         group = None if near or world.cgroup == "none" else _group_of(workdir.path.name, world, limits)
         launch = Launch(
             argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
-            nice=world.nice, cores=cores, cpu_seconds=limits.cpu_seconds, isolation=world.isolation, image=world.image,
+            nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation, image=world.image,
             group=group,
         )  # fmt: skip
         if not near:
@@ -364,6 +406,13 @@ async def start(
     return Payload(
         tree, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes, outputs_bytes=outputs_bytes
     )
+
+
+def _kernels_cpu(limits: Limits) -> float | None:
+    """What one process may use before the kernel steps in: the limit, and all that can be used in the grace."""
+    if limits.cpu_seconds is None:
+        return None
+    return limits.cpu_seconds + limits.grace_seconds * (os.cpu_count() or 1)
 
 
 def _group_of(job_id: str, world: World, limits: Limits) -> Group | None:
@@ -417,7 +466,11 @@ async def watch(
         clock = limits.model_copy(update=_NOT_OF_TIME)
         if verdict := judge((replace(usage, wall_seconds=payload.wall_seconds),), clock, now=datetime.now(UTC)):
             return verdict  # the clock alone says so: nothing needs to be looked at
-        usage = await payload.usage(limits)
+        try:
+            usage = await payload.usage(limits)
+        except OSError as exc:  # no descriptor is free for a moment, the disk hangs: the next look may tell
+            log.warning("process %d: a look at it failed: %s", payload.tree.pid, exc)
+            usage = replace(usage, wall_seconds=payload.wall_seconds)
         samples = remembered(samples, usage, limits)
         await on_sample(usage)
         verdict = payload.kernels_verdict or judge(samples, limits, now=datetime.now(UTC))

@@ -219,14 +219,19 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def open_group(group: int) -> list[int]:
-    """A pidfd of every process of a group that has not ended. Reads all of /proc; raises OSError, with none open."""
+def open_group(group: int, at_most: int = 64) -> list[int]:
+    """A pidfd of each process of a group that has not ended, of so many at most: descriptors are few.
+
+    Reads all of /proc; raises OSError, with none open.
+    """
     found: list[int] = []
     try:
         for name in os.listdir("/proc"):
             if name.isdecimal() and (stat := read_stat(int(name))) and stat.group == group and stat.state not in "ZX":
                 with suppress(ProcessLookupError):
                     found.append(os.pidfd_open(int(name)))
+                if len(found) == at_most:
+                    break
     except OSError:
         for pidfd in found:
             os.close(pidfd)
