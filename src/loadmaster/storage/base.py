@@ -85,6 +85,9 @@ class Direction(Enum):
     DOWNLOAD = "download"
     UPLOAD = "upload"
 
+    __hash__ = object.__hash__
+    """An enum's own is computed from its name, in Python, and for each file several times."""
+
 
 @dataclass(eq=False, slots=True)
 class Transfer:
