@@ -164,6 +164,49 @@ async def test_a_storage_that_does_not_give_up_is_cancelled_and_its_other_files_
     assert sorted(file.name for file in told.files) == ["a", "b", "c"]
 
 
+class Asleep(MemoryStorage):
+    """Begins nothing at its first call, and says nothing."""
+
+    calls = 0
+
+    async def move(self, transfers: Sequence[Transfer], ended: Ended) -> None:
+        self.calls += 1
+        if self.calls == 1:
+            await anyio.sleep_forever()
+        await super().move(transfers, ended)
+
+
+async def test_a_storage_that_begins_nothing_stalls_as_well(workdir: Workdir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files were taken for waiting inside the storage, and for ever."""
+    monkeypatch.setattr(party, "GIVE_UP_SECONDS", 0.05)
+    asleep = Asleep({f"memory://se/{name}": b"cargo" for name in "ab"})
+    site = Site(streams=1, retry_seconds=0.001, stall_seconds=0.1)
+    with anyio.fail_after(20):
+        told = await fetched(asleep, workdir, *map(fetch, "ab"), site=site)
+    assert sorted(file.name for file in told.files) == ["a", "b"]
+
+
+class Turns(MemoryStorage):
+    """Moves one after another, each in less time than a stall takes, all of them in much more."""
+
+    given_up = 0
+
+    async def move(self, transfers: Sequence[Transfer], ended: Ended) -> None:
+        for transfer in transfers:
+            self.given_up += transfer.given_up
+            await anyio.sleep(0.1)
+            await super().move([transfer], ended)
+
+
+async def test_what_waits_for_its_turn_inside_a_storage_does_not_stall(workdir: Workdir) -> None:
+    names = "abcdefghij"
+    turns = Turns({f"memory://se/{name}": b"cargo" for name in names})
+    with anyio.fail_after(20):
+        told = await fetched(turns, workdir, *map(fetch, names), site=Site(streams=1, retries=0, stall_seconds=0.5))
+    assert sorted(file.name for file in told.files) == list(names)
+    assert not turns.given_up
+
+
 class Drip(MemoryStorage):
     """Sends a byte now and then, for ever."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ import pytest
 from conftest import until
 from loadmaster import Site, open_transfers
 from loadmaster.account import Record, Report, told
-from loadmaster.errors import StorageUnavailable
+from loadmaster.errors import ChecksumMismatch, StorageUnavailable
 from loadmaster.gauge import LineGauge, Pace, SilentGauge, duration
 from loadmaster.manifest import BadManifest, Manifest
 from loadmaster.orders import Orders
@@ -518,6 +519,73 @@ def test_two_processes_do_not_write_to_one_part(tmp_path: Path) -> None:
     other.discard()
     os.close(descriptor)
     assert files_in(tmp_path) == {"a": b"content"}
+
+
+def small(tmp_path: Path, name: str = "a", **options: Any) -> PartOfPath:
+    return PartOfPath(tmp_path / "new" / name, size_bytes=7, **options)
+
+
+@pytest.mark.parametrize("sync", [False, True])
+def test_a_small_file_has_no_name_before_it_is_whole(tmp_path: Path, sync: bool) -> None:
+    part = small(tmp_path, sync=sync)
+    for _ in range(2):  # into its directory, then over itself
+        descriptor = part.open()
+        os.write(descriptor, b"content")
+        assert all(path.name == "a" for path in (tmp_path / "new").iterdir())
+        part.keep(descriptor, FileInfo(7))
+        os.close(descriptor)
+        assert files_in(tmp_path) == {"new/a": b"content"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_two_that_bring_in_the_same_small_file_do_not_meet(tmp_path: Path) -> None:
+    one, other = small(tmp_path), small(tmp_path)
+    descriptors = [one.open(), other.open()]
+    os.write(descriptors[0], b"content")
+    os.write(descriptors[1], b"half")
+    one.keep(descriptors[0], FileInfo(7))
+    with pytest.raises(ChecksumMismatch, match="4 bytes, expected 7"):
+        other.keep(descriptors[1], FileInfo(4))
+    other.discard()
+    os.write(descriptors[1], b"way")
+    other.keep(descriptors[1], FileInfo(7))
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert files_in(tmp_path) == {"new/a": b"halfway"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_a_small_file_does_not_take_the_place_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "new" / "a").mkdir(parents=True)
+    part = small(tmp_path)
+    descriptor = part.open()
+    os.write(descriptor, b"content")
+    with pytest.raises(IsADirectoryError):
+        part.keep(descriptor, FileInfo(7))
+    part.discard()
+    os.close(descriptor)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a"]
+
+
+def test_where_no_file_is_without_a_name_a_small_one_is_written_beside_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS. The kernel's answer is given here: no such file system can be had in a test."""
+    real = os.open
+
+    def refusing(path: Any, flags: int, *more: Any, **options: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+        return real(path, flags, *more, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+    part = small(tmp_path)
+    descriptor = part.open()
+    os.write(descriptor, b"content")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [part_name("a")]
+    part.keep(descriptor, FileInfo(7))
+    os.close(descriptor)
+    assert files_in(tmp_path) == {"new/a": b"content"}
 
 
 def test_a_part_in_the_way_that_is_no_file_is_left_alone(tmp_path: Path) -> None:

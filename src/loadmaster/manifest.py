@@ -3,8 +3,8 @@
     {"source": "https://example.org/a.root", "target": "data/a.root", "size_bytes": 4096, "checksum": "adler32:0a1b2c3d"}
 
 `source` and `target` are URLs or paths, relative ones from the current directory; the other two may be left out. Empty lines
-mean nothing. A manifest is checked whole before anything moves, and then read again as the files are moved: what is
-remembered of a line is 16 bytes, so that a hundred thousand lines are no burden.
+mean nothing. A manifest is checked whole before anything moves, and a long one then read again as the files are moved: what
+is remembered of its lines is 16 bytes each, so that a hundred thousand are no burden.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ MAX_LINE_BYTES: Final = 64 * 1024
 
 _PLAIN: Final = re.compile(r"[A-Za-z0-9_.~/-]+")
 """Paths nothing of which has to be quoted: nearly all, and four times as fast."""
+
+KEPT_LINES: Final = 16_384
+"""A manifest of no more lines is kept as it was understood, in some 10 MB: to understand it twice takes as long as copying
+small files. What is longer is read again."""
 
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
@@ -112,6 +116,8 @@ class Manifest:
         self.schemes = schemes
         """The kinds of storage it needs, and for each the first URL that does."""
         self._lines, self._base = lines, base
+        self._entries: list[Entry] | None = None
+        """All of them, if they are few."""
 
     @classmethod
     def read(cls, stream: BinaryIO, name: str, base: str) -> Manifest:
@@ -131,6 +137,7 @@ class Manifest:
         problems: list[str] = []
         sources, targets = array("Q"), array("Q")
         schemes: dict[str, str] = {}
+        entries: list[Entry] | None = []
         number = known = unknown = 0
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
@@ -142,7 +149,11 @@ class Manifest:
                 problems.append(f"line {number}: {exc}")
                 entry = None
             lines.write(line)
+            if number > KEPT_LINES:
+                entries = None
             if entry is not None:
+                if entries is not None:
+                    entries.append(entry)
                 known += entry.size_bytes or 0
                 unknown += entry.size_bytes is None
                 for url in (entry.source, entry.target):
@@ -151,6 +162,7 @@ class Manifest:
                 targets.append(_short(entry.target))
         size_bytes = None if unknown else known
         manifest = cls(name, lines, base, files=len(targets), last_line=number, size_bytes=size_bytes, schemes=schemes)
+        manifest._entries = entries
         wanted = _repeated(targets) | _common(sources, targets)
         if wanted and not problems:
             problems = list(manifest._collisions(wanted))
@@ -160,6 +172,9 @@ class Manifest:
 
     def entries(self) -> Iterator[Entry]:
         """The files to move, in their order. Blocks, and is to be used by one reader at a time."""
+        if self._entries is not None:
+            yield from self._entries
+            return
         self._lines.seek(0)
         for number, line in enumerate(self._lines, 1):
             if (entry := _entry(number, line, self._base)) is not None:
@@ -176,6 +191,7 @@ class Manifest:
 
     def close(self) -> None:
         """Remove the temporary file."""
+        self._entries = None
         self._lines.close()
 
     def _collisions(self, wanted: set[int]) -> Iterator[str]:

@@ -199,9 +199,10 @@ class Transfers:
         async def arrived(errand: Errand, outcome: Outcome) -> None:
             key = errand.key
             assert isinstance(key, Wanted)  # noqa: S101 - we put it there
-            failed = isinstance(outcome, StorageError)
-            info, error = (None, outcome) if failed else (outcome, None)
-            await ended(Moved(key, info, error, errand.transfers))  # type: ignore[arg-type]
+            if isinstance(outcome, StorageError):
+                await ended(Moved(key, None, outcome, errand.transfers))
+            else:
+                await ended(Moved(key, outcome, None, errand.transfers))
 
         async def errand(each: Wanted) -> Errand:
             return await self._take_up(_errand(each, sync, keeps))
@@ -587,12 +588,19 @@ def _inbound(fetch: Fetch, end: Incoming) -> Errand:
 
 def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
     """A download if the target is a file of this machine, else an upload of one."""
-    known = {"size_bytes": wanted.size_bytes, "checksum": wanted.checksum}
+    end: PartOfPath | OutgoingPath
     if wanted.target.startswith("file://"):
-        end: PartOfPath | OutgoingPath = PartOfPath(local_file(wanted.target), sync=sync, keeps=keeps, **known)  # type: ignore[arg-type]
-        return Errand(wanted.target, Direction.DOWNLOAD, (Replica(wanted.source),), end, key=wanted, **known)  # type: ignore[arg-type]
-    end = OutgoingPath(local_file(wanted.source))
-    return Errand(wanted.target, Direction.UPLOAD, (Replica(wanted.target),), end, key=wanted, **known)  # type: ignore[arg-type]
+        direction, place = Direction.DOWNLOAD, wanted.source
+        end = PartOfPath(
+            local_file(wanted.target), size_bytes=wanted.size_bytes, checksum=wanted.checksum, sync=sync, keeps=keeps
+        )
+    else:
+        direction, place = Direction.UPLOAD, wanted.target
+        end = OutgoingPath(local_file(wanted.source))
+    return Errand(
+        wanted.target, direction, (Replica(place),), end,
+        size_bytes=wanted.size_bytes, checksum=wanted.checksum, key=wanted,
+    )  # fmt: skip
 
 
 def _sizes(workdir: Workdir, names: Iterable[str]) -> list[int | None]:

@@ -88,10 +88,9 @@ class Errand:
     def road(self) -> Road:
         """The road it takes now."""
         replica = self.replica
-        scheme, _, rest = replica.url.partition("://")
-        return _road(
-            self.direction, scheme, replica.storage_element or rest.partition("/")[0], not replica.storage_element
-        )
+        url = replica.url
+        end = url.find("/", url.find("://") + 3)
+        return _road(self.direction, url if end < 0 else url[:end], replica.storage_element)
 
     @property
     def urgency(self) -> tuple[int, int]:
@@ -105,9 +104,10 @@ class Errand:
 
 
 @lru_cache(maxsize=256)
-def _road(direction: Direction, scheme: str, element: str, is_host: bool) -> Road:
-    """The same object for the same words: it is looked up for each file."""
-    return Road(direction, scheme, f"{scheme}://{element}" if is_host else element)
+def _road(direction: Direction, place: str, element: str | None) -> Road:
+    """The same object for the same words: it is looked up for each file. `place`: scheme and host of a URL."""
+    scheme, _, host = place.partition("://")
+    return Road(direction, scheme, element or f"{scheme}://{host}")
 
 
 Outcome: TypeAlias = FileInfo | StorageError
@@ -124,6 +124,11 @@ class Moving(Transfer):
     """How far it had come when it was last looked at, and when that was."""
     parts: list[Transfer] = field(default_factory=list)
     """What it is moved as, while it is moved as several at once."""
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether it is under way, or one of its parts is."""
+        return self.begun or self.done_bytes > 0 or any(part.begun or part.done_bytes for part in self.parts)
 
     @property
     def so_far_bytes(self) -> int:

@@ -39,6 +39,7 @@ class Lanes:
         self._used: dict[tuple[Direction, str], int] = {}
         self._takers: deque[Taker] = deque()
         self._assigning = False
+        self._heard: dict[str, float] = {}
 
     def __repr__(self) -> str:
         free = ", ".join(f"{count} {direction.value}" for direction, count in self._free.items())
@@ -47,6 +48,14 @@ class Lanes:
     def limit(self, element: str) -> int | None:
         """How many files may move at once to or from an element; None if there is no such limit."""
         return self._limits.get(element)
+
+    def hear_of(self, scheme: str, now: float) -> None:
+        """A storage of this scheme has files under way, or has ended some, for whichever party."""
+        self._heard[scheme] = now
+
+    def last_heard_of(self, scheme: str) -> float:
+        """When that was, by the monotonic clock."""
+        return self._heard.get(scheme, 0.0)
 
     def join(self, taker: Taker) -> None:
         """Be among those who take turns."""

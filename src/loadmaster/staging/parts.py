@@ -1,7 +1,9 @@
 """A file that comes in by its path, in a run that may die and be started again.
 
-What has come in is beside the target under a name that the next run finds: it goes on from there, or writes over it, so that
-nothing is left lying about. The one who writes to it has a lock on it; the kernel drops that with the process.
+A small file has no name until it is whole (O_TMPFILE): a run that dies leaves nothing of it, and two runs that bring the
+same file in do not meet. What has come of a larger one, or where the file system has no such files, is beside the target
+under a name that the next run finds: it goes on from there, or writes over it, so that nothing is left lying about. The
+one who writes to it has a lock on it; the kernel drops that with the process.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import fcntl
 import os
 import stat
 from contextlib import suppress
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Final
@@ -25,15 +28,19 @@ from loadmaster.storage.local import BLOCK_BYTES
 WORTH_BYTES: Final = 1024 * 1024
 """Less is not worth being kept, and read again."""
 
+_NO_UNNAMED: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+"""What a file system, or a kernel, says that has no files without a name."""
+
 
 class PartOfPath:
     """The local end of a file that comes in. Its directory is made; what has its name is replaced."""
 
     __slots__ = (
         "_mine",
-        "_part",
+        "_named",
         "_path",
         "_sync",
+        "_unnamed",
         "_wrong",
         "checksum",
         "continues",
@@ -55,16 +62,23 @@ class PartOfPath:
         """`sync`: whether it is on the disk, and not only on its way there, when it gets its name. `keeps`: whether what
         has come in stays for another run, should this one not finish it."""
         self._path = str(path)
-        folder, _, name = self._path.rpartition("/")
-        self._part = f"{folder}/{part_name(name)}" if folder or self._path.startswith("/") else part_name(name)
         self._sync, self._wrong = sync, False
         self._mine = False
         """Whether what is beside it was written by us, and not by another process that is at it now."""
+        self._unnamed = False
+        """Whether what was opened last has no name."""
+        self._named = size_bytes is None or size_bytes > WORTH_BYTES
+        """Whether it is written under a name from the beginning."""
         self.keeps = keeps
         self.size_bytes, self.checksum = size_bytes, checksum
         self.url = ""
         self.resumable = False
         self.continues = 0
+
+    @property
+    def _part(self) -> str:
+        folder, separator, name = self._path.rpartition("/")
+        return f"{folder}{separator}{part_name(name)}"
 
     @property
     def is_worth_it(self) -> bool:
@@ -93,6 +107,15 @@ class PartOfPath:
 
     def open(self) -> int:
         """A file beside it, cut to what is continued. Raises `StorageUnavailable` while another process brings it in."""
+        self._unnamed = False
+        if (
+            not self._named
+            and not self.continues
+            and _can_be_named_later()
+            and (descriptor := self._open_unnamed()) >= 0
+        ):
+            self._unnamed, self.resumable = True, False
+            return descriptor
         while True:
             descriptor = self._open()
             try:
@@ -104,6 +127,22 @@ class PartOfPath:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+    def _open_unnamed(self) -> int:
+        """A new file in the target's directory; -1 where there are none without a name."""
+        folder = self._path.rpartition("/")[0] or ("/" if self._path.startswith("/") else ".")
+        flags = os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC
+        try:
+            try:
+                return os.open(folder, flags, 0o666)
+            except FileNotFoundError:
+                os.makedirs(folder, exist_ok=True)
+                return os.open(folder, flags, 0o666)
+        except OSError as exc:
+            if exc.errno not in _NO_UNNAMED:
+                raise
+            self._named = True
+            return -1
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -138,10 +177,32 @@ class PartOfPath:
             raise
         if self._sync:
             os.fsync(descriptor)
-        os.replace(self._part, self._path)
-        self._mine = False
+        if self._unnamed:
+            self._give_name(descriptor)
+        else:
+            os.replace(self._part, self._path)
+            self._mine = False
         if self._sync:
             _sync_directory(os.path.dirname(self._path))
+
+    def _give_name(self, descriptor: int) -> None:
+        """A link cannot replace what has the name: then it is linked beside it, and renamed."""
+        this = f"/proc/self/fd/{descriptor}"
+        try:
+            os.link(this, self._path, src_dir_fd=descriptor)  # the argument has it follow the link that `this` is
+        except FileExistsError:
+            beside = f"{self._path.rpartition('/')[0]}/.{os.urandom(8).hex()}.part"
+            os.link(this, beside, src_dir_fd=descriptor)
+            try:
+                os.replace(beside, self._path)
+            except BaseException:
+                os.unlink(beside)
+                raise
+        except OSError as exc:
+            if exc.errno not in {errno.EPERM, errno.EXDEV, *_NO_UNNAMED}:
+                raise
+            self._named = True  # when it is tried again
+            raise StorageUnavailable(self._path, f"cannot be linked here: {exc.strerror}") from exc
 
     def discard(self) -> None:
         """Remove what was written, unless it may be continued."""
@@ -155,6 +216,12 @@ class PartOfPath:
                 if self._wrong or not self.keeps or os.stat(self._part).st_size < WORTH_BYTES:
                     self._mine = self._wrong = False
                     os.unlink(self._part)
+
+
+@cache
+def _can_be_named_later() -> bool:
+    """Whether /proc is there: without it, only root may name an open file."""
+    return os.path.isdir("/proc/self/fd")
 
 
 def part_name(name: str) -> str:

@@ -37,7 +37,8 @@ UNTOLD: Final = 1024
 """Files that have arrived and are still to be told of; while there are more, nothing is begun."""
 
 SLOW_BYTES_PER_SECOND: Final = 1000.0
-"""A transfer that is slower than this is as good as stalled."""
+"""A transfer that is slower than this is as good as stalled. One that has not begun waits inside its storage for others,
+and for as long as that storage has some under way it may: then it is to begin."""
 
 GIVE_UP_SECONDS: Final = 10.0
 """How long a storage may take to give up a transfer, before its whole batch is cancelled."""
@@ -300,15 +301,20 @@ class Party:
             if not isinstance(transfer, Moving) or transfer not in self.moving:
                 continue
             self._drop(transfer)
-            errand, result = _errand(transfer), transfer.result
-            if isinstance(result, FileInfo):
-                info = FileInfo(transfer.first_byte + result.size_bytes, result.checksum)
+            errand, info = _errand(transfer), transfer.result
+            result = info
+            if isinstance(info, FileInfo):
+                if transfer.first_byte:
+                    info = FileInfo(transfer.first_byte + info.size_bytes, info.checksum)
                 wrong = _wrong(errand, info)
                 if wrong is None:
                     self._ended.append((errand, info))
                     continue
                 result = wrong
+            assert not isinstance(result, FileInfo)  # noqa: S101 - it is an error by now
             self._failed(errand, result or StorageUnavailable(transfer.url, "the storage did not say why"), transfer)
+        if transfers:
+            self._lanes.hear_of(_scheme(transfers[0]), time.monotonic())
         self._changed.set()
 
     def _drop(self, transfer: Moving) -> None:
@@ -376,6 +382,9 @@ class Party:
         while True:
             await anyio.sleep(self._stall_seconds / 4)
             now = time.monotonic()
+            for transfer in self.moving:
+                if transfer.is_begun:
+                    self._lanes.hear_of(_scheme(transfer), now)
             for transfer, number in list(self.moving.items()):
                 self._look_at(transfer, number, now)
 
@@ -384,8 +393,8 @@ class Party:
         if transfer.given_up:
             if seconds > GIVE_UP_SECONDS and number in self._batches:
                 self._batches[number].cancel()
-        elif not transfer.begun and transfer.done_bytes == 0:  # waits inside the storage
-            transfer.mark_time = now
+        elif not transfer.is_begun and self._lanes.last_heard_of(_scheme(transfer)) > transfer.mark_time:
+            transfer.mark_time = now  # waits inside the storage, which is at others
         elif seconds >= self._stall_seconds:
             transfer.mark_bytes, transfer.mark_time = transfer.so_far_bytes, now
             if passed < SLOW_BYTES_PER_SECOND * seconds:
@@ -443,10 +452,16 @@ def _errand(transfer: Moving) -> Errand:
     return transfer.errand
 
 
+def _scheme(transfer: Transfer) -> str:
+    return transfer.url.partition("://")[0]
+
+
 def _wrong(errand: Errand, info: FileInfo) -> ChecksumMismatch | None:
     """What a storage took is to be as long as what it was given; what came in was verified before it got its name."""
+    if errand.direction is Direction.DOWNLOAD:
+        return None
     size = getattr(errand.end, "size_bytes", None)
-    if errand.direction is Direction.UPLOAD and size is not None and info.size_bytes != size:
+    if size is not None and info.size_bytes != size:
         return ChecksumMismatch(errand.replica.url, f"took {info.size_bytes} bytes of {size}")
     return None
 

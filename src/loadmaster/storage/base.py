@@ -87,6 +87,9 @@ class Direction(Enum):
     DOWNLOAD = "download"
     UPLOAD = "upload"
 
+    __hash__ = object.__hash__
+    """An enum's own is computed from its name, in Python, and for each file several times."""
+
 
 class Step(Enum):
     """How much of an upload one transfer does. Only a storage with `Ability.HOLD` is asked for less than all of it.
