@@ -197,6 +197,30 @@ async def test_what_does_not_arrive_whole_is_no_file_and_may_be_tried_again(
     assert local.calls == ["open", "discard"]
 
 
+@pytest.mark.parametrize("direction", Direction)
+async def test_what_stalls_on_a_connection_that_was_used_before_is_given_up_too(
+    hostile: HostileServer, direction: Direction
+) -> None:
+    """libcurl's own watch has no timer there: two of sixty files hung until the deadline of the whole."""
+    hostile.files = {f"/{n}": b"content" for n in range(60)}
+    hostile.orders = lambda asked: Fault("stall") if asked.path in {"/20", "/41"} else None
+    files = [Transfer(direction, f"{hostile.url}/{n}", LocalBytes(b"content"), size_bytes=7) for n in range(60)]
+    async with open_http(StorageOptions(scheme="http", streams=4, words={"stall_seconds": 1})) as storage:
+        with anyio.fail_after(15):
+            await storage.move(files, lambda _: None)
+    assert [n for n, file in enumerate(files) if not isinstance(file.result, FileInfo)] == [20, 41]
+    assert all(failure(files[n]).retryable and "next to nothing" in str(files[n].result) for n in (20, 41))
+
+
+async def test_what_is_slow_but_not_too_slow_is_not_given_up(hostile: HostileServer) -> None:
+    hostile.files["/f"] = b"content"
+    hostile.orders = lambda asked: Fault("drip")  # two bytes a second
+    with anyio.fail_after(15):
+        transfer, local = await fetched(f"{hostile.url}/f", {"stall_seconds": 1, "stall_bytes_per_second": 1})
+    assert isinstance(transfer.result, FileInfo)
+    assert local.content == b"content"
+
+
 @pytest.mark.parametrize("kind", ["short length", "endless"])
 async def test_a_file_of_another_size_than_is_known_is_refused(hostile: HostileServer, kind: str) -> None:
     hostile.files["/f"] = os.urandom(100_000)

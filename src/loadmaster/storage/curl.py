@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 import anyio
@@ -43,6 +44,11 @@ TOLD_AT_ONCE: Final = 256
 
 BODY_BYTES: Final = 64 * 1024
 """Of an answer that is not a file; what comes after is not looked at."""
+
+LOOK_SECONDS: Final = 1.0
+"""Between two looks at how far everything has come."""
+
+STALLED: Final = "moved next to nothing for a while"
 
 _EVENTS: Final = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -88,6 +94,14 @@ class Signing:
     access_key: str
     secret_key: str = field(repr=False)
     region: str = "us-east-1"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What is slower than so many bytes a second, for so many seconds, has stalled."""
+
+    bytes_per_second: float = 100.0
+    seconds: float = 60.0
 
 
 @dataclass(eq=False, slots=True)
@@ -192,6 +206,8 @@ class _Carrier:
         "_header_lines",
         "_headers",
         "_signing",
+        "_passed_bytes",
+        "_paced",
         "curl",
         "failure",
         "key",
@@ -210,6 +226,8 @@ class _Carrier:
         self._headers: Sequence[str] = ()
         self._header_lines: list[bytes] = []
         self._signing: Signing | None = None
+        self._passed_bytes = 0
+        self._paced = 0.0
         for option, value in settings.items():
             curl.setopt(option, value)
         method, wants_headers = key
@@ -232,6 +250,7 @@ class _Carrier:
         """Make ready for a request."""
         curl = self.curl
         self.request, self.work, self.failure, self._accepted = request, work, None, None
+        self._paced = 0.0
         curl.setopt(pycurl.URL, request.url)
         if request.headers is not self._headers:
             curl.setopt(pycurl.HTTPHEADER, request.headers)
@@ -254,6 +273,16 @@ class _Carrier:
         self.request, self.work, self.failure = _NONE, None, None
         self._body.clear()
         self._header_lines.clear()
+
+    def stalls(self, now: float, seconds: float, pace: Pace) -> bool:
+        """Whether it has been too slow for too long. Asked now and then; `seconds`: since it was asked last."""
+        asks = self.curl.getinfo
+        passed = int(asks(pycurl.SIZE_DOWNLOAD_T) + asks(pycurl.SIZE_UPLOAD_T) + asks(pycurl.HEADER_SIZE))
+        begins = not self._paced or not asks(pycurl.PRETRANSFER_TIME)  # to connect has a limit of its own
+        if begins or passed - self._passed_bytes >= pace.bytes_per_second * seconds:
+            self._paced = now
+        self._passed_bytes = passed
+        return now - self._paced >= pace.seconds
 
     def outcome(self, code: int, text: str) -> Reply | StorageError:
         """What came of the request. Raises OSError, about this machine."""
@@ -335,9 +364,12 @@ class _Carrier:
 class CurlThread:
     """A thread that carries requests, from when it is first needed until `close`."""
 
-    def __init__(self, name: str, lanes: Mapping[str, int], settings: Mapping[int, object]) -> None:
+    def __init__(
+        self, name: str, lanes: Mapping[str, int], settings: Mapping[int, object], pace: Pace = Pace()
+    ) -> None:
         """`lanes`: how many scripts at once, by the name of their lane. `settings`: options of every easy handle."""
         self._name = name
+        self._pace = pace
         self._lanes = dict(lanes)
         self._settings = settings
         self._thread: threading.Thread | None = None
@@ -431,6 +463,8 @@ class _Loop:
         self._registered: set[int] = set()
         self._changed: set[int] = set()
         self._due: float | None = None
+        self._look_seconds = min(LOOK_SECONDS, owner._pace.seconds / 4)
+        self._looked = 0.0
         self._free: dict[tuple[str, bool], list[_Carrier]] = {}
         self._carriers: dict[pycurl.Curl, _Carrier] = {}
         self._waiting: dict[str, deque[_Call[Item]]] = {lane: deque() for lane in owner._lanes}
@@ -454,11 +488,14 @@ class _Loop:
         self._go_on()
         now = time.monotonic()
         self._tell(now)
-        due = self._due
+        due = inf if self._due is None else self._due
         if self._untold:
-            due = min(now + TOLD_SECONDS if due is None else due, now + TOLD_SECONDS)
+            due = min(due, now + TOLD_SECONDS)
+        if any(self._under_way.values()):
+            self._look_for_stalls(now)
+            due = min(due, self._looked + self._look_seconds)
         self._register()
-        for descriptor, event in self._epoll.poll(-1 if due is None else max(0.0, due - now)):
+        for descriptor, event in self._epoll.poll(-1 if due == inf else max(0.0, due - now)):
             if descriptor == self._owner._wake:
                 os.eventfd_read(descriptor)
             else:
@@ -569,6 +606,19 @@ class _Loop:
         if work.carrier is not None:
             self._unload(work.carrier)
         self._step(work, GivenUp(visible(work.item.url), "given up"))
+
+    def _look_for_stalls(self, now: float) -> None:
+        """libcurl's own watch sleeps where nothing at all happens on a connection that has been used before."""
+        seconds = now - self._looked
+        if seconds < self._look_seconds:
+            return
+        self._looked = now
+        for carrier in list(self._carriers.values()):
+            work = carrier.work
+            if work is not None and carrier.stalls(now, seconds, self._owner._pace):
+                request = carrier.request
+                self._unload(carrier)
+                self._step(work, StorageUnavailable(visible(request.about or request.url), STALLED))
 
     def _finish(self, work: _Work) -> None:
         call = work.call

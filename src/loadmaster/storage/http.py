@@ -30,7 +30,7 @@ from loadmaster.errors import AccessDenied, ChecksumMismatch, InvalidSite, Stora
 from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running
 from loadmaster.storage.credentials import Token, authorities, discovered_proxy, discovered_token, own_user
-from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, GivenUp, Request, Script
+from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, GivenUp, Pace, Request, Script
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 from loadmaster.storage.replies import WANT_DIGEST, Reply, checksums_told, http_error, preferred, visible
 
@@ -183,10 +183,12 @@ class CurlStorage:
 
     abilities = Ability.SIDE_BY_SIDE
 
-    def __init__(self, options: StorageOptions, settings: Mapping[int, object]) -> None:
+    def __init__(self, options: StorageOptions, words: CommonWords, settings: Mapping[int, object]) -> None:
         lanes = {direction.value: options.streams for direction in Direction} | {"ask": QUESTIONS_AT_ONCE}
         self._scheme = options.scheme
-        self._thread = CurlThread(options.scheme, lanes, settings)
+        self._thread = CurlThread(
+            options.scheme, lanes, settings, Pace(words.stall_bytes_per_second, words.stall_seconds)
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._scheme}://>"
@@ -355,7 +357,7 @@ class HttpStorage(CurlStorage):
         else:
             self._token = discovered_token(os.environ, user)
         proxy = words.proxy or discovered_proxy(os.environ, user)
-        super().__init__(options, common_settings(words, proxy))
+        super().__init__(options, words, common_settings(words, proxy))
         self._dav = options.scheme in {"dav", "davs"}
         self._publish = words.publish or ("move" if self._dav else "check")
         self._cannot_rename: set[str] = set()
@@ -528,8 +530,6 @@ def common_settings(words: CommonWords, proxy: Path | None) -> dict[int, object]
         pycurl.FOLLOWLOCATION: True,
         pycurl.MAXREDIRS: REDIRECTS,
         pycurl.CONNECTTIMEOUT_MS: int(words.connect_seconds * 1000),
-        pycurl.LOW_SPEED_LIMIT: words.stall_bytes_per_second,
-        pycurl.LOW_SPEED_TIME: words.stall_seconds,
         pycurl.TCP_KEEPALIVE: True,
         pycurl.BUFFERSIZE: 256 * 1024,
         pycurl.SSLVERSION: pycurl.SSLVERSION_TLSv1_2,

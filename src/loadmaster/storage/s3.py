@@ -75,7 +75,7 @@ class S3Storage(CurlStorage):
     def __init__(self, options: StorageOptions, environ: Mapping[str, str] = os.environ) -> None:
         words = S3Words.of(options)
         settings = common_settings(words, None) | {pycurl.FOLLOWLOCATION: False}  # a signature is for one host
-        super().__init__(options, settings)
+        super().__init__(options, words, settings)
         named = environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL")
         self._endpoint = (words.endpoint or named or "").rstrip("/")
         self._region = words.region or environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or "us-east-1"
