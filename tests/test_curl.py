@@ -537,6 +537,15 @@ async def test_more_files_than_streams_wait_and_are_counted(hostile: HostileServ
     assert len(told) < 250, "told in batches"
 
 
+async def test_a_lane_that_comes_free_is_taken_at_once(hostile: HostileServer) -> None:
+    """An answer that came while libcurl did what was due ended the only script, and nobody began the next one."""
+    up = [Transfer(Direction.UPLOAD, f"{hostile.url}/{n}", LocalBytes(b"content")) for n in range(1500)]
+    async with open_http(StorageOptions(scheme="http", streams=1)) as storage:
+        with anyio.fail_after(30):
+            await storage.move(up, lambda _: None)
+    assert len(hostile.files) == 1500
+
+
 async def test_a_child_of_fork_has_a_thread_of_its_own(hostile: HostileServer) -> None:
     """The parent's is not in it: a storage that was opened before must not wait for one that is not there."""
     script = f"""

@@ -572,6 +572,7 @@ class _Loop:
             self._due = None
             self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
         self._reap()
+        self._start()  # or a lane that came free just now stays empty until something else happens
 
     def _take_orders(self) -> None:
         while self._owner._orders:
