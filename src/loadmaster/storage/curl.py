@@ -15,15 +15,16 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from typing import Final, Generic, Protocol, TypeAlias, TypeVar
 
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import StorageError, StorageUnavailable
+from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
 from loadmaster.storage.replies import Reply, curl_error, visible
 
 try:
@@ -37,12 +38,17 @@ CLEANUP_SECONDS: Final = 5.0
 LEAVING_SECONDS: Final = 2 * CLEANUP_SECONDS + 1
 """How long a cancelled call waits for that: two requests and a breath."""
 
-TOLD_SECONDS: Final = 0.01
+TOLD_SECONDS: Final = 0.1
 """A file that has ended is told of after so long, or when all of its call have, or with so many others:"""
 TOLD_AT_ONCE: Final = 256
 
 BODY_BYTES: Final = 64 * 1024
 """Of an answer that is not a file; what comes after is not looked at."""
+
+LOOK_SECONDS: Final = 1.0
+"""Between two looks at how far everything has come."""
+
+STALLED: Final = "moved next to nothing for a while"
 
 _EVENTS: Final = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -65,6 +71,13 @@ class Sink(Protocol):
     def write(self, data: bytes) -> None:
         """The next bytes."""
         ...
+
+
+class Held(Protocol):
+    """A file so small that it is in memory until it is whole."""
+
+    size_bytes: int | None
+    done_bytes: int
 
 
 class Source(Protocol):
@@ -90,6 +103,14 @@ class Signing:
     region: str = "us-east-1"
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What is slower than so many bytes a second, for so many seconds, has stalled."""
+
+    bytes_per_second: float = 100.0
+    seconds: float = 60.0
+
+
 @dataclass(eq=False, slots=True)
 class Request:
     """One request. The reply is sent into the script that yields it; where none came, a `StorageError` is thrown."""
@@ -98,6 +119,8 @@ class Request:
     url: str
     headers: Sequence[str] = ()
     """`Name: value`. The same object again costs nothing."""
+    held: Held | None = None
+    """What the body of a good answer is; it comes in the reply. One that is longer is broken off."""
     sink: Sink | None = None
     source: Source | bytes | None = None
     wants_headers: bool = False
@@ -107,11 +130,26 @@ class Request:
     """For the whole of it; 0 for as long as it is not stalled."""
     about: str = ""
     """The URL as the caller has it, for the words of errors."""
+    shown: object = None
+    """The credentials that go along, for whoever has to look for newer ones."""
 
 
 _NONE: Final = Request("", "")
+_NO_REPLY: Final = Reply(0)
 
-Script: TypeAlias = Generator[Request, Reply, None]
+
+@dataclass(eq=False, slots=True)
+class Together:
+    """Scripts to be run beside each other, so many at once; then the script that yields this goes on.
+
+    Where one of them raises a `StorageError` the others are given up where they stand, and the error is thrown.
+    """
+
+    scripts: Iterable[Script]
+    at_once: int
+
+
+Script: TypeAlias = Generator[Request | Together, Reply, None]
 
 
 class Item(Protocol):
@@ -172,25 +210,34 @@ class _Call(Generic[I]):
             os.close(self.descriptor)
 
 
-@dataclass(eq=False, slots=True)
 class _Work:
-    """A script under way."""
+    """A script under way, and those it waits for."""
 
-    call: _Call[Item]
-    item: Item
-    steps: Script
-    carrier: _Carrier | None = None
-    leaving: bool = False
+    __slots__ = ("call", "carrier", "children", "item", "leaving", "parent", "rest", "steps")
+
+    def __init__(self, call: _Call[Item], item: Item, steps: Script, parent: _Work | None = None) -> None:
+        self.call, self.item, self.steps, self.parent = call, item, steps, parent
+        self.carrier: _Carrier | None = None
+        self.leaving = False
+        self.rest: Iterator[Script] | None = None
+        self.children: list[_Work] | None = None
+
+
+_Kind: TypeAlias = tuple[str, bool, bool, bool]
+"""Of a request: its method, whether headers are wanted, whether its body is in memory, whether that of the answer is not."""
 
 
 class _Carrier:
-    """An easy handle of libcurl's and the request it carries. It serves one method, so that little has to be set anew."""
+    """An easy handle of libcurl's and the request it carries. It serves one kind, so that little has to be set anew."""
 
     __slots__ = (
         "_accepted",
         "_body",
         "_header_lines",
         "_headers",
+        "_held_bytes",
+        "_paced",
+        "_passed_bytes",
         "_signing",
         "curl",
         "failure",
@@ -199,7 +246,7 @@ class _Carrier:
         "work",
     )
 
-    def __init__(self, key: tuple[str, bool], settings: Mapping[int, object]) -> None:
+    def __init__(self, key: _Kind, settings: Mapping[int, object]) -> None:
         self.key = key
         self.curl = curl = pycurl.Curl()
         self.work: _Work | None = None
@@ -207,31 +254,37 @@ class _Carrier:
         self.failure: OSError | StorageError | None = None
         self._accepted: bool | None = None
         self._body: list[bytes] = []
+        self._held_bytes = 0
         self._headers: Sequence[str] = ()
         self._header_lines: list[bytes] = []
         self._signing: Signing | None = None
+        self._passed_bytes = 0
+        self._paced = 0.0
         for option, value in settings.items():
             curl.setopt(option, value)
-        method, wants_headers = key
-        curl.setopt(pycurl.WRITEFUNCTION, self._write)
+        method, wants_headers, has_bytes, has_sink = key
+        curl.setopt(pycurl.WRITEFUNCTION, self._write if has_sink else self._keep)
         if wants_headers:
             curl.setopt(pycurl.HEADERFUNCTION, self._header_lines.append)
-        if method == "HEAD":
+        if has_bytes:
+            curl.setopt(pycurl.POST, True)
+            curl.setopt(pycurl.POSTREDIR, pycurl.REDIR_POST_ALL)
+            if method != "POST":
+                curl.setopt(pycurl.CUSTOMREQUEST, method)
+        elif method == "HEAD":
             curl.setopt(pycurl.NOBODY, True)
         elif method == "PUT":
             curl.setopt(pycurl.UPLOAD, True)
             curl.setopt(pycurl.READFUNCTION, self._read)
             curl.setopt(pycurl.SEEKFUNCTION, self._seek)
-        elif method == "POST":
-            curl.setopt(pycurl.POST, True)
         elif method != "GET":
             curl.setopt(pycurl.CUSTOMREQUEST, method)
             curl.setopt(pycurl.FOLLOWLOCATION, False)
 
-    def load(self, request: Request, work: _Work) -> None:
+    def load(self, request: Request) -> None:
         """Make ready for a request."""
         curl = self.curl
-        self.request, self.work, self.failure, self._accepted = request, work, None, None
+        self.request, self._paced = request, 0.0
         curl.setopt(pycurl.URL, request.url)
         if request.headers is not self._headers:
             curl.setopt(pycurl.HTTPHEADER, request.headers)
@@ -239,7 +292,7 @@ class _Carrier:
         source = request.source
         if source is not None:
             if isinstance(source, bytes):
-                curl.setopt(pycurl.COPYPOSTFIELDS, source)
+                curl.setopt(pycurl.POSTFIELDS, source)
             else:
                 curl.setopt(pycurl.INFILESIZE_LARGE, source.size_bytes)
         if request.signing is not self._signing:
@@ -251,9 +304,20 @@ class _Carrier:
         """Forget the request: what it held is let go."""
         if self.request.seconds:
             self.curl.setopt(pycurl.TIMEOUT_MS, 0)
-        self.request, self.work, self.failure = _NONE, None, None
+        self.request, self.work, self.failure, self._accepted = _NONE, None, None, None
         self._body.clear()
+        self._held_bytes = 0
         self._header_lines.clear()
+
+    def stalls(self, now: float, seconds: float, pace: Pace) -> bool:
+        """Whether it has been too slow for too long. Asked now and then; `seconds`: since it was asked last."""
+        asks = self.curl.getinfo
+        passed = int(asks(pycurl.SIZE_DOWNLOAD_T) + asks(pycurl.SIZE_UPLOAD_T) + asks(pycurl.HEADER_SIZE))
+        begins = not self._paced or not asks(pycurl.PRETRANSFER_TIME)  # to connect has a limit of its own
+        if begins or passed - self._passed_bytes >= pace.bytes_per_second * seconds:
+            self._paced = now
+        self._passed_bytes = passed
+        return now - self._paced >= pace.seconds
 
     def outcome(self, code: int, text: str) -> Reply | StorageError:
         """What came of the request. Raises OSError, about this machine."""
@@ -271,9 +335,10 @@ class _Carrier:
                 sink.write(self._body.pop())
             except StorageError as exc:
                 return exc
+        body = self._body
         reply = Reply(status)
-        if self._body:
-            reply.body = b"".join(self._body)
+        if body:
+            reply.body = body[0] if len(body) == 1 else b"".join(body)
         if self._header_lines:
             reply.headers = _headers(self._header_lines)
             reply.length = int(curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T))
@@ -292,14 +357,31 @@ class _Carrier:
             self.curl.setopt(pycurl.PASSWORD, signing.secret_key)
         self._signing = signing
 
-    # The three below are called by libcurl, which cannot pass on what they raise.
+    # Those below are called by libcurl, which cannot pass on what they raise.
+
+    def _keep(self, data: bytes) -> int | None:
+        """Without a sink. What is too much of a good answer makes it a bad one."""
+        held = self.request.held
+        self._held_bytes = count = self._held_bytes + len(data)
+        if held is not None:
+            size = held.size_bytes or 0
+            if count > size and count > BODY_BYTES:
+                expected = f"sends more than the {size} bytes expected"
+                self.failure = ChecksumMismatch(visible(self.request.about), expected)
+                return -1
+            held.done_bytes = min(count, size)
+        elif count > BODY_BYTES + len(data):
+            return None
+        self._body.append(data)
+        return None
 
     def _write(self, data: bytes) -> int | None:
         """The status is in the headers, if we have them. Else the first piece waits: of a small file it is all there is."""
         request = self.request
         sink = request.sink
+        assert sink is not None  # noqa: S101 - else it is kept
         try:
-            if sink is not None and self._accepted is None:
+            if self._accepted is None:
                 if request.wants_headers:
                     self._accepted = sink.accept(_status(self._header_lines))
                 elif not self._body:
@@ -309,7 +391,7 @@ class _Carrier:
                     sink.write(self._body[0])
                     self._accepted = True
             if self._accepted:
-                sink.write(data)  # type: ignore[union-attr] # there is one to accept
+                sink.write(data)
                 return None
         except (OSError, StorageError) as exc:
             self.failure = exc
@@ -335,9 +417,12 @@ class _Carrier:
 class CurlThread:
     """A thread that carries requests, from when it is first needed until `close`."""
 
-    def __init__(self, name: str, lanes: Mapping[str, int], settings: Mapping[int, object]) -> None:
+    def __init__(
+        self, name: str, lanes: Mapping[str, int], settings: Mapping[int, object], pace: Pace = Pace()
+    ) -> None:
         """`lanes`: how many scripts at once, by the name of their lane. `settings`: options of every easy handle."""
         self._name = name
+        self._pace = pace
         self._lanes = dict(lanes)
         self._settings = settings
         self._thread: threading.Thread | None = None
@@ -425,13 +510,17 @@ class _Loop:
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._timer)
         self._multi.setopt(pycurl.M_MAXCONNECTS, 2 * sum(owner._lanes.values()))
+        self._settings = {**owner._settings, pycurl.SOCKOPTFUNCTION: self._opened}
         self._epoll = select.epoll()
         self._epoll.register(owner._wake, select.EPOLLIN)
         self._wanted: dict[int, int] = {}
-        self._registered: set[int] = set()
+        self._registered: dict[int, int] = {}
+        self._sockets: set[int] = set()
         self._changed: set[int] = set()
         self._due: float | None = None
-        self._free: dict[tuple[str, bool], list[_Carrier]] = {}
+        self._look_seconds = min(LOOK_SECONDS, owner._pace.seconds / 4)
+        self._looked = 0.0
+        self._free: dict[_Kind, list[_Carrier]] = {}
         self._carriers: dict[pycurl.Curl, _Carrier] = {}
         self._waiting: dict[str, deque[_Call[Item]]] = {lane: deque() for lane in owner._lanes}
         self._under_way: dict[str, set[_Work]] = {lane: set() for lane in owner._lanes}
@@ -454,11 +543,14 @@ class _Loop:
         self._go_on()
         now = time.monotonic()
         self._tell(now)
-        due = self._due
+        due = inf if self._due is None else self._due
         if self._untold:
-            due = min(now + TOLD_SECONDS if due is None else due, now + TOLD_SECONDS)
+            due = min(due, now + TOLD_SECONDS)
+        if any(self._under_way.values()):
+            self._look_for_stalls(now)
+            due = min(due, self._looked + self._look_seconds)
         self._register()
-        for descriptor, event in self._epoll.poll(-1 if due is None else max(0.0, due - now)):
+        for descriptor, event in self._epoll.poll(-1 if due == inf else max(0.0, due - now)):
             if descriptor == self._owner._wake:
                 os.eventfd_read(descriptor)
             else:
@@ -480,6 +572,7 @@ class _Loop:
             self._due = None
             self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
         self._reap()
+        self._start()  # or a lane that came free just now stays empty until something else happens
 
     def _take_orders(self) -> None:
         while self._owner._orders:
@@ -489,7 +582,8 @@ class _Loop:
             self._owner._look = False
             for works in self._under_way.values():
                 for work in [w for w in works if not w.leaving and (w.call.cancelled or w.item.given_up)]:
-                    self._give_up(work)
+                    work.leaving = True
+                    self._break_off(work, GivenUp(visible(work.item.url), "given up"))
             for lane, calls in self._waiting.items():
                 for call in [call for call in calls if call.cancelled]:
                     call.left -= sum(1 for _ in call.items)
@@ -537,24 +631,30 @@ class _Loop:
             steps = work.steps
             # None starts a generator.
             request = steps.throw(outcome) if isinstance(outcome, Exception) else steps.send(outcome)  # type: ignore[arg-type]
-            self._carry(request, work)
+            if request.__class__ is Request:
+                self._carry(request, work)
+            else:
+                self._fork(request, work)  # type: ignore[arg-type]
         except StopIteration:
             self._finish(work)
+        except StorageError as exc:
+            if work.parent is None:
+                work.call.fault = exc
+                self._finish(work)
+            else:
+                self._break_off(work.parent, exc)
         except Exception as exc:  # noqa: BLE001 - a script ends by returning; this is raised in the caller's task
             work.call.fault = exc
             self._finish(work)
 
     def _carry(self, request: Request, work: _Work) -> None:
-        key = (request.method, request.wants_headers)
-        free = self._free.setdefault(key, [])
-        if free:
-            carrier = free.pop()
-        else:
-            carrier = _Carrier(key, self._owner._settings)
-            self._carriers[carrier.curl] = carrier
-        work.carrier = carrier
-        carrier.load(request, work)
+        source = request.source
+        key = (request.method, request.wants_headers, source.__class__ is bytes, request.sink is not None)
+        free = self._free.get(key)
+        carrier = free.pop() if free else self._new_carrier(key)
+        carrier.load(request)
         self._multi.add_handle(carrier.curl)
+        carrier.work, work.carrier = work, carrier
 
     def _unload(self, carrier: _Carrier) -> None:
         if carrier.work is not None:
@@ -563,14 +663,67 @@ class _Loop:
         carrier.unload()
         self._free[carrier.key].append(carrier)
 
-    def _give_up(self, work: _Work) -> None:
-        """The script may tidy up, with requests that have little time."""
-        work.leaving = True
+    def _new_carrier(self, key: _Kind) -> _Carrier:
+        carrier = _Carrier(key, self._settings)
+        self._carriers[carrier.curl] = carrier
+        self._free.setdefault(key, [])
+        return carrier
+
+    def _fork(self, together: Together, work: _Work) -> None:
+        """Run scripts for a script."""
+        children: list[_Work] = []
+        work.rest, work.children = iter(together.scripts), children
+        while work.children is children and len(children) < together.at_once and self._begin_child(work):
+            pass
+        if work.children is children and not children:
+            work.children = None
+            self._step(work, _NO_REPLY)
+
+    def _begin_child(self, work: _Work) -> bool:
+        """Whether there was another one. If it fails at once, there are none any more."""
+        steps = next(work.rest, None) if work.rest is not None else None
+        if steps is None or work.children is None:
+            return False
+        child = _Work(work.call, work.item, steps, work)
+        work.children.append(child)
+        self._step(child, None)
+        return True
+
+    def _break_off(self, work: _Work, error: StorageError) -> None:
+        """What is under way for a script ends; it may tidy up, with requests that have little time."""
+        children, work.children, work.rest = work.children, None, None
+        for child in children or ():
+            if child.carrier is not None:
+                self._unload(child.carrier)
+            child.steps.close()
         if work.carrier is not None:
             self._unload(work.carrier)
-        self._step(work, GivenUp(visible(work.item.url), "given up"))
+        self._step(work, error)
+
+    def _look_for_stalls(self, now: float) -> None:
+        """libcurl's own watch sleeps where nothing at all happens on a connection that has been used before."""
+        seconds = now - self._looked
+        if seconds < self._look_seconds:
+            return
+        self._looked = now
+        self._sockets.clear()  # the number of one that was closed may be another descriptor's by now: ask for all of them
+        self._changed.update(self._wanted)
+        for carrier in list(self._carriers.values()):
+            work = carrier.work
+            if work is not None and carrier.stalls(now, seconds, self._owner._pace):
+                request = carrier.request
+                self._unload(carrier)
+                self._step(work, StorageUnavailable(visible(request.about or request.url), STALLED))
 
     def _finish(self, work: _Work) -> None:
+        parent = work.parent
+        if parent is not None:
+            if parent.children is not None:
+                parent.children.remove(work)
+                if not self._begin_child(parent) and not parent.children:
+                    parent.children = None
+                    self._step(parent, _NO_REPLY)
+            return
         call = work.call
         self._under_way[call.lane].discard(work)
         if call not in self._untold:
@@ -599,17 +752,30 @@ class _Loop:
     def _timer(self, milliseconds: int) -> None:
         self._due = None if milliseconds < 0 else time.monotonic() + milliseconds / 1000
 
+    def _opened(self, descriptor: int, purpose: int) -> int:
+        self._sockets.add(descriptor)
+        self._registered.pop(descriptor, None)  # another that had this number is closed, and epoll forgets those itself
+        return int(pycurl.SOCKOPT_OK)
+
     def _register(self) -> None:
+        """Of a connection that carries one file after the other nothing changes, and that is known without asking, for we
+        hear of each socket that is opened. Of libcurl's other descriptors (its resolver's) we do not hear."""
+        registered = self._registered
         for descriptor in self._changed:
-            events = self._wanted.get(descriptor)
+            events, before = self._wanted.get(descriptor), registered.get(descriptor)
             if events is None:
-                self._registered.discard(descriptor)
-                with suppress(OSError):  # closed since
-                    self._epoll.unregister(descriptor)
-            elif descriptor not in self._registered:
-                self._registered.add(descriptor)
-                self._epoll.register(descriptor, events)
-            else:
+                if before is not None:
+                    del registered[descriptor]
+                    with suppress(OSError):  # closed since
+                        self._epoll.unregister(descriptor)
+            elif before is None:
+                registered[descriptor] = events
+                try:
+                    self._epoll.register(descriptor, events)
+                except FileExistsError:
+                    self._epoll.modify(descriptor, events)
+            elif events != before or descriptor not in self._sockets:
+                registered[descriptor] = events
                 try:
                     self._epoll.modify(descriptor, events)
                 except FileNotFoundError:  # closed since, and another of the same number opened
@@ -622,6 +788,8 @@ class _Loop:
         for works in self._under_way.values():
             for work in works:
                 calls.add(work.call)
+                for child in work.children or ():
+                    child.steps.close()
                 work.steps.close()
         for carrier in self._carriers.values():
             if carrier.work is not None:

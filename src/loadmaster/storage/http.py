@@ -17,7 +17,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Any, Final, Literal, Self, TypeVar, cast
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import anyio
@@ -37,8 +37,8 @@ from loadmaster.errors import (
 from loadmaster.storage.base import Ability, Direction, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running
 from loadmaster.storage.credentials import Token, authorities, discovered_proxy, discovered_token, own_user
-from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, GivenUp, Request, Script
-from loadmaster.storage.local import WORK_DIRECTORY, translated
+from loadmaster.storage.curl import CLEANUP_SECONDS, CurlThread, GivenUp, Pace, Request, Script, Together
+from loadmaster.storage.local import WORK_DIRECTORY, translate
 from loadmaster.storage.replies import WANT_DIGEST, Reply, checksums_told, http_error, preferred, visible
 
 V = TypeVar("V")
@@ -48,6 +48,12 @@ SMALL_BYTES: Final = 1024 * 1024
 
 WRITE_BYTES: Final = 256 * 1024
 """libcurl hands over 16 KiB at a time; so much is written at once. It stays in a core's cache."""
+
+HELD_BYTES: Final = 128 * 1024
+"""Up to this size a file is in memory until all of it has come, or gone: one request, one read or write, no callbacks."""
+
+SAMPLE: Final = 64
+"""Of the small files that a server says it has, the first and every so many-th are looked at."""
 
 QUESTIONS_AT_ONCE: Final = 8
 """Questions (size, removal) beside the transfers."""
@@ -140,13 +146,15 @@ class Target:
 class Origin:
     """A local file that the body of a request comes from. What is sent again is not counted again."""
 
-    __slots__ = ("_descriptor", "_first", "_offset", "_passed", "_transfer", "size_bytes")
+    __slots__ = ("_counted", "_descriptor", "_first", "_offset", "_passed", "_transfer", "size_bytes")
 
-    def __init__(self, transfer: Transfer, descriptor: int, first: int, size_bytes: int) -> None:
-        """`first`, `size_bytes`: the part of the file to be sent; `transfer.done_bytes` is what has passed of the file."""
+    def __init__(
+        self, transfer: Transfer, descriptor: int, first: int, size_bytes: int, passed: Running | None = None
+    ) -> None:
+        """`first`, `size_bytes`: the part of the file to be sent. `passed`: the part's own checksum, if it has one."""
         self._transfer, self._descriptor = transfer, descriptor
-        self._passed = transfer.begin()
-        self._first, self._offset, self.size_bytes = first, first, size_bytes
+        self._passed = passed or transfer.begin()
+        self._first, self._offset, self._counted, self.size_bytes = first, first, first, size_bytes
 
     def read(self, count: int) -> bytes:
         """The next bytes. Raises `StorageUnavailable` when the file has become shorter."""
@@ -154,11 +162,12 @@ class Origin:
         data = os.pread(self._descriptor, min(count, left), self._offset)
         if not data and left:
             raise StorageUnavailable(WORK_DIRECTORY, "the output became shorter while it was sent")
-        new = self._offset + len(data) - self._transfer.done_bytes
+        self._offset += len(data)
+        new = self._offset - self._counted
         if new > 0:
             self._passed.update(data if new == len(data) else memoryview(data)[-new:])
             self._transfer.done_bytes += new
-        self._offset += len(data)
+            self._counted = self._offset
         return data
 
     def seek(self, offset: int) -> None:
@@ -166,12 +175,40 @@ class Origin:
         self._offset = self._first + offset
 
 
+def origin(transfer: Transfer, descriptor: int, size: int) -> Origin | bytes:
+    """The body of an upload: in memory, if that is little. Raises `StorageUnavailable` when it became shorter."""
+    if size > HELD_BYTES:
+        return Origin(transfer, descriptor, 0, size)
+    passed, data = transfer.begin(), os.pread(descriptor, size, 0)
+    if len(data) != size:
+        raise StorageUnavailable(WORK_DIRECTORY, "the output became shorter while it was sent")
+    passed.update(data)
+    transfer.done_bytes = size
+    return data
+
+
+def rewind(source: Origin | bytes) -> None:
+    """From the beginning, whatever has been sent of it."""
+    if isinstance(source, Origin):
+        source.seek(0)
+
+
+def plain_body(source: Origin | bytes, size: int) -> tuple[str, ...]:
+    """Headers of an upload. libcurl calls what is in memory a form; and asks for leave before it sends."""
+    if isinstance(source, bytes):
+        return NO_FORM
+    return ("Expect:",) if size <= SMALL_BYTES else ()
+
+
+NO_FORM: Final = ("Content-Type:",)
+
+
 class Question:
     """Something asked about a URL: a script that comes to a value, or to an error."""
 
     __slots__ = ("_steps", "error", "given_up", "url", "value")
 
-    def __init__(self, url: str, steps: Generator[Request, Reply, object]) -> None:
+    def __init__(self, url: str, steps: Generator[Request | Together, Reply, object]) -> None:
         self.url, self._steps = url, steps
         self.given_up = False
         self.error: StorageError | None = None
@@ -190,10 +227,12 @@ class CurlStorage:
 
     abilities = Ability.SIDE_BY_SIDE
 
-    def __init__(self, options: StorageOptions, settings: Mapping[int, object]) -> None:
+    def __init__(self, options: StorageOptions, words: CommonWords, settings: Mapping[int, object]) -> None:
         lanes = {direction.value: options.streams for direction in Direction} | {"ask": QUESTIONS_AT_ONCE}
         self._scheme = options.scheme
-        self._thread = CurlThread(options.scheme, lanes, settings)
+        self._thread = CurlThread(
+            options.scheme, lanes, settings, Pace(words.stall_bytes_per_second, words.stall_seconds)
+        )
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._scheme}://>"
@@ -227,7 +266,7 @@ class CurlStorage:
             transfer.when_given_up = self._thread.look
         await self._thread.run(transfers, way.value, self._course, ended)
 
-    async def _ask(self, url: str, steps: Generator[Request, Reply, V]) -> V:
+    async def _ask(self, url: str, steps: Generator[Request | Together, Reply, V]) -> V:
         question = Question(url, steps)
         await self._thread.run([question], "ask", Question.script, lambda _: None)
         if question.error is not None:
@@ -239,6 +278,55 @@ class CurlStorage:
 
     def _course(self, transfer: Transfer) -> Script:
         """One transfer from its first request to its result."""
+        size = transfer.size_bytes
+        if (
+            size is not None
+            and size <= HELD_BYTES
+            and transfer.direction is Direction.DOWNLOAD
+            and not is_part(transfer)
+        ):
+            return self._small(transfer, size)
+        return self._any(transfer)
+
+    def _small(self, transfer: Transfer, size: int) -> Script:
+        """A file of which little is expected: nothing is opened before all of it is here."""
+        kept = False
+        try:
+            if transfer.given_up:
+                raise GivenUp(visible(transfer.url), "given up")
+            passed = transfer.begin()
+            request = self._request("GET", transfer.url, held=transfer)
+            reply = yield request
+            if 400 <= reply.status < 404 and self._renew(request):
+                reply = yield request
+            if reply.status != 200:
+                raise self._refusal(transfer.url, reply)
+            body = reply.body
+            if len(body) != size:
+                raise _of_other_size(transfer.url, len(body), size)
+            passed.update(body)
+            transfer.result = self._keep(transfer, body, FileInfo(size, passed.result()))
+            kept = True
+        except (OSError, StorageError) as exc:
+            transfer.result = _ours(exc)
+        finally:
+            if not kept:
+                transfer.local.discard()
+
+    def _keep(self, transfer: Transfer, body: bytes, info: FileInfo) -> FileInfo:
+        descriptor = transfer.local.open()
+        try:
+            written = os.pwrite(descriptor, body, 0)
+            while written < len(body):
+                written += os.pwrite(descriptor, memoryview(body)[written:], written)
+            transfer.local.keep(descriptor, info)
+        finally:
+            with suppress(OSError):
+                os.close(descriptor)
+        return info
+
+    def _any(self, transfer: Transfer) -> Script:
+        """Any other: through a descriptor, as the bytes come or go."""
         descriptor = None
         kept = False
         try:
@@ -258,14 +346,8 @@ class CurlStorage:
                 transfer.local.keep(descriptor, info)
                 kept = True
             transfer.result = info
-        except StorageError as exc:
-            transfer.result = exc
-        except OSError:
-            try:
-                with translated(WORK_DIRECTORY):
-                    raise
-            except StorageError as error:
-                transfer.result = error
+        except (OSError, StorageError) as exc:
+            transfer.result = _ours(exc)
         finally:
             if not kept:
                 transfer.local.discard()
@@ -292,9 +374,7 @@ class CurlStorage:
         if careful:
             yield from self._look_whole(transfer, reply)
         elif transfer.done_bytes != transfer.size_bytes:
-            raise StorageUnavailable(
-                visible(transfer.url), f"sent {transfer.done_bytes} of the {transfer.size_bytes} bytes expected"
-            )
+            raise _of_other_size(transfer.url, transfer.done_bytes, transfer.size_bytes or 0)
 
     def _look_whole(self, transfer: Transfer, reply: Reply) -> Script:
         """Raise unless the answer is what was asked for, and all of it."""
@@ -331,7 +411,7 @@ class CurlStorage:
         """Publish or abandon what is held."""
         raise NotImplementedError
 
-    def _stat(self, url: str) -> Generator[Request, Reply, FileInfo]:
+    def _stat(self, url: str) -> Generator[Request | Together, Reply, FileInfo]:
         """What is there."""
         raise NotImplementedError
 
@@ -346,13 +426,41 @@ class CurlStorage:
         method: str,
         url: str,
         *,
+        query: str = "",
         extra: Sequence[str] = (),
         sink: Target | None = None,
         source: Origin | bytes | None = None,
         wants_headers: bool = False,
         seconds: float = 0.0,
-    ) -> Generator[Request, Reply, Reply]:
+        about: str = "",
+    ) -> Generator[Request | Together, Reply, Reply]:
         """Have a request carried with our credentials; once more if they were refused and there are newer ones."""
+        request = self._request(method, url, query, extra, None, sink, source, wants_headers, seconds, about)
+        reply = yield request
+        if 400 <= reply.status < 404 and self._renew(request):
+            if isinstance(source, Origin):
+                source.seek(0)
+            reply = yield request
+        return reply
+
+    def _request(
+        self,
+        method: str,
+        url: str,
+        query: str = "",
+        extra: Sequence[str] = (),
+        held: Transfer | None = None,
+        sink: Target | None = None,
+        source: Origin | bytes | None = None,
+        wants_headers: bool = False,
+        seconds: float = 0.0,
+        about: str = "",
+    ) -> Request:
+        """A request with our credentials."""
+        raise NotImplementedError
+
+    def _renew(self, request: Request) -> bool:
+        """Its credentials were refused, perhaps: whether there are newer ones, and the request has them."""
         raise NotImplementedError
 
     def _refusal(self, url: str, reply: Reply, what: str = "") -> StorageError:
@@ -370,10 +478,12 @@ class HttpStorage(CurlStorage):
         else:
             self._token = discovered_token(os.environ, user)
         proxy = words.proxy or discovered_proxy(os.environ, user)
-        super().__init__(options, common_settings(words, proxy))
+        super().__init__(options, words, common_settings(words, proxy))
         self._dav = options.scheme in {"dav", "davs"}
         self._publish = words.publish or ("move" if self._dav else "check")
         self._cannot_rename: set[str] = set()
+        self._proven: dict[str, int] = {}
+        """How many small files a host has taken since it was seen to have what it said."""
         self._without_tls = words.credentials_without_tls
         self._headers: dict[tuple[str, bool], tuple[str, ...]] = {}
         self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
@@ -382,26 +492,31 @@ class HttpStorage(CurlStorage):
 
     def _upload(self, transfer: Transfer, descriptor: int) -> Script:
         size = os.fstat(descriptor).st_size
-        source = Origin(transfer, descriptor, 0, size)
-        host = urlsplit(transfer.url).netloc
+        source = origin(transfer, descriptor, size)
+        host = _host(transfer.url)
         if self._publish == "move" and host not in self._cannot_rename:
-            if (yield from self._upload_beside(transfer, source)):
+            if (yield from self._upload_beside(transfer, source, size)):
                 return
             self._cannot_rename.add(host)
-            source.seek(0)
         if transfer.step is Step.HOLD:
             raise StorageError(visible(transfer.url), "the server cannot rename: it can hold nothing back")
-        yield from self._put(transfer.url, source)
+        status = yield from self._put(transfer, source, size)
         if self._publish != "put":
-            yield from self._compare(transfer, transfer.url, size)
+            seen = self._proven.get(host, 0)
+            if status == 202 or size > SMALL_BYTES or seen % SAMPLE == 0:
+                self._proven[host] = 0  # until it has been seen, all others are looked at as well
+                yield from self._compare(transfer, transfer.url, size)
+            self._proven[host] = seen + 1
 
-    def _upload_beside(self, transfer: Transfer, source: Origin) -> Generator[Request, Reply, bool]:
+    def _upload_beside(
+        self, transfer: Transfer, source: Origin | bytes, size: int
+    ) -> Generator[Request | Together, Reply, bool]:
         """Send it to a name beside and have the server rename it. Whether the server knows how to."""
         part = beside(transfer.url)
         try:
-            yield from self._put(transfer.url, source, part)
-            if source.size_bytes > SMALL_BYTES or transfer.step is Step.HOLD:
-                yield from self._compare(transfer, part, source.size_bytes)
+            yield from self._put(transfer, source, size, part)
+            if size > SMALL_BYTES or transfer.step is Step.HOLD:
+                yield from self._compare(transfer, part, size)
             if transfer.step is Step.HOLD:
                 transfer.hold(part)
                 return True
@@ -413,7 +528,7 @@ class HttpStorage(CurlStorage):
         yield from self._abandon(part)
         return False
 
-    def _rename(self, part: str, url: str) -> Generator[Request, Reply, bool]:
+    def _rename(self, part: str, url: str) -> Generator[Request | Together, Reply, bool]:
         """Whether the server knows how to."""
         destination = f"Destination: {self._address(url)}"
         reply = yield from self._send("MOVE", part, extra=(destination, "Overwrite: T"), about=url)
@@ -428,25 +543,30 @@ class HttpStorage(CurlStorage):
             with suppress(NotFound):
                 yield from self._remove(token)
         elif not (yield from self._rename(token, transfer.url)):
-            self._cannot_rename.add(urlsplit(transfer.url).netloc)
+            self._cannot_rename.add(_host(transfer.url))
             raise StorageError(visible(transfer.url), "the server cannot rename")
 
     def _abandon(self, part: str) -> Script:
         with suppress(StorageError):
             yield from self._send("DELETE", part, seconds=CLEANUP_SECONDS)
 
-    def _put(self, url: str, source: Origin, place: str | None = None) -> Script:
-        """Send the body; where the directory is missing, make it (WebDAV's servers do not) and send it again."""
+    def _put(
+        self, transfer: Transfer, source: Origin | bytes, size: int, place: str | None = None
+    ) -> Generator[Request | Together, Reply, int]:
+        """Send the body; where the directory is missing, make it (WebDAV's servers do not) and send it again. The status."""
+        url = transfer.url
         place = place or url
-        extra = ("Expect:",) if source.size_bytes <= SMALL_BYTES else ()
+        extra = plain_body(source, size)
+        rewind(source)
         reply = yield from self._send("PUT", place, extra=extra, source=source, about=url)
         if reply.status in _PERHAPS_NO_DIRECTORY and self._dav and (yield from self._make_directory(url, DEPTH)):
-            source.seek(0)
+            rewind(source)
             reply = yield from self._send("PUT", place, extra=extra, source=source, about=url)
         if reply.status not in {200, 201, 202, 204}:
             raise self._refusal(url, reply)
+        return reply.status
 
-    def _make_directory(self, url: str, depth: int) -> Generator[Request, Reply, bool]:
+    def _make_directory(self, url: str, depth: int) -> Generator[Request | Together, Reply, bool]:
         """Whether the directory of the URL is there now, and those above it."""
         parts = urlsplit(url)
         path = parts.path.rstrip("/").rpartition("/")[0] + "/"
@@ -469,7 +589,7 @@ class HttpStorage(CurlStorage):
         if told is not None and transfer.passed is not None and transfer.passed.result() != told:
             raise ChecksumMismatch(visible(url), f"the server has {told}, not what was sent")
 
-    def _stat(self, url: str) -> Generator[Request, Reply, FileInfo]:
+    def _stat(self, url: str) -> Generator[Request | Together, Reply, FileInfo]:
         reply = yield from self._send("HEAD", url, extra=WANT_DIGEST, wants_headers=True)
         if reply.status not in {200, 204}:
             raise self._refusal(url, reply)
@@ -477,33 +597,31 @@ class HttpStorage(CurlStorage):
             raise StorageUnavailable(visible(url), "the server does not say how large it is")
         return FileInfo(reply.length, preferred(checksums_told(reply.headers)))
 
-    def _send(
+    def _request(
         self,
         method: str,
         url: str,
-        *,
+        query: str = "",
         extra: Sequence[str] = (),
+        held: Transfer | None = None,
         sink: Target | None = None,
         source: Origin | bytes | None = None,
         wants_headers: bool = False,
         seconds: float = 0.0,
         about: str = "",
-    ) -> Generator[Request, Reply, Reply]:
+    ) -> Request:
         address = self._address(url)
-        shown = self._without_tls or address.startswith("https://")
-        token = self._token.text() if shown else ""
-        request = Request(
-            method, address, self._with_token(token, extra), sink, source, wants_headers, None, seconds, about or url
+        token = self._token.text() if self._without_tls or address.startswith("https://") else ""
+        headers = self._with_token(token, extra) if token else extra
+        return Request(
+            method, address, headers, held, sink, source, wants_headers, None, seconds, about or url, (token, extra)
         )
-        reply = yield request
-        if reply.status == 401 and token:
-            newer = self._token.text(look=True)
-            if newer != token:
-                if isinstance(source, Origin):
-                    source.seek(0)
-                request.headers = self._with_token(newer, extra)
-                reply = yield request
-        return reply
+
+    def _renew(self, request: Request) -> bool:
+        token, extra = cast(tuple[str, Sequence[str]], request.shown)
+        newer = self._token.text(look=True) if token else token
+        request.headers, request.shown = self._with_token(newer, extra), (newer, extra)
+        return newer != token
 
     def _with_token(self, token: str, extra: Sequence[str]) -> Sequence[str]:
         """The same object for the same words: libcurl need not be told again."""
@@ -537,6 +655,19 @@ _IN_URLS: Final = "%/:?#[]@!$&'()*+,;=-._~"
 _PLAIN: Final = re.compile(r"[\w%/:?#[\]@!$&'()*+,;=.~-]*", re.ASCII).fullmatch
 
 
+def _ours(exc: OSError | StorageError) -> StorageError:
+    return exc if isinstance(exc, StorageError) else translate(exc, WORK_DIRECTORY)
+
+
+def _of_other_size(url: str, size: int, expected: int) -> StorageError:
+    kind = ChecksumMismatch if size > expected else StorageUnavailable
+    return kind(visible(url), f"sent {size} of the {expected} bytes expected")
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0]
+
+
 def is_part(transfer: Transfer) -> bool:
     """Whether less than the whole file is wanted."""
     return transfer.first_byte > 0 or transfer.last_byte is not None
@@ -562,8 +693,6 @@ def common_settings(words: CommonWords, proxy: Path | None) -> dict[int, object]
         pycurl.FOLLOWLOCATION: True,
         pycurl.MAXREDIRS: REDIRECTS,
         pycurl.CONNECTTIMEOUT_MS: int(words.connect_seconds * 1000),
-        pycurl.LOW_SPEED_LIMIT: words.stall_bytes_per_second,
-        pycurl.LOW_SPEED_TIME: words.stall_seconds,
         pycurl.TCP_KEEPALIVE: True,
         pycurl.BUFFERSIZE: 256 * 1024,
         pycurl.SSLVERSION: pycurl.SSLVERSION_TLSv1_2,
