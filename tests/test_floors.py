@@ -29,12 +29,15 @@ FLOORS: dict[str, float] = {
     "gpus": 3,
     "machine": 3.5,
     "limits": 3,
+    "ahead": 3,
+    "occupancy": 3.5,
     # mechanisms
     "handle": 4,
     "workdir": 4,
     "world": 3,
     "site": 4,
     "tasks": 3,
+    "streams": 3,
     "notices": 3,
     "hooks": 4,
     "storage": 4.5,
@@ -46,6 +49,7 @@ FLOORS: dict[str, float] = {
     "coordinator": 6,
     "runner": 7,
     "reporter": 7,
+    "sources": 7,
     # many jobs
     "node": 8,
     # the doors
