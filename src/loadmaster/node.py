@@ -141,7 +141,6 @@ class Node:
         self._ended = Counter[str]()
         self._given_back = self._interrupted = self._bytes_in = self._bytes_out = 0
         self._cpu_seconds = 0.0
-        self._busy = 0
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{count} {phase}" for phase, count in self._phases.items() if count)
@@ -194,6 +193,10 @@ class Node:
     def events(self, *, transient: bool = False) -> EventStream:
         """What happens to all jobs, from now on; `transient`: with heartbeats and progress. Ends with the node."""
         return self._streams.open(transient=transient)
+
+    def close_events(self) -> None:
+        """Those who read `events` have what there is, then the end."""
+        self._streams.close()
 
     async def wait_idle(self) -> None:
         """Wait until there is no job."""
@@ -290,7 +293,7 @@ class Node:
             given_back=self._given_back,
             interrupted=self._interrupted,
             cores=self.ledger.cores,
-            busy_cores=self._busy,
+            busy_cores=meter.busy,
             busy_core_seconds=meter.busy_core_seconds,
             cpu_seconds=self._cpu_seconds,
             idle=MappingProxyType(dict(meter.idle)),
@@ -465,12 +468,8 @@ class Node:
             async with self.ledger.lease(entry.job) as slot:
                 self._enter(entry, COMPUTING)
                 self._no_longer_prepares(entry)
-                self._busy += slot.cores
                 self._changed()
-                try:
-                    yield slot
-                finally:
-                    self._busy -= slot.cores
+                yield slot
         finally:
             self._enter(entry, DELIVERING)
             self._no_longer_prepares(entry)
@@ -516,7 +515,7 @@ class Node:
                 for_disk += cores if entry.phase == FOR_DISK else 0
                 for_inputs += cores if entry.phase == STAGING_IN else 0
         idle = idle_reasons(self.ledger, for_disk=for_disk, for_inputs=for_inputs, waiting=bool(self._waiting))
-        self._meter.look(anyio.current_time(), self._busy, idle)
+        self._meter.look(anyio.current_time(), self.ledger.cores - self.ledger.free_cores, idle)
 
     def _let_all_go(self) -> None:
         self._open = False

@@ -32,13 +32,13 @@ class NodeStatistics:
     cores: int
     busy_cores: int
     busy_core_seconds: float
-    """Cores times how long payloads had them."""
+    """Cores times how long payloads had them, from the grant; also those of others, if they share the ledger."""
     cpu_seconds: float
     """What the payloads that have ended used of that."""
     idle: Mapping[str, int]
     """Why cores are idle now: how many for each reason."""
     idle_core_seconds: Mapping[str, float]
-    """The same since it was opened. With the busy ones it adds up to all there were, if nobody else uses the ledger."""
+    """The same since it was opened. With the busy ones it adds up to all there were."""
     bytes_in: int
     bytes_out: int
 

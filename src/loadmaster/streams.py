@@ -41,6 +41,12 @@ class EventStream:
             self._news = None
         return self._events.popleft()
 
+    def take(self) -> list[Event]:
+        """All that is there already."""
+        there = list(self._events)
+        self._events.clear()
+        return there
+
     def put(self, event: Event) -> None:
         """One more."""
         if len(self._events) >= EVENTS_KEPT:
