@@ -298,7 +298,7 @@ def _node(options: argparse.Namespace) -> int:
     site = Site.load(options.config) if options.config else Site()
     if not site.output_directory:
         outputs = (options.output or Path("outputs")).absolute()
-        site = site.model_copy(update={"output_directory": file_url(outputs)})
+        site = site.model_copy(update={"output_directory": f"{file_url(outputs)}/{{job_id}}"})
     scratch = (options.scratch or default_root()).absolute()
     scratch.mkdir(parents=True, exist_ok=True)
     memory_mb = options.memory // MIB if options.memory else None
