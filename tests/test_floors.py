@@ -30,12 +30,15 @@ FLOORS: dict[str, float] = {
     "gpus": 3,
     "machine": 3.5,
     "limits": 3,
+    "ahead": 3,
+    "occupancy": 3.5,
     # mechanisms
     "handle": 4,
     "workdir": 4,
     "world": 3,
     "site": 4,
     "tasks": 3,
+    "streams": 3,
     "notices": 3,
     "hooks": 4,
     "storage": 4.5,
@@ -47,6 +50,7 @@ FLOORS: dict[str, float] = {
     "coordinator": 6,
     "runner": 7,
     "reporter": 7,
+    "sources": 7,
     # many jobs
     "node": 8,
     # the doors
@@ -59,7 +63,9 @@ FLOORS: dict[str, float] = {
     "gauge": 9.1,
     "present": 9.1,
     "spool": 9.1,
+    "board": 9.2,
     "stage": 9.2,
+    "work": 9.3,
     "account": 9.3,
     "cli": 9.5,
     "__main__": 10,

@@ -20,6 +20,8 @@ from loadmaster.errors import (
     JobWasKilled,
     LimitExceeded,
     LoadmasterError,
+    NodeClosed,
+    NodeFull,
     PayloadFailed,
     PayloadNotStarted,
     RescheduleJob,
@@ -32,9 +34,12 @@ from loadmaster.errors import (
 )
 from loadmaster.handle import JobHandle, Journal
 from loadmaster.ledger import Ledger, Slot, Slots
+from loadmaster.node import Node
+from loadmaster.occupancy import NodeStatistics
 from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, StoredFile, Verdict
 from loadmaster.runner import run_job
 from loadmaster.site import Site
+from loadmaster.sources import JobSource
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.world import World
 
@@ -55,12 +60,17 @@ __all__ = [
     "JobHandle",
     "JobInFlight",
     "JobResult",
+    "JobSource",
     "JobWasKilled",
     "Journal",
     "Ledger",
     "LimitExceeded",
     "Limits",
     "LoadmasterError",
+    "Node",
+    "NodeClosed",
+    "NodeFull",
+    "NodeStatistics",
     "OutputFile",
     "PayloadFailed",
     "PayloadNotStarted",

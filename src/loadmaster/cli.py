@@ -1,4 +1,4 @@
-"""The command line: `loadmaster run JOB.json`, `loadmaster check JOB.json` and `loadmaster stage MANIFEST`.
+"""The command line: `loadmaster run JOB.json`, `check JOB.json`, `node SOURCE` and `stage MANIFEST`.
 
 Exit codes: 0 done or completed; 1 the description is bad or the job could not be prepared; 2 the payload failed or was
 stopped by a limit; 3 outputs could not be delivered; 4 reschedule; 130 and 143 told to stop by SIGINT or SIGTERM.
@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version
+from io import StringIO
 from pathlib import Path
 from typing import Any, Final, TextIO
 
@@ -23,26 +24,32 @@ import anyio
 
 from loadmaster import dirac
 from loadmaster.account import Record, Report, told
+from loadmaster.board import Board, open_board
+from loadmaster.board import told as told_of_node
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import InvalidJob, LoadmasterError
 from loadmaster.gauge import Gauge, stderr_gauge
 from loadmaster.handle import JobHandle
 from loadmaster.hooks import find_coordinator
+from loadmaster.machine import MIB, detect
 from loadmaster.manifest import BadManifest, Manifest
 from loadmaster.names import file_url, shown
+from loadmaster.node import Node
 from loadmaster.orders import Orders, told_to_stop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
 from loadmaster.result import JobResult, Phase, Status
 from loadmaster.runner import run_job
 from loadmaster.site import Site
+from loadmaster.sources import JobFiles, JobLines
 from loadmaster.stage import Terms, stage
 from loadmaster.staging.engine import open_transfers
 from loadmaster.staging.inquiry import Inquiry, ask_for_inputs
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import leaves, single_error
 from loadmaster.terminal import Display, follow, printable, size, stderr_display
+from loadmaster.work import work
 from loadmaster.workdir import default_root
 
 OK: Final = 0
@@ -56,6 +63,12 @@ server. What is there already is left alone, so running it again does only what 
 
 STAGE_ENDS: Final = """Exit codes: 0 everything is in its place; 1 the manifest is bad (every bad line is named, nothing was
 moved); 3 files failed (each is named, with the reason); 130 and 143 told to stop before all files were begun."""
+
+NODE: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
+ones come while others compute. The first Ctrl-C lets what computes finish, the second kills it, the third leaves."""
+
+NODE_ENDS: Final = """Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
+named, the others were run); 2 jobs failed; 130 and 143 told to stop before all were done."""
 
 LIVE_SECONDS: Final = 1.0
 """Between two looks at the payload's CPU and memory while a person watches."""
@@ -147,6 +160,24 @@ def _parser() -> argparse.ArgumentParser:
     move.add_argument("--events", type=Path, metavar="FILE", help="write what came of each file as a line of JSON")
     move.add_argument("--summary", type=Path, metavar="FILE", help="write the summary and the failures as JSON")
     move.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+    node = commands.add_parser("node", help="run many jobs", description=NODE, epilog=NODE_ENDS)
+    node.set_defaults(command=_node)
+    node.add_argument(
+        "source", type=Path, metavar="SOURCE", help="JSON Lines: a job a line; or a directory of job files"
+    )
+    node.add_argument("--ce", type=Path, metavar="CE.json", help="the computing element")
+    node.add_argument("--config", type=Path, metavar="SITE.toml", help="storage elements, catalog, sandbox store")
+    node.add_argument("--coordinator", metavar="MODULE:CLASS", help="a coordinator, as for `run`")
+    node.add_argument(
+        "--cores", type=_number(1, 100_000), metavar="N", help="of so many cores (default: all there are)"
+    )
+    node.add_argument("--memory", type=_bytes, metavar="SIZE", help="of so much memory (500M, 16G)")
+    node.add_argument("--scratch", type=Path, metavar="DIR", help="where work directories are made")
+    node.add_argument("--output", type=Path, metavar="DIR", help="where outputs go that have no other target (outputs)")
+    node.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
+    node.add_argument("--results", type=Path, metavar="DIR", help="write each job's result to a file there")
+    node.add_argument("--quiet", action="store_true", help="print nothing but errors")
     return parser
 
 
@@ -157,6 +188,15 @@ def _number(least: int, most: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def _bytes(text: str) -> int:
+    """`500M`, `16G`, `1000`: in powers of 1024, as memory has it."""
+    factor = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(text.upper().removesuffix("IB")[-1:], 1)
+    digits = text.upper().removesuffix("IB").rstrip("KMGT")
+    if not digits.isdecimal() or not 0 < int(digits) < 2**40:
+        raise argparse.ArgumentTypeError(f"{text!r}: a size is expected, as 500M or 16G")
+    return int(digits) * factor
 
 
 def _seconds(text: str) -> float:
@@ -262,6 +302,49 @@ async def _obey(orders: Orders, handle: JobHandle, display: Display, everything:
     display.say(f"{name}: leaving; the payload is killed, nothing more is delivered")
     handle.hurry()
     everything.cancel()
+
+
+# -- node --------------------------------------------------------------------------------------------------------
+
+
+def _node(options: argparse.Namespace) -> int:
+    ce = ComputingElement.load(_read_json(options.ce) if options.ce else {})
+    coordinator = _read_coordinator(options)
+    site = Site.load(options.config) if options.config else Site()
+    if not site.output_directory:
+        outputs = (options.output or Path("outputs")).absolute()
+        site = site.model_copy(update={"output_directory": f"{file_url(outputs)}/{{job_id}}"})
+    scratch = (options.scratch or default_root()).absolute()
+    scratch.mkdir(parents=True, exist_ok=True)
+    memory_mb = options.memory // MIB if options.memory else None
+    ledger = detect(scratch).ledger(cores=options.cores, memory_mb=memory_mb)
+    if options.results:
+        options.results.mkdir(parents=True, exist_ok=True)
+    events = _open_new(options.events)
+    board = open_board(sys.stderr or StringIO(), quiet=options.quiet)
+    try:
+        with ExitStack() as opened:
+            if events is not None:
+                opened.enter_context(closing(events))
+            source: JobFiles | JobLines
+            if options.source.is_dir():
+                source = JobFiles(options.source, outputs=Path.cwd())
+            else:
+                source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
+            orders = opened.enter_context(told_to_stop())
+            opened.enter_context(_log_to(board))
+            node = Node(ce, site=site, ledger=ledger, root=scratch, coordinator=coordinator)
+            shift = anyio.run(partial(work, node, source, board, orders, results=options.results, events=events))
+    finally:
+        board.close()
+    for problem in shift.refused:
+        board.say(f"loadmaster: {problem}")
+    if shift.figures is not None and not options.quiet:
+        with suppress(OSError, ValueError):
+            print(told_of_node(shift.figures), flush=True)
+    if orders.seen and (shift.figures is None or shift.figures.given_back or shift.figures.ended["Killed"]):
+        return 128 + orders.seen[0]
+    return PAYLOAD_FAILED if shift.failed else NOT_PREPARED if shift.refused else OK
 
 
 # -- stage -------------------------------------------------------------------------------------------------------
@@ -417,7 +500,7 @@ def _write_whole(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _log_to(display: Display | Gauge) -> Iterator[None]:
+def _log_to(display: Display | Gauge | Board) -> Iterator[None]:
     """Show the package's warnings among the job's lines."""
 
     class ToDisplay(logging.Handler):

@@ -8,7 +8,7 @@ LoadmasterError
 │   └── NotFound, AccessDenied, NoSpace, AlreadyExists, ChecksumMismatch, StorageUnavailable
 ├── InvalidSite         the site's configuration cannot be used
 └── RuntimeFault        we can no longer keep our promises; `run_job` raises it
-    └── WorkdirFault, IllegalEvent
+    └── WorkdirFault, IllegalEvent, NodeClosed, NodeFull
 """
 
 from __future__ import annotations
@@ -144,3 +144,11 @@ class WorkdirFault(RuntimeFault):
 
 class IllegalEvent(RuntimeFault):
     """An event that cannot follow the ones before it: a bug in the runtime or a damaged history."""
+
+
+class NodeClosed(RuntimeFault):
+    """The node takes no more jobs; or it was left before a job had ended, which then has no result."""
+
+
+class NodeFull(RuntimeFault):
+    """As many jobs wait as the node lets wait."""

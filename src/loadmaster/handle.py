@@ -11,7 +11,7 @@ from weakref import WeakSet
 
 import anyio
 
-from loadmaster.errors import RuntimeFault
+from loadmaster.errors import NodeClosed, RuntimeFault
 from loadmaster.events import Event, OutputPrinted
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.result import Failure, JobResult, Status
@@ -34,6 +34,19 @@ class Journal(Protocol):
         `RuntimeFault`."""
 
 
+class Audience(Protocol):
+    """Whoever hears what happens to many jobs, at once and without waiting."""
+
+    @property
+    def wants_offers(self) -> bool:
+        """Whether heartbeats and progress are worth making."""
+        ...
+
+    def hear(self, event: Event) -> None:
+        """An event of one of them."""
+        ...
+
+
 class JobHandle:
     """Make one, pass it to `run_job`, and keep it: to follow the job, to kill it. For use in the event loop's thread."""
 
@@ -49,6 +62,10 @@ class JobHandle:
         self._closed = False
         self._hurry: Callable[[], None] | None = None
         self._hurried = False
+        self._over: anyio.Event | None = None
+        self._audience: Audience | None = None
+        self._reserved = False
+        self._at_kill: Callable[[], None] | None = None
         self.kill_reason: str | None = None
 
     def __repr__(self) -> str:
@@ -56,6 +73,16 @@ class JobHandle:
         return f"<JobHandle {job}: {self._life.stage.name.lower()}, {len(self._events)} events>"
 
     # -- for whoever holds it ------------------------------------------------------------------------------------
+
+    @property
+    def job_id(self) -> str | None:
+        """Whose handle it is; None before it has been given to a job."""
+        return None if self._identity is None else self._identity[0]
+
+    @property
+    def attempt(self) -> int:
+        """Which try at the job."""
+        return 1 if self._identity is None else self._identity[1]
 
     @property
     def stage(self) -> Stage:
@@ -67,12 +94,21 @@ class JobHandle:
         """The job's result once it has finished, None before and when it was interrupted."""
         return self._life.result() if self._life.stage is Stage.FINISHED else None
 
+    async def wait(self) -> JobResult:
+        """The job's result, once it is over. Raises `NodeClosed` if it was interrupted and has none."""
+        if not self._closed:
+            self._over = self._over or anyio.Event()
+            await self._over.wait()
+        if (result := self.result) is None:
+            raise NodeClosed(f"job {self.job_id} was interrupted: it has no result")
+        return result
+
     def kill(self, reason: str) -> bool:
         """Order the job to end, with its reason kept; returns without waiting.
 
         Whatever is computing ends: staging in, hooks, the payload (TERM, grace, KILL). The sandbox is still delivered,
         output data is not, and the job ends as Killed. False when it is too late: the job has finished computing and
-        only delivers its outputs, or has ended.
+        only delivers its outputs, or has ended. One that has not begun never does.
         """
         if self._computed or self._closed:
             return False
@@ -80,6 +116,8 @@ class JobHandle:
             self.kill_reason = reason
         if self._computing is not None:
             self._computing.cancel()
+        if self._at_kill is not None:
+            self._at_kill()
         return True
 
     def hurry(self) -> None:
@@ -109,7 +147,9 @@ class JobHandle:
     @property
     def followed(self) -> bool:
         """Whether anybody wants heartbeats and progress: they cost something to make."""
-        return any(follower.transient for follower in self._followers)
+        return any(follower.transient for follower in self._followers) or (
+            self._audience is not None and self._audience.wants_offers
+        )
 
     @property
     def output_followed(self) -> bool:
@@ -122,9 +162,20 @@ class JobHandle:
 
     def open(self, job_id: str, attempt: int) -> None:
         """Begin the one job this handle is for."""
-        if self._identity is not None:
+        self._at_kill, reserved_for = None, self._identity if self._reserved else None
+        if self._identity is not None and reserved_for != (job_id, attempt):
             raise RuntimeFault(f"this handle was already used for job {self._identity[0]}; make one for each job")
         self._identity = job_id, attempt
+
+    def reserve(self, job_id: str, attempt: int, *, audience: Audience, at_kill: Callable[[], None]) -> None:
+        """Keep this handle for a job that will begin later, and open until `let_go`. `at_kill`: it will not begin."""
+        self.open(job_id, attempt)
+        self._reserved, self._audience, self._at_kill = True, audience, at_kill
+
+    def let_go(self) -> None:
+        """The job for which it was kept is over, and nothing more will be recorded."""
+        self._reserved, self._at_kill = False, None
+        self.close()
 
     @contextmanager
     def computing(self) -> Iterator[None]:
@@ -164,6 +215,8 @@ class JobHandle:
             if follower.transient and (follower.output or not isinstance(event, OutputPrinted)):
                 follower.offers.append(event)
                 follower.wake()
+        if self._audience is not None and self._audience.wants_offers:
+            self._audience.hear(event)
 
     @contextmanager
     def hurried_by(self, end_at_once: Callable[[], None]) -> Iterator[None]:
@@ -178,7 +231,11 @@ class JobHandle:
 
     def close(self) -> None:
         """The job is over, finished or interrupted: followers see what is left and end."""
+        if self._reserved:
+            return
         self._closed = True
+        if self._over is not None:
+            self._over.set()
         for follower in self._followers:
             follower.wake()
 
@@ -195,6 +252,8 @@ class JobHandle:
         self._events.append(event)
         for follower in self._followers:
             follower.wake()
+        if self._audience is not None:
+            self._audience.hear(event)
 
     def _new(self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs) -> Event:
         if self._identity is None:

@@ -23,12 +23,17 @@ async def write_events(handle: JobHandle, file: TextIO) -> None:
     """
     try:
         async for event in handle.events():
-            await to_thread.run_sync(_write_line, file, json.dumps(_without_secrets(event)))
+            await to_thread.run_sync(_write_line, file, written(event))
     except OSError as exc:
         log.error("%s: no more events are written: %s", file.name, exc)  # noqa: TRY400 - a sentence, no traceback
     finally:
         with suppress(OSError):  # what could not be written before is tried again
             file.close()
+
+
+def written(event: Event) -> str:
+    """An event as a line of JSON, without the values of environment variables."""
+    return json.dumps(_without_secrets(event)) + "\n"
 
 
 def _without_secrets(event: Event) -> dict[str, Any]:
@@ -40,5 +45,5 @@ def _without_secrets(event: Event) -> dict[str, Any]:
 
 
 def _write_line(file: TextIO, line: str) -> None:
-    file.write(line + "\n")
+    file.write(line)
     file.flush()

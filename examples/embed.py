@@ -1,0 +1,85 @@
+"""A pilot agent with a node inside: a heartbeat and an HTTP endpoint of its own, jobs from a stand-in of a workload system.
+
+python examples/embed.py        # prints what it ran, and how late its own heartbeat was at worst
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+
+import anyio
+from anyio.abc import SocketStream
+
+from loadmaster import ComputingElement, JobDescription, JobResult, Ledger, Node
+
+JOBS = 20
+BEAT_SECONDS = 0.02
+
+
+class StandInWms:
+    """Answers after 50 ms, as a server far away does, and keeps account of what it gave."""
+
+    def __init__(self) -> None:
+        self.given = 0
+        self.states: dict[str, str] = {}
+
+    async def next(self, free: int) -> JobDescription | None:
+        await anyio.sleep(0.05)
+        if self.given == JOBS:
+            return None
+        self.given += 1
+        script = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
+        return JobDescription(job_id=str(self.given), executable="/bin/sh", arguments=["-c", script])
+
+    async def accepted(self, job: JobDescription) -> None:
+        self.states[job.job_id] = "Matched"
+
+    async def give_back(self, job: JobDescription) -> None:
+        self.states[job.job_id] = "Waiting"
+
+    async def ended(self, job: JobDescription, result: JobResult) -> None:
+        self.states[job.job_id] = result.status
+
+
+async def beat(late: list[float]) -> None:
+    """The pilot's own work, which has to be on time."""
+    while True:
+        due = anyio.current_time() + BEAT_SECONDS
+        await anyio.sleep_until(due)
+        late.append(anyio.current_time() - due)
+
+
+async def answer(node: Node, client: SocketStream) -> None:
+    """`GET /`: the node's figures."""
+    async with client:
+        await client.receive()
+        figures = node.statistics()
+        body = json.dumps({"jobs": dict(figures.jobs), "idle": dict(figures.idle), "occupancy": figures.occupancy})
+        await client.send(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+
+
+async def main() -> None:
+    wms, late = StandInWms(), list[float]()
+    async with Node(ComputingElement(site="LCG.Example.org"), ledger=Ledger(2)) as node:
+        async with (
+            await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
+            anyio.create_task_group() as own,
+        ):
+            own.start_soon(beat, late)
+            own.start_soon(listener.serve, partial(answer, node))
+            await node.serve(wms, ended=wms.ended)
+            port = listener.listeners[0].extra(anyio.abc.SocketAttribute.local_port)
+            async with await anyio.connect_tcp("127.0.0.1", port) as client:
+                await client.send(b"GET / HTTP/1.1\r\n\r\n")
+                print((await client.receive()).decode().splitlines()[-1])
+            own.cancel_scope.cancel()
+    done = sum(state == "Done" for state in wms.states.values())
+    late.sort()
+    print(
+        f"{done} of {JOBS} jobs done; {len(late)} heartbeats, 99 of 100 less than {late[-len(late) // 100]:.3f} s late"
+    )
+
+
+if __name__ == "__main__":
+    anyio.run(main)

@@ -1,0 +1,556 @@
+"""Many jobs on one node, in one event loop, so that its cores are never idle while there is work.
+
+    submit -> waiting -> [disk reserved: staging in -> ready -> [slot leased: computing] -> delivering] -> ended
+
+A waiting job is a description and a handle, nothing else. So many are begun as are needed for the next ones to be ready
+when a slot is (`loadmaster.ahead` has the rule); whoever only delivers its outputs is in nobody's way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from heapq import heappop, heappush
+from math import inf
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Final, Self
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.ahead import SLOW_SECONDS, Ahead, Preparing, disk_bytes, has_room, input_bytes, next_slow, places
+from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
+from loadmaster.description import ComputingElement, JobDescription
+from loadmaster.errors import (
+    InvalidJob,
+    JobError,
+    JobWasKilled,
+    NodeClosed,
+    NodeFull,
+    PayloadNotStarted,
+    RescheduleJob,
+    StagingFailed,
+    WorkdirFault,
+)
+from loadmaster.events import ComputingEnded, Event, FileStagedIn, FileStagedOut, JobAccepted, JobFinished
+from loadmaster.handle import JobHandle
+from loadmaster.ledger import Ledger, Slot
+from loadmaster.lifecycle import Stage
+from loadmaster.machine import detect
+from loadmaster.occupancy import Meter, NodeStatistics, idle_reasons
+from loadmaster.payload.supervise import HEARTBEAT_SECONDS
+from loadmaster.result import Failure, JobResult, Phase, Status
+from loadmaster.runner import run_job
+from loadmaster.site import Site
+from loadmaster.sources import JobSource
+from loadmaster.staging.engine import Transfers, open_transfers
+from loadmaster.streams import EventStream, EventStreams
+from loadmaster.tasks import single_error
+from loadmaster.workdir import default_root
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 100_000
+"""So many jobs may wait: some 7 kB each."""
+
+ASKING: Final = 8
+"""So many questions to a source at once: one that takes 50 ms to answer has 64 slots filled in half a second."""
+
+GIVE_BACK_SECONDS: Final = 10.0
+"""How long a drained node waits for the answers of a source, to give back what they bring."""
+
+WAITING: Final = "waiting"
+FOR_DISK: Final = "waiting for disk"
+STAGING_IN: Final = "staging in"
+READY: Final = "ready"
+COMPUTING: Final = "computing"
+DELIVERING: Final = "delivering"
+
+
+@dataclass(eq=False, slots=True)
+class _Entry:
+    """A job of the node's, until it has ended."""
+
+    job: JobDescription
+    handle: JobHandle
+    coordinator: type[Coordinator]
+    number: int
+    phase: str = WAITING
+    scope: anyio.CancelScope | None = None
+    """Around all of it, once it has been begun."""
+    preparing: Preparing | None = None
+    given_back: bool = False
+    over: bool = False
+
+
+class Node:
+    """Runs jobs, as many at once as the node has slots for.
+
+        async with Node(ce, site=site) as node:
+            handle = node.submit(job)
+            result = await handle.wait()
+
+    Leaving the block waits for all jobs; an exception or a cancellation stops them, as it does `run_job`. `ledger` has
+    what there is, else what the machine says. `ahead`: how many jobs may be begun before there is a slot for them, as
+    many as there are cores if not given; `ahead_bytes`: with inputs of how many bytes; one that is not ready after
+    `slow_seconds` gives its place to another. `backlog`: how many may wait.
+    """
+
+    def __init__(
+        self,
+        ce: ComputingElement | None = None,
+        *,
+        site: Site | None = None,
+        transfers: Transfers | None = None,
+        ledger: Ledger | None = None,
+        root: Path | None = None,
+        coordinator: type[Coordinator] = JobExecutionCoordinator,
+        backlog: int = BACKLOG,
+        ahead: int | None = None,
+        ahead_bytes: int | None = None,
+        slow_seconds: float = SLOW_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    ) -> None:
+        if site is not None and transfers is not None:
+            raise TypeError("a node takes a site or transfers, which have one, not both")
+        self.ce = ce or ComputingElement()
+        self._site = site or Site()
+        self._transfers = transfers
+        self._given_ledger = ledger
+        self._root = root
+        self._coordinator = coordinator
+        self._backlog = backlog
+        self._ahead_jobs, self._ahead_bytes, self._slow_seconds = ahead, ahead_bytes, slow_seconds
+        self._heartbeat_seconds = heartbeat_seconds
+        self._entries: dict[str, _Entry] = {}  # by job id
+        self._waiting: dict[int, _Entry] = {}
+        self._order: list[tuple[int, int]] = []  # a heap of priorities and numbers; those that left are skipped
+        self._submitted = 0
+        self._unstarted: deque[tuple[_Entry, JobError]] = deque()
+        self._preparing: dict[Preparing, _Entry] = {}
+        self._phases = Counter[str]()
+        self._streams = EventStreams()
+        self._news = anyio.Event()
+        self._change = anyio.Event()
+        self._draining = anyio.Event()
+        self._open = False
+        self._ended = Counter[str]()
+        self._given_back = self._interrupted = self._bytes_in = self._bytes_out = 0
+        self._cpu_seconds = 0.0
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{count} {phase}" for phase, count in self._phases.items() if count)
+        return f"<Node [{counts or 'idle'}]>"
+
+    async def __aenter__(self) -> Self:
+        async with AsyncExitStack() as stack:
+            self._root = root = await to_thread.run_sync(_made, self._root)
+            if self._given_ledger is None:
+                self._given_ledger = await to_thread.run_sync(lambda: detect(root).ledger())
+            self.ledger = self._given_ledger
+            jobs = max(2, self.ledger.cores) if self._ahead_jobs is None else self._ahead_jobs
+            self._terms = Ahead(jobs, self._ahead_bytes, self._slow_seconds)
+            if self._transfers is None:
+                self._transfers = await stack.enter_async_context(open_transfers(self._site))
+            stack.callback(self._let_all_go)
+            stack.enter_context(single_error())
+            self._group = await stack.enter_async_context(anyio.create_task_group())
+            self._meter = Meter(anyio.current_time())
+            self._open = True
+            self._look()
+            self._group.start_soon(self._keep_house)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        if error is not None:
+            self._open = False
+            return await self._stack.__aexit__(kind, error, traceback)
+        async with self._stack:
+            await self.wait_idle()
+            self._open = False
+            self._group.cancel_scope.cancel()
+        return None
+
+    # -- for whoever has jobs ----------------------------------------------------------------------------------------
+
+    def submit(
+        self, job: JobDescription, *, coordinator: type[Coordinator] | None = None, attempt: int = 1
+    ) -> JobHandle:
+        """The handle of a job that runs when its turn comes: by its priority, then by when it came. Does not wait.
+
+        One that can never run here has failed, with the reason, when you await it. Raises `NodeFull` when too many wait,
+        `NodeClosed` when the node takes no more.
+        """
+        return self._take(job, coordinator or self._coordinator, attempt).handle
+
+    def events(self, *, transient: bool = False) -> EventStream:
+        """What happens to all jobs, from now on; `transient`: with heartbeats and progress. Ends with the node."""
+        return self._streams.open(transient=transient)
+
+    def close_events(self) -> None:
+        """Those who read `events` have what there is, then the end."""
+        self._streams.close()
+
+    async def wait_idle(self) -> None:
+        """Wait until there is no job."""
+        while self._entries or self._unstarted:
+            await self._change.wait()
+
+    async def drain(self, *, deadline_seconds: float = inf, reason: str = "drained") -> None:
+        """End in order: take no more, give back what does not compute yet, and wait until the others have ended.
+
+        Jobs that are given back end as Rescheduled. Payloads that still run at the deadline are killed, for that reason,
+        and deliver their sandboxes; how long that takes is bounded by their own deadlines only. May be called again.
+        """
+        self._draining.set()
+        for entry in list(self._entries.values()):
+            if entry.phase in {WAITING, FOR_DISK, STAGING_IN, READY} and entry.handle.kill_reason is None:
+                entry.given_back = self._stop(entry, RescheduleJob(GIVEN_BACK))
+        with anyio.move_on_after(deadline_seconds):
+            await self.wait_idle()
+            return
+        self.kill_all(reason)
+        await self.wait_idle()
+
+    def kill_all(self, reason: str, *, hurry: bool = False) -> None:
+        """Kill every job, for that reason. `hurry`: without the grace."""
+        for entry in list(self._entries.values()):
+            entry.handle.kill(reason)
+            if hurry:
+                entry.handle.hurry()
+
+    async def serve(
+        self,
+        source: JobSource,
+        *,
+        coordinator: type[Coordinator] | None = None,
+        ended: Callable[[JobDescription, JobResult], Awaitable[None]] | None = None,
+    ) -> None:
+        """Take jobs from a source until it has no more or the node is drained; returns when all of them have ended.
+
+        It is asked for as many as staging can run ahead with, several times at once. `ended` is awaited with the result
+        of each job that is not given back. What the source raises ends this, and no job.
+        """
+        asked, more = 0, True
+
+        async def ask() -> None:
+            nonlocal more, asked
+            try:
+                job = await source.next(max(1, self._room(0)))
+            finally:
+                asked -= 1
+            if job is None:
+                more = False
+            else:
+                followers.start_soon(see_through, job)
+            self._wake()
+
+        async def see_through(job: JobDescription) -> None:
+            try:
+                entry = self._take(job, coordinator or self._coordinator, 1)
+            except (NodeClosed, NodeFull):
+                await source.give_back(job)
+                return
+            await source.accepted(job)
+            result = await entry.handle.wait()
+            if entry.given_back:
+                await source.give_back(job)
+            elif ended is not None:
+                await ended(job, result)
+
+        async def stop_asking() -> None:
+            await self._draining.wait()
+            asking.cancel_scope.deadline = anyio.current_time() + GIVE_BACK_SECONDS
+            self._wake()
+
+        with single_error():
+            async with anyio.create_task_group() as followers, anyio.create_task_group() as asking:
+                asking.start_soon(stop_asking)
+                while asked or (more and not self._draining.is_set()):
+                    while more and not self._draining.is_set() and asked < ASKING and self._room(asked) > 0:
+                        asked += 1
+                        asking.start_soon(ask)
+                    await self._change.wait()
+                asking.cancel_scope.cancel()
+
+    def statistics(self) -> NodeStatistics:
+        """What the node does and has done."""
+        self._look()
+        meter = self._meter
+        return NodeStatistics(
+            seconds=meter.looked - meter.began,
+            jobs=MappingProxyType(
+                {phase: self._phases[phase] for phase in (WAITING, FOR_DISK, STAGING_IN, READY, COMPUTING, DELIVERING)}
+            ),
+            ended=MappingProxyType({status.value: self._ended[status] for status in Status}),
+            given_back=self._given_back,
+            interrupted=self._interrupted,
+            cores=self.ledger.cores,
+            busy_cores=meter.busy,
+            busy_core_seconds=meter.busy_core_seconds,
+            cpu_seconds=self._cpu_seconds,
+            idle=MappingProxyType(dict(meter.idle)),
+            idle_core_seconds=MappingProxyType(dict(meter.idle_core_seconds)),
+            bytes_in=self._bytes_in,
+            bytes_out=self._bytes_out,
+        )
+
+    # -- who may begin -----------------------------------------------------------------------------------------------
+
+    def _take(self, job: JobDescription, coordinator: type[Coordinator], attempt: int) -> _Entry:
+        if not self._open or self._draining.is_set():
+            raise NodeClosed("the node takes no more jobs")
+        if len(self._waiting) >= self._backlog:
+            raise NodeFull(f"{len(self._waiting)} jobs wait already")
+        handle = JobHandle()
+        entry = _Entry(job, handle, coordinator, self._submitted)
+        self._submitted += 1
+
+        def at_kill() -> None:
+            self._stop(entry, JobWasKilled(handle.kill_reason or ""))
+
+        handle.reserve(job.job_id, attempt, audience=self, at_kill=at_kill)
+        self._phases[WAITING] += 1
+        if job.job_id in self._entries:
+            self._unstarted.append((entry, InvalidJob(f"there is a job {job.job_id} on this node already")))
+        else:
+            self._entries[job.job_id] = entry
+            if (never := self._never_fits(job)) is not None:
+                self._unstarted.append((entry, never))
+            else:
+                self._waiting[entry.number] = entry
+                heappush(self._order, (-job.priority, entry.number))
+        self._news.set()
+        return entry
+
+    def _never_fits(self, job: JobDescription) -> JobError | None:
+        try:
+            self.ledger.check(job)
+        except PayloadNotStarted as exc:
+            return exc
+        if self.ledger.disk_bytes is not None and disk_bytes(job) > self.ledger.disk_bytes:
+            return StagingFailed(
+                f"the job needs {disk_bytes(job)} bytes of disk, the node has {self.ledger.disk_bytes}"
+            )
+        return None
+
+    def _room(self, asked: int) -> int:
+        """How many jobs a source may be asked for now, beyond those."""
+        ahead = places(self._terms, self._preparing, anyio.current_time())
+        return min(ahead, self._backlog) - len(self._waiting) - asked
+
+    async def _keep_house(self) -> None:
+        """Begin who may begin, end who never will. The only task that does."""
+        while True:
+            self._news = anyio.Event()
+            while self._unstarted:
+                await self._end_early(*self._unstarted.popleft())
+            now = anyio.current_time()
+            while (entry := self._next(now)) is not None:
+                self._begin(entry, now)
+            self._look()
+            with anyio.CancelScope(deadline=next_slow(self._terms, self._preparing, now)):
+                await self._news.wait()
+                continue
+            self._changed()  # a place has become free: a source may be asked
+
+    def _next(self, now: float) -> _Entry | None:
+        while self._order and self._order[0][1] not in self._waiting:
+            heappop(self._order)
+        if not self._order or places(self._terms, self._preparing, now) < 1:
+            return None
+        entry = self._waiting[self._order[0][1]]
+        if not has_room(self._terms, self._preparing, input_bytes(entry.job)):
+            return None
+        del self._waiting[heappop(self._order)[1]]
+        return entry
+
+    def _begin(self, entry: _Entry, now: float) -> None:
+        entry.preparing = Preparing(now, input_bytes(entry.job))
+        entry.scope = anyio.CancelScope()
+        self._preparing[entry.preparing] = entry
+        self._enter(entry, STAGING_IN if self.ledger.disk_bytes is None else FOR_DISK)
+        self._group.start_soon(self._carry, entry)
+
+    def _stop(self, entry: _Entry, why: JobError) -> bool:
+        """End a job before it computes. False if it has ended already, or will in a moment."""
+        if self._waiting.pop(entry.number, None) is not None:
+            self._unstarted.append((entry, why))
+            self._news.set()
+        elif entry.scope is not None:
+            entry.scope.cancel()
+        else:
+            return False
+        return True
+
+    # -- one job -----------------------------------------------------------------------------------------------------
+
+    async def _carry(self, entry: _Entry) -> None:
+        """From its disk to its end."""
+        job, handle = entry.job, entry.handle
+        why: JobError = RescheduleJob(GIVEN_BACK)
+        try:
+            with entry.scope or anyio.CancelScope():
+                async with self.ledger.reserve_disk(disk_bytes(job), priority=job.priority):
+                    self._enter(entry, STAGING_IN)
+                    await run_job(
+                        job, ce=self.ce, coordinator=entry.coordinator, transfers=self._transfers,
+                        slots=_Slots(self, entry), handle=handle, attempt=handle.attempt, root=self._root,
+                        heartbeat_seconds=self._heartbeat_seconds,
+                    )  # fmt: skip
+        except WorkdirFault as exc:
+            why = RescheduleJob(f"this node has no work directory for it: {exc}")
+        except BaseException:
+            self._forget(entry)
+            raise
+        if handle.kill_reason is not None:
+            why = JobWasKilled(handle.kill_reason)
+        await self._end_early(entry, why)
+
+    async def _end_early(self, entry: _Entry, why: JobError) -> None:
+        """The end of a job: its own, or if it has none, for that reason."""
+        record = entry.handle.record
+        try:
+            if entry.handle.stage is Stage.NEW:
+                await record(JobAccepted, entry.job.model_dump(mode="json", exclude_defaults=True))
+            if entry.handle.stage is not Stage.FINISHED:
+                failure = Failure.of(why, Phase.STAGE_IN)
+                if entry.handle.stage not in {Stage.COMPUTED, Stage.STAGING_OUT}:
+                    await record(ComputingEnded, failure)
+                await record(JobFinished, entry.handle.ends_as(failure), failure)
+        finally:
+            self._forget(entry)
+
+    def _forget(self, entry: _Entry) -> None:
+        """Whatever has become of it, it is no longer the node's."""
+        if entry.over:
+            return
+        entry.over = True
+        self._no_longer_prepares(entry)
+        self._phases[entry.phase] -= 1
+        if self._entries.get(entry.job.job_id) is entry:
+            del self._entries[entry.job.job_id]
+        if (result := entry.handle.result) is None:
+            self._interrupted += 1
+        else:
+            self._ended[result.status] += 1
+            entry.given_back = entry.given_back and result.status is Status.RESCHEDULED
+            self._given_back += entry.given_back
+            self._cpu_seconds += result.outcome.cpu_seconds if result.outcome is not None else 0.0
+        entry.handle.let_go()
+        self._changed()
+
+    def _enter(self, entry: _Entry, phase: str) -> None:
+        self._phases[entry.phase] -= 1
+        self._phases[phase] += 1
+        entry.phase = phase
+
+    def _no_longer_prepares(self, entry: _Entry) -> None:
+        if entry.preparing is not None:
+            self._preparing.pop(entry.preparing, None)
+            self._news.set()
+
+    @asynccontextmanager
+    async def _lease(self, entry: _Entry) -> AsyncIterator[Slot]:
+        """A slot, when it is ready for one."""
+        if entry.preparing is not None:
+            entry.preparing.ready = True
+        self._enter(entry, READY)
+        self._look()
+        try:
+            async with self.ledger.lease(entry.job) as slot:
+                self._enter(entry, COMPUTING)
+                self._no_longer_prepares(entry)
+                self._changed()
+                yield slot
+        finally:
+            self._enter(entry, DELIVERING)
+            self._no_longer_prepares(entry)
+            self._changed()
+
+    # -- what others know --------------------------------------------------------------------------------------------
+
+    @property
+    def wants_offers(self) -> bool:
+        """Whether anybody reads heartbeats and progress."""
+        return self._streams.wants_transient
+
+    def hear(self, event: Event) -> None:
+        """Something has happened to one of the jobs."""
+        match event:
+            case FileStagedIn(file=file):
+                self._bytes_in += file.size_bytes
+            case FileStagedOut(file=file):
+                self._bytes_out += file.size_bytes
+            case ComputingEnded(job_id=job_id):
+                entry = self._entries.get(job_id)
+                if (
+                    entry is not None and entry.preparing is not None and entry.phase != DELIVERING
+                ):  # it has not computed
+                    self._enter(entry, DELIVERING)
+                    self._no_longer_prepares(entry)
+        self._streams.tell(event)
+
+    def _changed(self) -> None:
+        self._look()
+        self._wake()
+
+    def _wake(self) -> None:
+        self._change.set()
+        self._change = anyio.Event()
+
+    def _look(self) -> None:
+        """What the cores do from now on."""
+        for_disk = for_inputs = 0
+        for each, entry in self._preparing.items():
+            if not each.ready:
+                cores = entry.job.number_of_processors
+                for_disk += cores if entry.phase == FOR_DISK else 0
+                for_inputs += cores if entry.phase == STAGING_IN else 0
+        idle = idle_reasons(self.ledger, for_disk=for_disk, for_inputs=for_inputs, waiting=bool(self._waiting))
+        self._meter.look(anyio.current_time(), self.ledger.cores - self.ledger.free_cores, idle)
+
+    def _let_all_go(self) -> None:
+        self._open = False
+        for entry in list(self._entries.values()):
+            self._forget(entry)
+        for entry, _ in self._unstarted:
+            self._forget(entry)
+        self._waiting.clear()
+        self._unstarted.clear()
+        self._streams.close()
+
+
+GIVEN_BACK: Final = "given back: the node was drained before it computed"
+
+
+@dataclass(frozen=True, slots=True)
+class _Slots:
+    """The node's slots, for one of its jobs."""
+
+    node: Node
+    entry: _Entry
+
+    @asynccontextmanager
+    async def lease(self, job: JobDescription) -> AsyncIterator[Slot]:
+        """As the ledger's; the node knows of it."""
+        async with self.node._lease(self.entry) as slot:
+            yield slot
+
+
+def _made(root: Path | None) -> Path:
+    """The directory for work directories, which is there from now on."""
+    if root is None:
+        return default_root()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise WorkdirFault(f"{root}: {exc.strerror}") from exc
+    return root

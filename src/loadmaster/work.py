@@ -1,0 +1,117 @@
+"""What `loadmaster node` does: a source's jobs on this node, to its end, or until it is told to stop."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Final, TextIO
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.board import Board
+from loadmaster.description import JobDescription
+from loadmaster.events import Event
+from loadmaster.node import Node
+from loadmaster.occupancy import NodeStatistics
+from loadmaster.orders import Orders
+from loadmaster.reporter import written
+from loadmaster.result import JobResult
+from loadmaster.sources import JobFiles, JobLines
+from loadmaster.tasks import single_error
+
+LOOK_SECONDS: Final = 0.5
+"""Between two changes of the table."""
+
+
+@dataclass(slots=True)
+class Shift:
+    """What came of it."""
+
+    figures: NodeStatistics | None = None
+    refused: list[str] = field(default_factory=list)
+    failed: int = 0
+    left: bool = False
+    """Told to stop, and to leave at once."""
+
+
+async def work(
+    node: Node,
+    source: JobLines | JobFiles,
+    board: Board,
+    orders: Orders,
+    *,
+    results: Path | None,
+    events: TextIO | None,
+) -> Shift:
+    """Run the jobs of a source. The first order drains the node, the second kills what runs, the third leaves at once."""
+    shift = Shift()
+    numbers = Counter[str]()
+
+    async def ended(job: JobDescription, result: JobResult) -> None:
+        shift.failed += result.failure is not None
+        board.end(result)
+        if results is not None:
+            numbers[job.job_id] += 1
+            again = f".{numbers[job.job_id]}" if numbers[job.job_id] > 1 else ""
+            await to_thread.run_sync(_write_whole, results / f"{job.job_id}{again}.json", result)
+
+    with single_error():
+        async with anyio.create_task_group() as beside:
+            async with node, anyio.create_task_group() as reading:
+                beside.start_soon(_obey, orders, node, board, beside.cancel_scope, shift)
+                beside.start_soon(_show, node, board)
+                if events is not None:
+                    reading.start_soon(partial(_write, node, events, board.say))
+                await node.serve(source, ended=ended)
+                shift.figures = node.statistics()
+                node.close_events()
+            beside.cancel_scope.cancel()
+    shift.refused = source.refused
+    return shift
+
+
+async def _obey(orders: Orders, node: Node, board: Board, everything: anyio.CancelScope, shift: Shift) -> None:
+    name = await orders.next()
+    board.say(f"{name}: nothing new is begun; what computes may finish (once more: kill it)")
+    async with anyio.create_task_group() as draining:
+        draining.start_soon(node.drain)
+        name = await orders.next()
+        board.say(f"{name}: payloads are killed; their sandboxes are still delivered (once more: leave at once)")
+        node.kill_all(f"told to stop by {name}")
+        name = await orders.next()
+        board.say(f"{name}: leaving; nothing more is delivered")
+        shift.left = True
+        everything.cancel()
+
+
+async def _show(node: Node, board: Board) -> None:
+    while True:  # the table changes as time passes, whether anything happens or not
+        board.move(node.statistics())
+        await anyio.sleep(LOOK_SECONDS)
+
+
+async def _write(node: Node, file: TextIO, say: Callable[[str], None]) -> None:
+    stream = node.events()
+    try:
+        async for event in stream:
+            batch: list[Event] = [event, *stream.take()]
+            await to_thread.run_sync(lambda lines: (file.write(lines), file.flush()), "".join(map(written, batch)))
+    except OSError as exc:
+        say(f"{file.name}: no more events are written: {exc.strerror}")
+
+
+def _write_whole(path: Path, result: JobResult) -> None:
+    """Beside its name, then renamed: nobody reads half a result."""
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
