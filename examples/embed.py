@@ -1,5 +1,4 @@
 """A pilot agent with a node inside: a heartbeat and an HTTP endpoint of its own, jobs from a stand-in of a workload system.
-
 python examples/embed.py        # prints what it ran, and how late its own heartbeat was at worst
 """
 
@@ -13,7 +12,7 @@ from anyio.abc import SocketStream
 
 from loadmaster import ComputingElement, JobDescription, JobResult, Ledger, Node
 
-JOBS, BEAT_SECONDS = 20, 0.02
+JOBS, BEAT_SECONDS, PORT = 20, 0.02, 0  # port 0: any
 BUSY = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
 
 
@@ -59,7 +58,7 @@ async def answer(node: Node, client: SocketStream) -> None:
 
 async def main() -> None:
     wms, late = StandInWms(), list[float]()
-    listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=PORT)
     async with (
         Node(ComputingElement(site="LCG.Example.org"), ledger=Ledger(2)) as node,
         listener,
@@ -68,10 +67,7 @@ async def main() -> None:
         own.start_soon(beat, late)
         own.start_soon(listener.serve, partial(answer, node))
         await node.serve(wms, ended=wms.ended)
-        port = listener.extra(anyio.abc.SocketAttribute.local_port)
-        async with await anyio.connect_tcp("127.0.0.1", port) as client:
-            await client.send(b"GET / HTTP/1.1\r\n\r\n")
-            print((await client.receive()).decode().splitlines()[-1])
+        print(node.statistics())
         own.cancel_scope.cancel()
     done = sum(state == "Done" for state in wms.states.values())
     late.sort()
