@@ -1,5 +1,4 @@
 """A pilot agent with a node inside: a heartbeat and an HTTP endpoint of its own, jobs from a stand-in of a workload system.
-
 python examples/embed.py        # prints what it ran, and how late its own heartbeat was at worst
 """
 
@@ -13,8 +12,8 @@ from anyio.abc import SocketStream
 
 from loadmaster import ComputingElement, JobDescription, JobResult, Ledger, Node
 
-JOBS = 20
-BEAT_SECONDS = 0.02
+JOBS, BEAT_SECONDS, PORT = 20, 0.02, 0  # port 0: any
+BUSY = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
 
 
 class StandInWms:
@@ -29,8 +28,7 @@ class StandInWms:
         if self.given == JOBS:
             return None
         self.given += 1
-        script = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done"
-        return JobDescription(job_id=str(self.given), executable="/bin/sh", arguments=["-c", script])
+        return JobDescription(job_id=str(self.given), executable="/bin/sh", arguments=["-c", BUSY])
 
     async def accepted(self, job: JobDescription) -> None:
         self.states[job.job_id] = "Matched"
@@ -45,8 +43,7 @@ class StandInWms:
 async def beat(late: list[float]) -> None:
     """The pilot's own work, which has to be on time."""
     while True:
-        due = anyio.current_time() + BEAT_SECONDS
-        await anyio.sleep_until(due)
+        await anyio.sleep_until(due := anyio.current_time() + BEAT_SECONDS)
         late.append(anyio.current_time() - due)
 
 
@@ -55,25 +52,23 @@ async def answer(node: Node, client: SocketStream) -> None:
     async with client:
         await client.receive()
         figures = node.statistics()
-        body = json.dumps({"jobs": dict(figures.jobs), "idle": dict(figures.idle), "occupancy": figures.occupancy})
+        body = json.dumps({"jobs": dict(figures.jobs), "occupancy": figures.occupancy})
         await client.send(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
 
 
 async def main() -> None:
     wms, late = StandInWms(), list[float]()
-    async with Node(ComputingElement(site="LCG.Example.org"), ledger=Ledger(2)) as node:
-        async with (
-            await anyio.create_tcp_listener(local_host="127.0.0.1") as listener,
-            anyio.create_task_group() as own,
-        ):
-            own.start_soon(beat, late)
-            own.start_soon(listener.serve, partial(answer, node))
-            await node.serve(wms, ended=wms.ended)
-            port = listener.listeners[0].extra(anyio.abc.SocketAttribute.local_port)
-            async with await anyio.connect_tcp("127.0.0.1", port) as client:
-                await client.send(b"GET / HTTP/1.1\r\n\r\n")
-                print((await client.receive()).decode().splitlines()[-1])
-            own.cancel_scope.cancel()
+    listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=PORT)
+    async with (
+        Node(ComputingElement(site="LCG.Example.org"), ledger=Ledger(2)) as node,
+        listener,
+        anyio.create_task_group() as own,
+    ):
+        own.start_soon(beat, late)
+        own.start_soon(listener.serve, partial(answer, node))
+        await node.serve(wms, ended=wms.ended)
+        print(node.statistics())
+        own.cancel_scope.cancel()
     done = sum(state == "Done" for state in wms.states.values())
     late.sort()
     print(

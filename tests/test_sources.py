@@ -72,19 +72,29 @@ async def test_all_jobs_of_a_source_run_and_each_has_one_result(root: Path) -> N
 async def test_a_drained_node_gives_the_jobs_it_has_not_begun_back_to_their_source(root: Path, tmp_path: Path) -> None:
     post = Signpost(tmp_path / "post")
     first = {"executable": "/bin/sh", "arguments": f"-c 'echo go > {post}'"}
-    source = Slow(100, words=lambda number: first if number == 1 else {})
+    first_runs = anyio.Event()
     results: list[str] = []
+
+    class Gated(Slow):
+        async def next(self, free: int) -> JobDescription | None:
+            if self.free:  # somebody has asked already
+                await first_runs.wait()
+            return await super().next(free)
+
+    source = Gated(100, words=lambda number: first if number == 1 else {})
 
     async def ended(job: JobDescription, result: JobResult) -> None:
         results.append(job.job_id)
 
     async with Node(ledger=Ledger(1), root=root, ahead=3) as node, anyio.create_task_group() as group:
         group.start_soon(partial(node.serve, source, ended=ended))
+        await until(lambda: node.statistics().jobs["computing"] == 1)
+        first_runs.set()
         await until(lambda: node.statistics().jobs["ready"] == 3 and node.statistics().jobs["computing"] == 1)
         group.start_soon(node.drain)
         await until(lambda: len(source.returned) >= 3)
         await post.reached()
-    assert "j0" in results
+    assert results == ["j0"]
     assert sorted(results + source.returned) == sorted(source.given)
 
 
