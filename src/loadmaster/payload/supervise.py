@@ -382,7 +382,8 @@ async def start(
         """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
-        group = None if near or world.cgroup == "none" else _group_of(workdir.path.name, world, limits)
+        asked = world.cgroup != "none" or world.containment[0] is Containment.CGROUP
+        group = _group_of(workdir.path.name, world, limits) if asked and not near else None
         launch = Launch(
             argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
             nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation, image=world.image,
@@ -418,7 +419,7 @@ def _kernels_cpu(limits: Limits) -> float | None:
 def _group_of(job_id: str, world: World, limits: Limits) -> Group | None:
     from loadmaster.payload.cgroup import group_of  # loaded when used
 
-    return group_of(job_id, "" if world.cgroup == "own" else world.cgroup, limits)
+    return group_of(job_id, "" if world.cgroup in {"own", "none"} else world.cgroup, limits)
 
 
 async def _start_contained(
