@@ -223,7 +223,7 @@ async def test_the_same_exit_code_without_having_been_asked_is_a_failure(fly: Fl
 async def test_a_payload_that_does_not_listen_is_stopped_when_its_time_is_over(fly: Fly) -> None:
     with anyio.fail_after(10):
         result = await fly(
-            **soft("trap '' INT; sleep 1000; true", stop_seconds=0.5), limits={"wall_seconds": 1, "grace_seconds": 1}
+            **soft("trap '' INT; sleep 1000; true", stop_seconds=2), limits={"wall_seconds": 4, "grace_seconds": 1}
         )
     assert result.failure.kind == "LimitExceeded"
     assert (result.outcome.ended_by, result.outcome.stop_signal) == (EndedBy.LIMIT, signal.SIGINT)
