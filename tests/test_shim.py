@@ -128,6 +128,15 @@ def wait_readable(descriptor: int, seconds: float = SECONDS) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
+def once_it_is(name: str, stat: Path) -> bytes:
+    """The text of /proc/PID/stat once the process has become the one of that name."""
+    deadline = time.monotonic() + SECONDS
+    while f"({name})".encode() not in (text := stat.read_bytes()):
+        assert time.monotonic() < deadline, f"is not {name}: {text!r}"
+        time.sleep(0.002)
+    return text
+
+
 def facts(text: bytes) -> dict[str, str]:
     return dict(line.split(" ", 1) for line in text.decode().splitlines())
 
@@ -304,8 +313,7 @@ def test_reported_pid_is_the_payloads_as_seen_from_outside(case: tuple[str, str,
     shim = run_sh("echo ready; exec sleep 1000")
     shim.ready()
     started = shim.started()
-    stat = Path(f"/proc/{started['payload_pid']}/stat").read_bytes()
-    assert b"(sleep)" in stat
+    stat = once_it_is("sleep", Path(f"/proc/{started['payload_pid']}/stat"))
     assert stat.rpartition(b")")[2].split()[19].decode() == started["payload_start"]
     assert started["containment"] == case[1]
     shim.order(signal.SIGUSR1)
