@@ -178,12 +178,6 @@ async def test_it_has_a_place_for_what_outlives_an_agent(tmp_path: Path) -> None
     async with open_journal(tmp_path) as journal:
         assert isinstance(journal, KeepsState)
         assert journal.state_directory("7", 2) == tmp_path / "payloads" / "2.7"
-        state = journal.state_directory("7", 2)
-        state.mkdir()
-        (state / "exit").touch()
-        await journal.remove_state("7", 2)
-        assert not state.exists()
-        await journal.remove_state("7", 2)
     assert len(state_name("x" * 255, 1)) < 100
 
 

@@ -9,7 +9,7 @@ LoadmasterError
 │   └── NotFound, AccessDenied, NoSpace, AlreadyExists, ChecksumMismatch, StorageUnavailable
 ├── InvalidSite         the site's configuration cannot be used
 └── RuntimeFault        we can no longer keep our promises; `run_job` raises it
-    └── WorkdirFault, JournalFault, IllegalEvent, NodeClosed, NodeFull
+    └── WorkdirFault, JournalFault, IllegalEvent, PayloadHeld, NodeClosed, NodeFull
 """
 
 from __future__ import annotations
@@ -157,6 +157,10 @@ class JournalFault(RuntimeFault):
 
 class IllegalEvent(RuntimeFault):
     """An event that cannot follow the ones before it: a bug in the runtime or a damaged history."""
+
+
+class PayloadHeld(RuntimeFault):
+    """A payload that was to be adopted has an agent, or is somewhere we cannot see it; nothing was done to it."""
 
 
 class NodeClosed(RuntimeFault):

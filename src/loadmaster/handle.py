@@ -39,6 +39,11 @@ class Journal(Protocol):
 class KeepsState(Protocol):
     """A journal that also has a place for what outlives an agent of its payloads."""
 
+    @property
+    def directory(self) -> Path:
+        """Where all of it is: nothing for a payload to see."""
+        ...
+
     def state_directory(self, job_id: str, attempt: int) -> Path:
         """That place, for one attempt at a job; it is there only once a payload has been started."""
         ...
@@ -258,6 +263,11 @@ class JobHandle:
         if self._identity is None or not isinstance(self._journal, KeepsState):
             return None
         return self._journal.state_directory(*self._identity)
+
+    @property
+    def hidden(self) -> tuple[Path, ...]:
+        """What the payload need not see."""
+        return (self._journal.directory,) if isinstance(self._journal, KeepsState) else ()
 
     @property
     def is_journalled(self) -> bool:

@@ -134,10 +134,6 @@ class NodeJournal:
         """Where that is kept of a payload which outlives an agent."""
         return self.directory / "payloads" / state_name(job_id, attempt)
 
-    async def remove_state(self, job_id: str, attempt: int) -> None:
-        """The payload is gone and its end recorded: nothing of it needs to be kept."""
-        await to_thread.run_sync(remove_state, self.state_directory(job_id, attempt))
-
     async def _ask(self, function: Callable[P, T], *args: P.args, **kw: P.kwargs) -> T:
         async with self._turn:
             self._check_open()
@@ -163,18 +159,6 @@ def state_name(job_id: str, attempt: int) -> str:
     if len(os.fsencode(job_id)) > NAME_BYTES:
         job_id = sha256(job_id.encode(errors="surrogatepass")).hexdigest()
     return f"{attempt}.{job_id}"
-
-
-def remove_state(state: Path) -> None:
-    """Remove what was kept of a payload. Raises `JournalFault`. Blocks."""
-    try:
-        for entry in state.iterdir():
-            entry.unlink()
-        state.rmdir()
-    except FileNotFoundError:
-        return
-    except OSError as exc:
-        raise JournalFault(f"{state}: cannot remove it: {exc.strerror}") from exc
 
 
 @asynccontextmanager

@@ -13,14 +13,15 @@ from anyio import to_thread
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import JobDescription
-from loadmaster.errors import IllegalEvent, InvalidJob, JournalFault, WorkdirFault
+from loadmaster.errors import IllegalEvent, InvalidJob, WorkdirFault
 from loadmaster.events import Event, JobAccepted, JobFinished
 from loadmaster.handle import JobHandle
 from loadmaster.hooks import find_coordinator, reference_of
-from loadmaster.journal import NodeJournal, remove_state, state_name
+from loadmaster.journal import NodeJournal, state_name
 from loadmaster.ledger import Slot
 from loadmaster.lifecycle import Lifecycle
 from loadmaster.logbook import History
+from loadmaster.payload.state import remove_state
 from loadmaster.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ class Succession:
             return False
         failure = self.life.failure or event.failure
         return failure is not None and failure.kind == "PayloadLost"
+
+    @property
+    def directory(self) -> Path:
+        """As the node's."""
+        return self._journal.directory
 
     def state_directory(self, job_id: str, attempt: int) -> Path:
         """As the node's."""
@@ -135,5 +141,5 @@ def _remove_states(directory: Path, wanted: set[str]) -> None:
         if path.name not in wanted:
             try:
                 remove_state(path)
-            except JournalFault as exc:
-                log.warning("%s", exc)
+            except OSError as exc:
+                log.warning("%s: is left there: %s", path, exc.strerror)

@@ -44,6 +44,8 @@ class EndedBy(StrEnum):
     CANCELLATION = "cancellation"
     LOST = "lost"
     """Nobody knows: what held it is gone, with an agent that died or a machine that was started anew."""
+    ORPHANED = "orphaned"
+    """Its shim: it had been without an agent for as long as the site allows."""
 
 
 @dataclass(frozen=True, slots=True)

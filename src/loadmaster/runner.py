@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
 from math import inf
@@ -63,6 +63,7 @@ from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.limits import deadline_verdict, limits_of, seconds_left
 from loadmaster.payload.command import default_command, default_environment, with_slot
 from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.state import remove_state
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
 from loadmaster.site import Site
@@ -127,9 +128,16 @@ async def run_job(
     def kept() -> bool:
         return keep_workdir or (handle.is_journalled and handle.result is None)
 
+    async def forget_payload() -> None:
+        """What was kept of it for another agent."""
+        if handle.state is not None and handle.result is not None and handle.life.started is not None:
+            with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
+                await to_thread.run_sync(remove_state, handle.state)
+
     async def in_its_own_task() -> None:
         async with AsyncExitStack() as stack:
             stack.callback(handle.close)
+            stack.push_async_callback(forget_payload)
             moving = transfers
             if moving is None:
                 moving = await stack.enter_async_context(open_transfers(site or Site()))
@@ -249,10 +257,28 @@ class _Flight:
 
     async def _find_payload(self) -> Payload | None:
         """The payload that an earlier agent has started. Of one that cannot be found nothing runs any more."""
-        if self.life.stage not in {Stage.GRANTED, Stage.RUNNING}:
+        state = self.handle.state
+        if self.life.stage not in {Stage.GRANTED, Stage.RUNNING} or state is None:
             return None
+        from loadmaster.payload.adopt import adopt  # loaded when used
+        from loadmaster.payload.found import Lost
+
+        description = self.job.description
+        found = await adopt(
+            state, self.workdir, stdout=description.std_output, stderr=description.std_error,
+            boot=self._boot_id, known=self.life.started, limits=self.limits,
+            world=self.site.payload, soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
+        )  # fmt: skip
+        if isinstance(found, Payload):
+            return found
+        log.info("job %s: its payload cannot be gone on with: %s", description.job_id, found.reason)
         if self.life.stage is Stage.RUNNING:
-            await self.record(PayloadExited, PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST))
+            left = isinstance(found, Lost) and found.left_behind
+            await self.record(PayloadExited, PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=left))
+        elif isinstance(found, Lost):
+            raise PayloadLost(f"it may have been started: {found.reason}")
+        else:
+            await to_thread.run_sync(remove_state, state)
         return None
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
@@ -270,7 +296,8 @@ class _Flight:
         payload = await start(
             spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
             limits=self.limits, world=self.site.payload, cores=cores,
-            soft_stop=SoftStop.of(description), outputs_bytes=self.job.outputs_bytes if self._has_outputs else None,
+            soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
+            state=self.handle.state, hidden=self.handle.hidden,
         )  # fmt: skip
         return await self._to_its_end(payload)
 
@@ -280,7 +307,11 @@ class _Flight:
         try:
             tree = payload.tree
             if not self.life.has_reached(Stage.RUNNING):
-                await self.record(PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim)
+                await self.record(
+                    PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim,
+                    tree.shim_pid, tree.shim_start_ticks, self._boot_id,
+                )  # fmt: skip
+            self._check_workdir()
             await self._make_coordinator()
             self.job.payload = payload
             self.job.stage_beside()
@@ -378,6 +409,16 @@ class _Flight:
             raise LimitExceeded(str(deadline_verdict(self.limits.deadline, usage, self.limits, now=datetime.now(UTC))))
 
     @property
+    def _boot_id(self) -> str:
+        """Of the machine, when the work directory was made."""
+        stage_in = self.life.stage_in
+        return "" if stage_in is None else stage_in.identity.partition(":")[0]
+
+    @property
+    def _outputs_bytes(self) -> Callable[[], int] | None:
+        return self.job.outputs_bytes if self._has_outputs else None
+
+    @property
     def _has_outputs(self) -> bool:
         return bool(self.job.description.output_data or self.job.description.output_sandbox)
 
@@ -452,6 +493,8 @@ def _error_of(outcome: PayloadOutcome) -> JobError | None:
         return PayloadLost("what held the payload is gone with an agent that died: how it ended is not known")
     if outcome.ended_by is EndedBy.CANCELLATION:
         return PayloadLost("the agent left while the payload ran, and ended it")
+    if outcome.ended_by is EndedBy.ORPHANED:
+        return PayloadLost("the payload had been without an agent for too long, and was ended")
     if outcome.verdict is not None:
         return LimitExceeded(str(outcome.verdict))
     if outcome.exit_code == RESCHEDULE_EXIT_CODE:
