@@ -149,6 +149,11 @@ class JobInFlight:
     def __repr__(self) -> str:
         return f"<JobInFlight {self.description.job_id}>"
 
+    @property
+    def attempt(self) -> int:
+        """Which try at the job this is."""
+        return self._handle.attempt
+
     def start_soon(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         """Have a task run beside the payload: started with it, cancelled when it ends.
 

@@ -399,7 +399,8 @@ class Node:
             journal.life = handle.life
 
         def at_kill() -> None:
-            self._stop(entry, JobWasKilled(handle.kill_reason or ""))
+            if not handle.life.has_reached(Stage.STAGING_IN):  # else there may be a payload to be ended
+                self._stop(entry, JobWasKilled(handle.kill_reason or ""))
 
         handle.reserve(job.job_id, attempt, audience=self, at_kill=at_kill)
         self._phases[WAITING] += 1
@@ -468,7 +469,8 @@ class Node:
             entry.preparing = Preparing(now, input_bytes(entry.job))
             self._preparing[entry.preparing] = entry
         entry.scope = anyio.CancelScope()
-        self._enter(entry, FOR_DISK if self.ledger.disk_bytes is not None and entry.disk is None else STAGING_IN)
+        waits = self.ledger.disk_bytes is not None and entry.disk is None
+        self._enter(entry, FOR_DISK if waits else _phase(entry.handle.stage))
         self._group.start_soon(self._carry, entry)
 
     def _stop(self, entry: _Entry, why: JobError) -> bool:
@@ -497,7 +499,7 @@ class Node:
                     else:
                         stack.enter_context(entry.disk)
                         stack.callback(self._give_up_slot, entry)
-                    self._enter(entry, DELIVERING if handle.life.has_reached(Stage.EXITED) else STAGING_IN)
+                    self._enter(entry, _phase(handle.stage))
                     await run_job(
                         job, ce=self.ce, coordinator=entry.coordinator, transfers=self._transfers,
                         slots=_Slots(self, entry), handle=handle, attempt=handle.attempt, root=self._root,
@@ -767,6 +769,13 @@ class Node:
         self._unstarted.clear()
         self._unrecorded.clear()
         self._streams.close()
+
+
+def _phase(stage: Stage) -> str:
+    """Of a job that is gone on with. One that has a slot may have a payload: it is not to be given back."""
+    if stage in {Stage.GRANTED, Stage.RUNNING}:
+        return COMPUTING
+    return STAGING_IN if stage.value < Stage.GRANTED.value else DELIVERING
 
 
 GIVEN_BACK: Final = "given back: the node was drained before it computed"
