@@ -98,6 +98,8 @@ class _Entry:
     """Around all of it, once it has been begun."""
     preparing: Preparing | None = None
     given_back: bool = False
+    recalled: bool = False
+    """It had ended before it was submitted."""
     over: bool = False
     journal: Succession | None = None
     recorded: anyio.Event | None = None
@@ -230,7 +232,8 @@ class Node:
         """The handle of a job that runs when its turn comes: by its priority, then by when it came. Does not wait.
 
         One that can never run here has failed, with the reason, when you await it. Raises `NodeFull` when too many wait,
-        `NodeClosed` when the node takes no more. Where there is a journal, a job that is in there is not run again.
+        `NodeClosed` when the node takes no more. Where there is a journal, the job is in there
+        soon, before its turn comes: with its first event, `JobAccepted`. One that is in there is not run again.
         """
         return self._take(job, coordinator or self._coordinator, attempt).handle
 
@@ -541,7 +544,7 @@ class Node:
             self._begin_next_attempt(entry)
         if (result := entry.handle.result) is None:
             self._interrupted += 1
-        else:
+        elif not entry.recalled:
             self._ended[result.status] += 1
             entry.given_back = entry.given_back and result.status is Status.RESCHEDULED
             self._given_back += entry.given_back
@@ -688,6 +691,7 @@ class Node:
         assert self._journal is not None  # noqa: S101 - as above
         history = await self._journal.history(entry.job.job_id)
         entry.handle.recall(history.events if history is not None else ())
+        entry.recalled = True
         self._forget(entry)
 
     async def _record_beginning(self, entry: _Entry) -> None:

@@ -72,7 +72,7 @@ class Workdir:
         """
         path = root / check_local_name(name)
         try:
-            _make_directory(path)
+            made = _make_directory(path)
             descriptor = _enter(root, name)
         except OSError as exc:
             raise WorkdirFault(f"{path}: cannot make the work directory: {exc.strerror}") from exc
@@ -84,7 +84,7 @@ class Workdir:
                 raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
             with suppress(OSError):
                 os.setxattr(descriptor, MARK, b"")
-            continued = _identity(descriptor) == identity
+            continued = not made and _identity(descriptor) == identity
             if not continued:
                 _empty(descriptor)
         except BlockingIOError as exc:
@@ -326,13 +326,16 @@ def _identity(descriptor: int) -> str:
     return f"{BOOT_ID.read_text().strip()}:{os.fstat(descriptor).st_ino}"
 
 
-def _make_directory(path: Path) -> None:
+def _make_directory(path: Path) -> bool:
+    """Make it; False when there is something of that name."""
     with suppress(FileExistsError):
         try:
             path.mkdir(mode=OURS)
         except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=OURS)
+        return True
+    return False
 
 
 def _is_ours(descriptor: int) -> bool:
