@@ -426,14 +426,16 @@ async def test_what_a_payload_used_is_known_even_when_nobody_looked(workdir: Wor
     assert outcome.user_seconds == pytest.approx(outcome.cpu_seconds - outcome.system_seconds)
 
 
-def name_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+def names_of(payload: Payload) -> list[str]:
+    return [Path(f"/proc/{pid}/comm").read_text().strip() for pid in payload.tree.usage().pids]
 
 
 async def test_a_look_tells_all_there_is_to_know(workdir: Workdir) -> None:
     payload = await start("echo 12345; echo 789 >&2; sleep 1000 & exec sleep 1000", workdir, cgroup="none")
     await until(lambda: (workdir.path / "std.err").stat().st_size > 0)
-    await until(lambda: [name_of(pid) for pid in payload.tree.usage().pids] == ["sleep", "sleep"])
+    with anyio.fail_after(10):
+        while await to_thread.run_sync(names_of, payload) != ["sleep", "sleep"]:
+            pass
     plain = await payload.usage()
     assert (plain.processes, plain.threads, plain.output_bytes) == (2, 2, 10)
     assert (plain.pss_bytes, plain.workdir_bytes, plain.workdir_files) == (None, None, None)
