@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio import lowlevel, to_thread
+from anyio import lowlevel
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
@@ -66,6 +66,7 @@ from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir, open_workdir
 
 log = logging.getLogger(__name__)
@@ -191,7 +192,7 @@ class _Flight:
         self._enter(Phase.PRE_PROCESS)
         description = self.job.description
         env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
-        command = await to_thread.run_sync(default_command, description, env, self.workdir)
+        command = await briefly(lambda: default_command(description, env, self.workdir))
         spec = _as_spec(await self._hook("preProcess", command, dict(env)))
         await self.record(PayloadPrepared, spec.command, spec.env)
         return spec
