@@ -163,6 +163,7 @@ class Node:
             self._open = True
             self._look()
             self._group.start_soon(self._keep_house)
+            self._group.start_soon(self._beat)
             self._stack = stack.pop_all()
         return self
 
@@ -363,6 +364,13 @@ class Node:
                 continue
             with anyio.CancelScope(deadline=slow):  # then a place becomes free: a source may be asked
                 await self._news.wait()
+
+    async def _beat(self) -> None:
+        """Heartbeats of all jobs, for whoever wants them."""
+        while True:
+            await anyio.sleep(self._heartbeat_seconds)
+            for entry in list(self._entries.values()):
+                entry.handle.beat()
 
     def _next(self, now: float) -> _Entry | None:
         while self._order and self._order[0][1] not in self._waiting:

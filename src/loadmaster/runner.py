@@ -114,9 +114,11 @@ async def run_job(
             workdir = await stack.enter_async_context(open_workdir(root, job.job_id, keep=keep_workdir))
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
-            beating = anyio.CancelScope()
-            stack.callback(beating.cancel)
-            own.start_soon(straight.beat, beating)
+            stack.enter_context(handle.beaten(straight.beat))
+            if not handle.has_audience:  # which has one task for the heartbeats of many jobs
+                beating = anyio.CancelScope()
+                stack.callback(beating.cancel)
+                own.start_soon(straight.go_on_beating, beating)
             await straight.fly()
 
     # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
@@ -301,13 +303,17 @@ class _Flight:
 
     # -- telling whoever follows -----------------------------------------------------------------------------------
 
-    async def beat(self, scope: anyio.CancelScope) -> None:
-        """A heartbeat now and then, in every phase; while a payload runs, the looks at it give them."""
+    def beat(self) -> None:
+        """A heartbeat, in every phase; while a payload runs, the looks at it give them."""
+        if self.job.payload is None:
+            self._tell()
+
+    async def go_on_beating(self, scope: anyio.CancelScope) -> None:
+        """A heartbeat now and then."""
         with scope:
             while True:
                 await anyio.sleep(self.heartbeat_seconds)
-                if self.job.payload is None:
-                    self._tell()
+                self.beat()
 
     async def _take_sample(self, usage: Usage) -> None:
         self.usage = usage
