@@ -38,7 +38,6 @@ from loadmaster.payload.launch import shim_kind as shim_kind
 from loadmaster.payload.process import Account, ExitRecord, Process
 from loadmaster.payload.sweep import kill_below, kill_session
 from loadmaster.payload.usage import BLOCK_BYTES, TreeUsage, read_session, read_stat, read_tree
-from loadmaster.threads import briefly
 
 log = logging.getLogger(__name__)
 
@@ -351,7 +350,7 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree
     for containment in wanted:
         try:
             if containment is Containment.SESSION:
-                return await briefly(lambda: SessionTree.start(launch))
+                return await to_thread.run_sync(SessionTree.start, launch)
             if containment is Containment.CGROUP and launch.group is None:
                 raise Refused("cgroup: no group was made for the payload")
             return await _start_shim(containment, launch)
@@ -361,7 +360,7 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree
 
 
 async def _start_shim(containment: Containment, launch: Launch) -> ShimTree:
-    tree = await briefly(lambda: ShimTree(containment, isolated(launch, containment)))
+    tree = await to_thread.run_sync(lambda: ShimTree(containment, isolated(launch, containment)))
     try:
         # A payload that runs is one, also for somebody who is cancelled just then: he ends it with its grace, and says so.
         with anyio.move_on_after(BEGIN_SECONDS, shield=True):
