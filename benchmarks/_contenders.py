@@ -174,7 +174,7 @@ def parsl(work: Work, executor: str) -> Iterator[Batch]:
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where its worker programs are
     with library.load(config):
 
-        @library.bash_app  # type: ignore[misc]
+        @library.bash_app  # type: ignore[untyped-decorator]
         def job(command: str, stdout: str, stderr: str) -> str:
             return command
 

@@ -52,7 +52,7 @@ def peers(venv: Path | None, wanted: bool, missing: dict[str, str]) -> Iterator[
             subprocess.run([sys.executable, "-m", "venv", place], check=True)
         python = place / "bin" / "python"
         for package in sorted(set(INSTALLED.values())):
-            command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package]
+            command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode != 0:
                 missing[package] = (done.stderr.strip().splitlines() or ["cannot be installed"])[-1]
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Every contender that is there, in turns."""
     missing: dict[str, str] = {}
     with peers(options.peers, not options.no_peers, missing) as python:
-        there = {name: sys.executable for name in (*BY_HAND, *OURS)}
+        there = dict.fromkeys((*BY_HAND, *OURS), sys.executable)
         if which("parallel"):
             there["parallel"] = sys.executable
         else:
