@@ -46,6 +46,7 @@ from loadmaster.payload.usage import (
     read_sizes,
 )
 from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir
 from loadmaster.world import USUAL, World
 
@@ -399,7 +400,7 @@ async def start(
         return output, None, tree
 
     try:
-        output, group, tree = await to_thread.run_sync(prepare)
+        output, group, tree = await briefly(prepare)
         if isinstance(tree, Launch):
             tree = await _start_contained(tree, output, group, world.containment)
     except (OSError, Refused) as exc:
