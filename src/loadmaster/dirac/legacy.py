@@ -70,7 +70,7 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
             await self._thread.call(f"{legacy.__name__}.postProcess", self._post_process)
 
         async def stageOut(self) -> None:
-            self._thread.close()
+            await self._thread.aclose()
             await super().stageOut()
 
         def _make(self) -> None:

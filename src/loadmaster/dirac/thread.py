@@ -15,7 +15,7 @@ from queue import SimpleQueue
 from typing import Any, Final, Generic, ParamSpec, TypeVar
 
 import anyio
-from anyio import from_thread, lowlevel
+from anyio import from_thread, lowlevel, to_thread
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,6 +45,8 @@ class HookThread:
         """Where the thread is when it starts."""
         self._name = name
         self._calls: SimpleQueue[_Call[Any] | None] | None = None
+        self._thread: threading.Thread | None = None
+        self._last: _Call[Any] | None = None
 
     def __repr__(self) -> str:
         return f"<HookThread [{self._name}, {'idle' if self._calls is None else 'started'}]>"
@@ -55,8 +57,9 @@ class HookThread:
             self._calls = SimpleQueue()
             serve = partial(_serve, self._calls, self.directory)
             # Of those that block for ever none may keep the program from ending.
-            threading.Thread(target=serve, name=f"loadmaster {self._name}", daemon=True).start()
-        call = _Call(hook, partial(copy_context().run, partial(function, *args, **kw)))
+            self._thread = threading.Thread(target=serve, name=f"loadmaster {self._name}", daemon=True)
+            self._thread.start()
+        self._last = call = _Call(hook, partial(copy_context().run, partial(function, *args, **kw)))
         self._calls.put(call)
         await call.done.wait()
         return call.outcome()
@@ -65,7 +68,14 @@ class HookThread:
         """Have the thread end when what it does has returned. Does not wait."""
         if self._calls is not None:
             self._calls.put(None)
-            self._calls = None
+            self._calls = self._last = None
+
+    async def aclose(self) -> None:
+        """The same; a thread that does nothing has ended when this returns."""
+        thread, idle = self._thread, self._last is not None and self._last.done.is_set()
+        self.close()
+        if thread is not None and idle:
+            await to_thread.run_sync(thread.join)
 
 
 class _Call(Generic[T]):
