@@ -4,6 +4,7 @@ Nothing of DIRAC is imported. Its words stay in this package; the rest of the ho
 """
 
 from loadmaster.dirac.dictionaries import environment, from_dirac, job_info, split_wrapper_file, to_dirac
+from loadmaster.dirac.extensions import extensions, find_coordinator
 from loadmaster.dirac.legacy import EWMSRESC, DiracCoordinator, adapt, is_synchronous
 from loadmaster.dirac.status import Statuses, statuses
 from loadmaster.dirac.words import MAY_FOLLOW, JobStatus, Major, Minor
@@ -18,6 +19,8 @@ __all__ = [
     "Statuses",
     "adapt",
     "environment",
+    "extensions",
+    "find_coordinator",
     "from_dirac",
     "is_synchronous",
     "job_info",
