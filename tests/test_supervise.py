@@ -576,13 +576,16 @@ async def test_an_exit_is_noticed_at_once(workdir: Workdir) -> None:
 
 async def test_what_a_payload_prints_costs_us_nothing(workdir: Workdir) -> None:
     begun, looks = time.process_time(), list[list[str]]()
-    payload = await start(f"yes 'a line of text' | head -c {PRINTED_BYTES}; exec sleep 0.2", workdir)
+    script = f"yes 'a line of text' | head -c {PRINTED_BYTES}; : > printed; until [ -e seen ]; do sleep 0.1; done"
+    payload = await start(script, workdir)
     async with anyio.create_task_group() as group:
 
         async def peek() -> None:
-            while True:
+            while not await anyio.Path(workdir.path / "printed").exists():
                 looks.append(await payload.peek(3))
                 await anyio.sleep(0.05)
+            looks.append(await payload.peek(3))
+            await anyio.Path(workdir.path / "seen").touch()
 
         group.start_soon(peek)
         await watch(payload, Limits(), heartbeat_seconds=10, on_sample=keep([]))
