@@ -265,15 +265,15 @@ async def test_an_order_is_in_the_journal_before_it_is_obeyed() -> None:
 
     async with anyio.create_task_group() as group:
         group.start_soon(compute)
-        group.start_soon(handle.obey)
         await anyio.wait_all_tasks_blocked()
-        assert handle.kill("enough")
-        await anyio.wait_all_tasks_blocked()
-        assert not ended.is_set()
-        assert [event.kind for event in paper.written] == ["JobAccepted"]
-        paper.ready.set()
-        with anyio.fail_after(5):
-            await ended.wait()
+        with handle.obeyed_in(group):
+            assert handle.kill("enough")
+            await anyio.wait_all_tasks_blocked()
+            assert not ended.is_set()
+            assert [event.kind for event in paper.written] == ["JobAccepted"]
+            paper.ready.set()
+            with anyio.fail_after(5):
+                await ended.wait()
     assert [event.kind for event in paper.written] == ["JobAccepted", "KillOrdered"]
     assert handle.life.kill_reason == "enough"
 

@@ -51,6 +51,7 @@ from loadmaster.staging.plan import (
 from loadmaster.staging.progress import Overall
 from loadmaster.storage.base import Direction, Replica
 from loadmaster.tasks import all_to_their_end
+from loadmaster.threads import briefly
 from loadmaster.workdir import NotDeliverable, Workdir
 
 if TYPE_CHECKING:
@@ -327,7 +328,7 @@ class JobInFlight:
         early: EarlyOutputs | None = None,
     ) -> None:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
-        found, missing, refused = await to_thread.run_sync(self._expand, files, of_directory)
+        found, missing, refused = await briefly(lambda: self._expand(files, of_directory))
         planned = [delivery(file, name) for name, file in found.items()]
         planned = [each for each in planned if self._sent_before.isdisjoint((each.name, at.url) for at in each.targets)]
         deliveries, colliding = without_collisions(planned, self._delivered)

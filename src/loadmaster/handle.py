@@ -11,6 +11,7 @@ from typing import Concatenate, Final, ParamSpec, Protocol, Self, runtime_checka
 from weakref import WeakSet
 
 import anyio
+from anyio.abc import TaskGroup
 
 from loadmaster.errors import IllegalEvent, NodeClosed, RuntimeFault
 from loadmaster.events import Event, KillOrdered, OutputPrinted
@@ -82,7 +83,8 @@ class JobHandle:
         self._reserved = False
         self._resumed = False
         self._at_kill: Callable[[], None] | None = None
-        self._ordered = anyio.Event()
+        self._beat: Callable[[], None] | None = None
+        self._obeying: TaskGroup | None = None
         self.kill_reason: str | None = None
 
     @classmethod
@@ -153,8 +155,9 @@ class JobHandle:
             return False
         if self.kill_reason is None:
             self.kill_reason = reason
-        self._ordered.set()
-        if self._journal is None:
+        if self._obeying is not None and self._journal is not None:
+            self._obeying.start_soon(self.keep_order)
+        elif self._journal is None:
             if self._life.stage in COMPUTING and self._life.kill_reason is None:
                 self._tell(self._new(KillOrdered, self.kill_reason))
             self._end_computing()
@@ -189,7 +192,7 @@ class JobHandle:
     @property
     def followed(self) -> bool:
         """Whether anybody wants heartbeats and progress: they cost something to make."""
-        return any(follower.transient for follower in self._followers) or (
+        return (len(self._followers) > 0 and any(follower.transient for follower in self._followers)) or (
             self._audience is not None and self._audience.wants_offers
         )
 
@@ -197,6 +200,25 @@ class JobHandle:
     def output_followed(self) -> bool:
         """Whether anybody wants what the payload prints."""
         return any(follower.output for follower in self._followers)
+
+    @property
+    def has_audience(self) -> bool:
+        """Whether somebody hears of many jobs, this one among them, and has `beat` called."""
+        return self._audience is not None
+
+    def beat(self) -> None:
+        """Have the job give a heartbeat, if it runs."""
+        if self._beat is not None:
+            self._beat()
+
+    @contextmanager
+    def beaten(self, beat: Callable[[], None]) -> Iterator[None]:
+        """While the job runs: what gives its heartbeats."""
+        self._beat = beat
+        try:
+            yield
+        finally:
+            self._beat = None
 
     def ends_as(self, failure: Failure | None) -> Status:
         """The status the job has if it finishes now, with this failure if it had none before."""
@@ -238,10 +260,14 @@ class JobHandle:
             self._computing = None
             self._computed = True
 
-    async def obey(self) -> None:
-        """Wait for an order to end, and have it kept before it is obeyed. To be run beside the job, until cancelled."""
-        await self._ordered.wait()
-        await self.keep_order()
+    @contextmanager
+    def obeyed_in(self, tasks: TaskGroup) -> Iterator[None]:
+        """An order to end has a task in there which has it written, and then obeyed."""
+        self._obeying = tasks
+        try:
+            yield
+        finally:
+            self._obeying = None
 
     async def keep_order(self) -> None:
         """Have an order to end in the job's history, if there is one and it is not; then obey it."""
@@ -335,8 +361,9 @@ class JobHandle:
     def _tell(self, event: Event) -> None:
         self._life.advance(event)
         self._events.append(event)
-        for follower in self._followers:
-            follower.wake()
+        if len(self._followers):  # seldom; and to go through a WeakSet costs more than all the rest
+            for follower in self._followers:
+                follower.wake()
         if self._audience is not None:
             self._audience.hear(event)
 

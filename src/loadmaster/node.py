@@ -209,6 +209,7 @@ class Node:
                 self._group.start_soon(self._keep_journal, self._journal)
             self._look()
             self._group.start_soon(self._keep_house)
+            self._group.start_soon(self._beat)
             self._stack = stack.pop_all()
         return self
 
@@ -440,7 +441,8 @@ class Node:
         return min(ahead, self._backlog) - len(self._waiting) - len(self._unrecorded) - asked
 
     async def _keep_house(self) -> None:
-        """Begin who may begin, end who never will. The only task that does."""
+        """Begin who may begin, end who never will, and tell who waits for a change. The only task that does: once for
+        all that has happened in a turn of the event loop."""
         while True:
             self._news = anyio.Event()
             if self._unrecorded:
@@ -451,10 +453,19 @@ class Node:
             while (entry := self._next(now)) is not None:
                 self._begin(entry, now)
             self._look()
-            with anyio.CancelScope(deadline=next_slow(self._terms, self._preparing, now)):
+            self._wake()
+            if (slow := next_slow(self._terms, self._preparing, now)) == inf:
                 await self._news.wait()
                 continue
-            self._changed()  # a place has become free: a source may be asked
+            with anyio.CancelScope(deadline=slow):  # then a place becomes free: a source may be asked
+                await self._news.wait()
+
+    async def _beat(self) -> None:
+        """Heartbeats of all jobs, for whoever wants them."""
+        while True:
+            await anyio.sleep(self._heartbeat_seconds)
+            for entry in list(self._entries.values()):
+                entry.handle.beat()
 
     def _next(self, now: float) -> _Entry | None:
         while self._order and self._order[0][1] not in self._waiting:
@@ -550,7 +561,7 @@ class Node:
             self._given_back += entry.given_back
             self._cpu_seconds += result.outcome.cpu_seconds if result.outcome is not None else 0.0
         entry.handle.let_go()
-        self._changed()
+        self._news.set()
 
     def _enter(self, entry: _Entry, phase: str) -> None:
         self._phases[entry.phase] -= 1
@@ -560,7 +571,7 @@ class Node:
     def _no_longer_prepares(self, entry: _Entry) -> None:
         if entry.preparing is not None:
             self._preparing.pop(entry.preparing, None)
-            self._news.set()
+        self._news.set()
 
     @asynccontextmanager
     async def _lease(self, entry: _Entry) -> AsyncIterator[Slot]:
@@ -568,30 +579,27 @@ class Node:
         if entry.preparing is not None:
             entry.preparing.ready = True
         self._enter(entry, READY)
-        self._look()
+        self._news.set()
         try:
             async with self._ledgers(entry) as slot:
                 self._enter(entry, COMPUTING)
                 self._no_longer_prepares(entry)
-                self._changed()
                 yield slot
         finally:
             self._enter(entry, DELIVERING)
             self._no_longer_prepares(entry)
-            self._changed()
 
     @contextmanager
     def _hold(self, entry: _Entry) -> Iterator[None]:
         """The slot that an adopted payload has had all the time."""
         self._enter(entry, COMPUTING)
         self._no_longer_prepares(entry)
-        self._changed()
         try:
             yield
         finally:
             self._give_up_slot(entry)
             self._enter(entry, DELIVERING)
-            self._changed()
+            self._news.set()
 
     @asynccontextmanager
     async def _ledgers(self, entry: _Entry) -> AsyncIterator[Slot]:
@@ -741,10 +749,6 @@ class Node:
                     self._no_longer_prepares(entry)
         self._streams.tell(event)
 
-    def _changed(self) -> None:
-        self._look()
-        self._wake()
-
     def _wake(self) -> None:
         self._change.set()
         self._change = anyio.Event()
@@ -773,6 +777,7 @@ class Node:
         self._unstarted.clear()
         self._unrecorded.clear()
         self._streams.close()
+        self._wake()
 
 
 def _phase(stage: Stage) -> str:

@@ -14,12 +14,13 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anyio
-from anyio import lowlevel, to_thread
+from anyio import lowlevel
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
@@ -70,6 +71,7 @@ from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir, open_workdir
 
 if TYPE_CHECKING:
@@ -132,7 +134,7 @@ async def run_job(
         """What was kept of it for another agent."""
         if handle.state is not None and handle.result is not None and handle.life.started is not None:
             with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
-                await to_thread.run_sync(remove_state, handle.state)
+                await briefly(partial(remove_state, handle.state))
 
     async def in_its_own_task() -> None:
         async with AsyncExitStack() as stack:
@@ -144,9 +146,12 @@ async def run_job(
             workdir = await stack.enter_async_context(open_workdir(place, job.job_id, keep=kept, identity=identity))
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
-            beating = anyio.CancelScope()
-            stack.callback(beating.cancel)
-            own.start_soon(straight.beat, beating)
+            stack.enter_context(handle.beaten(straight.beat))
+            stack.enter_context(handle.obeyed_in(own))
+            if not handle.has_audience:  # which has one task for the heartbeats of many jobs
+                beating = anyio.CancelScope()
+                stack.callback(beating.cancel)
+                own.start_soon(straight.go_on_beating, beating)
             await straight.fly()
 
     # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
@@ -232,7 +237,7 @@ class _Flight:
             self._check_workdir()
             return
         if not (self.life.has_reached(Stage.STAGING_IN) and self.workdir.continued):
-            await self.record(StageInStarted, str(self.workdir.path), await to_thread.run_sync(self.workdir.identity))
+            await self.record(StageInStarted, str(self.workdir.path), self.workdir.identity)
         await self._hook("stageIn")
         await self.record(StageInEnded)
 
@@ -242,7 +247,7 @@ class _Flight:
             return PayloadSpec(command=self.life.prepared.command, env=dict(self.life.prepared.env))
         description = self.job.description
         env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
-        command = await to_thread.run_sync(default_command, description, env, self.workdir)
+        command = await briefly(lambda: default_command(description, env, self.workdir))
         spec = _as_spec(await self._hook("preProcess", command, dict(env)))
         await self.record(PayloadPrepared, spec.command, spec.env)
         return spec
@@ -278,7 +283,7 @@ class _Flight:
         elif isinstance(found, Lost):
             raise PayloadLost(f"it may have been started: {found.reason}")
         else:
-            await to_thread.run_sync(remove_state, state)
+            await briefly(partial(remove_state, state))
         return None
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
@@ -424,18 +429,17 @@ class _Flight:
 
     # -- telling whoever follows -----------------------------------------------------------------------------------
 
-    async def beat(self, scope: anyio.CancelScope) -> None:
-        """A heartbeat now and then, in every phase; while a payload runs, the looks at it give them. And an order, once."""
-        obeyed = False
+    def beat(self) -> None:
+        """A heartbeat, in every phase; while a payload runs, the looks at it give them."""
+        if self.job.payload is None:
+            self._tell()
+
+    async def go_on_beating(self, scope: anyio.CancelScope) -> None:
+        """A heartbeat now and then."""
         with scope:
             while True:
-                with anyio.move_on_after(self.heartbeat_seconds):
-                    if not obeyed:
-                        await self.handle.obey()
-                        obeyed = True
-                    await anyio.sleep_forever()
-                if self.job.payload is None:
-                    self._tell()
+                await anyio.sleep(self.heartbeat_seconds)
+                self.beat()
 
     async def _take_sample(self, usage: Usage) -> None:
         self.usage = usage

@@ -16,15 +16,16 @@ import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import Final
 
 import anyio
-from anyio import to_thread
 
 from loadmaster.errors import WorkdirFault
 from loadmaster.names import check_local_name
+from loadmaster.threads import briefly
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,11 @@ class NotDeliverable(OSError):
 class Workdir:
     """One job's directory. Every method takes names relative to it and blocks."""
 
-    def __init__(self, path: Path, descriptor: int, *, continued: bool = False) -> None:
+    def __init__(self, path: Path, descriptor: int, *, identity: str = "", continued: bool = False) -> None:
         self.path = path
+        self.identity = identity
+        """By what the directory can be told from another that is made in its place. Another one after each start of the
+        machine: what was in it may not have been on the disk."""
         self.continued = continued
         """Whether it has in it what an earlier agent left there."""
         self._fd = descriptor
@@ -84,7 +88,8 @@ class Workdir:
                 raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
             with suppress(OSError):
                 os.setxattr(descriptor, MARK, b"")
-            continued = not made and _identity(descriptor) == identity
+            own = f"{_boot_id()}:{os.fstat(descriptor).st_ino}"
+            continued = not made and own == identity
             if not continued:
                 _empty(descriptor)
         except BlockingIOError as exc:
@@ -95,12 +100,7 @@ class Workdir:
         except OSError as exc:
             os.close(descriptor)
             raise WorkdirFault(f"{path}: cannot empty what is left of an earlier job: {exc.strerror}") from exc
-        return cls(path, descriptor, continued=continued)
-
-    def identity(self) -> str:
-        """By what the directory can be told from another that is made in its place. Another one after each start of the
-        machine: what was in it may not have been on the disk."""
-        return _identity(self._fd)
+        return cls(path, descriptor, identity=own, continued=continued)
 
     def close(self, *, keep: bool = False) -> None:
         """Remove the directory, or only unlock it. Raises `WorkdirFault` when something could not be removed."""
@@ -284,13 +284,13 @@ async def open_workdir(
 
     Raises `WorkdirFault` when it cannot be made, is another live job's, or has something in it that is not ours.
     """
-    workdir = await to_thread.run_sync(lambda: Workdir.make(root or default_root(), name, identity=identity))
+    workdir = await briefly(lambda: Workdir.make(root or default_root(), name, identity=identity))
     try:
         yield workdir
     finally:
         with anyio.move_on_after(REMOVAL_SECONDS, shield=True) as scope:
             kept = keep() if callable(keep) else keep
-            await to_thread.run_sync(_close, workdir, kept, abandon_on_cancel=True)
+            await briefly(lambda: _close(workdir, kept), abandon_on_cancel=True)
         if scope.cancelled_caught:
             log.error("%s: not removed within %.0f s, left behind", workdir.path, REMOVAL_SECONDS)
 
@@ -322,8 +322,9 @@ def _what(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def _identity(descriptor: int) -> str:
-    return f"{BOOT_ID.read_text().strip()}:{os.fstat(descriptor).st_ino}"
+@cache
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip()
 
 
 def _make_directory(path: Path) -> bool:

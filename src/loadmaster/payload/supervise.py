@@ -49,6 +49,7 @@ from loadmaster.payload.usage import (
     read_sizes,
 )
 from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir
 from loadmaster.world import USUAL, World
 
@@ -435,7 +436,7 @@ async def start(
         return output, None, tree, directory
 
     try:
-        output, group, tree, directory = await to_thread.run_sync(prepare)
+        output, group, tree, directory = await briefly(prepare)
         if isinstance(tree, Launch):
             tree = await _start_contained(tree, output, group, directory, world.containment)
     except (OSError, Refused) as exc:
