@@ -557,6 +557,7 @@ async def test_without_a_directory_nothing_was_started(nothing: Left) -> None:
 
 async def test_what_could_not_be_executed_was_not_started(nothing: Left) -> None:
     shim = await to_thread.run_sync(lambda: shim_with(nothing.state("job"), "/nowhere/at/all"))
+    await until(lambda: (nothing.state("job") / "started").exists())
     found = await take_on(nothing)
     assert found == NotStarted("No such file or directory")
     assert await to_thread.run_sync(shim.wait) == 0

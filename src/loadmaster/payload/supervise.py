@@ -39,7 +39,7 @@ from loadmaster.payload.launch import Launch, Refused, shim_kind
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.state import LaunchRecord, StateDirectory, boot_id, mark_executed, remove_state
-from loadmaster.payload.tree import Tree
+from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import (
     DirectoryUsage,
     TreeUsage,
@@ -281,7 +281,10 @@ class Payload:
         if self.wall_seconds >= LAST_LOOK_SECONDS:
             with suppress(TimeoutError):
                 await self._in_thread(LAST_WORDS_SECONDS, self._last_look)
-        if left_behind := not await self.tree.end(grace_seconds):
+        left_behind = not await self.tree.end(grace_seconds)
+        if self._group is not None:  # who had lost the shim is only just being killed
+            left_behind = not await self._empty(self._group) or left_behind
+        if left_behind:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
         outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
@@ -300,6 +303,14 @@ class Payload:
             if self._state is not None:  # what it says stays, until whoever wanted it has it elsewhere
                 self._state.close()
         return outcome
+
+    async def _empty(self, group: Group) -> bool:
+        """Whether nobody is in the group any more."""
+        try:
+            return not await self._in_thread(LAST_WORDS_SECONDS, group.is_populated) or await group.end(KILL_SECONDS)
+        except OSError as exc:
+            log.warning("process %d: %r: %s", self.tree.pid, group, exc)
+            return True
 
     def _leave_group(self, group: Group, outcome: PayloadOutcome) -> PayloadOutcome:
         """What the group has counted to the end, and whether the kernel has judged in it; then it is removed."""
