@@ -227,7 +227,7 @@ class Payload:
         return await self._in_thread(LOOK_SECONDS, self._output.peek, lines)
 
     async def follow(self, told: Printed) -> None:
-        """Tell what it prints, until cancelled. Where the kernel does not say, nothing is told."""
+        """Tell what it prints, until cancelled."""
         try:
             await self._output.follow(told)
         except OSError as exc:
