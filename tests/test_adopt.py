@@ -360,7 +360,7 @@ async def test_what_a_killed_shim_has_left_is_ended(agent: Start, kind: Containm
     known = left.known["job"]
     os.kill(known.shim_pid, signal.SIGKILL)
     found = await take_on(left, known=known if with_event else None)
-    assert found == Lost("its shim was killed")
+    assert found == Lost("its shim was killed", sure=kind is Containment.PID_NAMESPACE)
     assert left.everything_has_ended()
     assert session_is_over(known)
 
@@ -393,9 +393,9 @@ async def test_after_a_reboot_nobody_is_signalled(agent: Start) -> None:
     left.kill()
     launch = left.state("job") / "launch.json"
     launch.write_text(launch.read_text().replace(left.known["job"].boot_id, "another-boot"))
-    assert await take_on(left) == Lost("the machine was started again", rebooted=True)
+    assert await take_on(left) == Lost("the machine was started again", rebooted=True, sure=True)
     assert not left.everything_has_ended()
-    assert await take_on(left, boot="yet-another") == Lost("the machine was started again", rebooted=True)
+    assert await take_on(left, boot="yet-another") == Lost("the machine was started again", rebooted=True, sure=True)
     await to_thread.run_sync(remove_state, left.state("job"))
     found = await take_on(left, boot="another-boot")
     assert isinstance(found, Lost)
@@ -444,7 +444,7 @@ async def test_a_payload_whose_start_cannot_be_read_is_found_by_its_lock_and_end
     DAMAGES[how](left.state("job") / "started")
     found = await take_on(left)
     assert isinstance(found, Lost), found
-    assert not found.left_behind
+    assert found.sure
     assert left.everything_has_ended()
 
 
@@ -507,6 +507,13 @@ async def test_what_a_payload_says_of_its_own_end_is_not_believed(agent: Start, 
     left.kill()
     await until(lambda: left.file("job").read_text() == "ready\n")
     assert (await ended(await taken_on(left))).exit_code == 9
+
+
+async def test_with_mounts_of_its_own_a_payload_is_adopted_too(agent: Start) -> None:
+    left = await agent("ls -A ../../state/job; sleep 0.3; exit 3", world={"isolation": "namespaces"})
+    left.kill()
+    assert (await ended(await taken_on(left))).exit_code == 3
+    assert left.file("job").read_text() == ""
 
 
 async def test_a_state_directory_is_hidden_from_the_payload(agent: Start, tmp_path: Path) -> None:
@@ -604,6 +611,19 @@ async def test_a_payload_that_was_adopted_is_still_in_its_groups(agent: Start) -
     outcome = await payload.end(EndedBy.KILL, grace_seconds=1)
     assert not outcome.left_behind
     assert not any(map(os.path.exists, groups.values()))
+
+
+async def test_what_had_left_everything_but_its_group_is_ended_too(agent: Start) -> None:
+    if not await to_thread.run_sync(lambda: find_hierarchies().directories):
+        pytest.skip("no control group can be made here")
+    left = await agent("(setsid sh -c 'echo $$ > daemon; exec sleep 1000' &); sleep 1000",
+                       containment=Containment.CGROUP, world={"cgroup": "own"})  # fmt: skip
+    daemon = left.file("job", "daemon")
+    await until(lambda: daemon.exists() and daemon.read_text().endswith("\n"))
+    left.kill()
+    os.kill(left.known["job"].shim_pid, signal.SIGKILL)
+    assert await take_on(left) == Lost("its shim was killed", sure=True)
+    assert gone(int(daemon.read_text()))
 
 
 async def test_what_is_printed_is_seen_after_the_adoption(agent: Start) -> None:

@@ -402,11 +402,8 @@ async def start(
     With `state`, a directory that is not there yet, the payload outlives an agent that dies, and can be adopted by the
     next one (`adopt`), for `World.orphan_seconds`; not in a session, which can only be ended. Where it has mounts of its
     own it finds that directory and those of `hidden` empty. Who has started it, or adopted it, has it alone until `end`
-    has returned; `remove_state` removes what is left on disk. None of these may have the work directory in it.
+    has returned; `remove_state` removes what is left on disk. All of these have to be apart from the work directory.
     """
-    for place in (*((state,) if state is not None else ()), *hidden):
-        if workdir.path.is_relative_to(place) or (place == state and place.is_relative_to(workdir.path)):
-            raise ValueError(f"{place}: the payload's work directory cannot be hidden from it")
 
     near = world.containment[0] is Containment.SESSION
 
@@ -414,6 +411,10 @@ async def start(
 
     def prepare() -> tuple[Output, Group | None, Tree | Launch, StateDirectory | None]:
         """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
+        own = workdir.path.resolve()
+        for place in (*((state,) if state is not None else ()), *hidden):
+            if own.is_relative_to(place.resolve()) or place.resolve().is_relative_to(own):
+                raise ValueError(f"{place}: has to be apart from the work directory {own}")
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
         asked = world.cgroup != "none" or world.containment[0] is Containment.CGROUP
