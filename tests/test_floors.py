@@ -68,6 +68,7 @@ FLOORS: dict[str, float] = {
     "stage": 9.2,
     "work": 9.3,
     "account": 9.3,
+    "commands": 9.4,
     "cli": 9.5,
     "__main__": 10,
     "__init__": 10,
