@@ -82,7 +82,7 @@ DISK_FULL_BYTES: Final = 64 * 1024
 ORPHANED: Final = "O"
 """What a shim's record says when it ended its payload for want of an agent."""
 
-NO_LIMITS: Final = Limits()
+NO_LIMITS: Final = Limits.model_construct()
 
 _NOT_OF_TIME: Final = dict.fromkeys(
     ("cpu_seconds", "memory_bytes", "processes", "workdir_bytes", "free_disk_bytes", "output_bytes", "cpu_ratio")
