@@ -53,7 +53,7 @@ class TestOneByOne(StorageConformance):
     @pytest.fixture
     def place(self) -> Place:
         single = Dictionary()
-        storage = OneByOne(single, streams=4, abilities=Ability.RENAME)
+        storage = OneByOne(single, streams=4, abilities=Ability.RENAME | Ability.COPY)
         return Place(storage, "memory://se", lambda: names_in(single))
 
 
@@ -94,6 +94,12 @@ class Dictionary:
             raise StorageUnavailable(url, "changed while it was copied")
         self.files[url] = bytes(content)
         return transfer.info()
+
+    async def copy(self, transfer: Transfer) -> FileInfo:
+        there = await self.stat(transfer.source)
+        transfer.is_source(there)
+        self.files[transfer.url] = self._file(transfer.source)
+        return transfer.copied(there, await self.stat(transfer.url))
 
     async def remove(self, url: str) -> None:
         await anyio.sleep(0)
