@@ -40,6 +40,7 @@ class Told:
         self.files: list[StoredFile] = []
         self.moved: list[tuple[str, str, str]] = []
         self.lost: list[tuple[str, str]] = []
+        self.unknown: list[tuple[str, str]] = []
         self.seen: list[tuple[str, str, int, int | None]] = []
         self.looks: list[Overall] = []
 
@@ -48,6 +49,9 @@ class Told:
 
     async def failed_over(self, file: StoredFile, wanted: str) -> None:
         self.moved.append((file.name, file.url, wanted))
+
+    async def unregistered(self, file: StoredFile, reason: str) -> None:
+        self.unknown.append((file.name, reason))
 
     async def missing(self, name: str, reason: str) -> None:
         self.lost.append((name, reason))

@@ -41,6 +41,9 @@ class Told:
     async def failed_over(self, file: StoredFile, wanted: str) -> None:
         raise AssertionError
 
+    async def unregistered(self, file: StoredFile, reason: str) -> None:
+        raise AssertionError
+
     async def missing(self, name: str, reason: str) -> None:
         raise AssertionError
 

@@ -30,6 +30,7 @@ from loadmaster.events import (
     FileStagedOut,
     OutputMissing,
     ParameterReported,
+    RegistrationRequested,
     Remembered,
     StagingProgress,
     TransferProgress,
@@ -472,6 +473,9 @@ class _Recorder:
 
     async def failed_over(self, file: StoredFile, wanted: str) -> None:
         await self._handle.record(FailoverRequested, file, wanted)
+
+    async def unregistered(self, file: StoredFile, reason: str) -> None:
+        await self._handle.record(RegistrationRequested, file, reason)
 
     async def missing(self, name: str, reason: str) -> None:
         await self._handle.record(OutputMissing, name, reason)

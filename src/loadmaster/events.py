@@ -18,7 +18,9 @@
 | `KillOrdered`                     | somebody ordered the job to end, before anything is done about it | yes  |
 | `ComputingEnded`                  | exactly once, with a failure or none; then only outputs move      | yes  |
 | `StageOutStarted`, `OutputMissing`*, `FailoverRequested`* | after ComputingEnded                      | yes  |
-| `JobFinished`                     | last, exactly once                                                | yes  |
+| `RegistrationRequested`*          | an output is there, but no catalog took it                        | yes  |
+| `JobFinished`                     | the end, exactly once                                             | yes  |
+| `OperationDone`*, `OperationDropped`* | after JobFinished: what became of what it had left to be done | yes  |
 
 A kept event is in the journal before anybody is told. The others are offered to whoever follows at the moment.
 """
@@ -187,11 +189,38 @@ class FailoverRequested(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class RegistrationRequested(Event):
+    """An output is where it should be, but the catalog could not be told: somebody has to do that."""
+
+    file: StoredFile
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class JobFinished(Event):
     """The end. `failure` is why, when the job failed only after computing had ended."""
 
     status: Status
     failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class OperationDone(Event):
+    """Something a job that is Completed had left to be done has been done. Once nothing is left, the job is Done."""
+
+    operation: int
+    """Its number in the journal."""
+    what: str
+    """As it stands in the result's `pending`."""
+
+
+@dataclass(frozen=True, slots=True)
+class OperationDropped(Event):
+    """Nobody will do any more what a job had left to be done; the job stays Completed."""
+
+    operation: int
+    what: str
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

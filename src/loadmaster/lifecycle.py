@@ -31,11 +31,14 @@ from loadmaster.events import (
     JobAccepted,
     JobFinished,
     KillOrdered,
+    OperationDone,
+    OperationDropped,
     OutputMissing,
     ParameterReported,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
+    RegistrationRequested,
     Remembered,
     SlotGranted,
     StageInEnded,
@@ -88,9 +91,12 @@ _NOTES: Final[Mapping[type[Event], frozenset[Stage]]] = {
     FileStagedOut: _PAYLOAD_SEEN | _DELIVERING,
     OutputMissing: _PAYLOAD_SEEN | _DELIVERING,
     FailoverRequested: _PAYLOAD_SEEN | _DELIVERING,
+    RegistrationRequested: _PAYLOAD_SEEN | _DELIVERING,
     ParameterReported: COMPUTING | _DELIVERING,
     Remembered: COMPUTING | _DELIVERING,
     KillOrdered: COMPUTING,
+    OperationDone: frozenset({Stage.FINISHED}),
+    OperationDropped: frozenset({Stage.FINISHED}),
 }
 """Events that leave a job where it stands: where they may come."""
 
@@ -118,6 +124,7 @@ class Lifecycle:
         self._outputs: dict[tuple[str, str], StoredFile] = {}
         self._missing: dict[str, None] = {}
         self._pending: dict[str, None] = {}
+        self._dropped = False
         self._parameters: dict[str, str] = {}
 
     @classmethod
@@ -171,7 +178,14 @@ class Lifecycle:
             case FailoverRequested(file=file, wanted=wanted):
                 self._outputs[file.name, file.url] = file
                 self.safe.add((file.name, wanted))
-                self._pending[f"move {file.url} to {wanted}"] = None
+                self._pending[move_line(file, wanted)] = None
+            case RegistrationRequested(file=file):
+                self._pending[register_line(file)] = None
+            case OperationDone(what=what):
+                self._pending.pop(what, None)
+            case OperationDropped(what=what):
+                self._pending.pop(what, None)
+                self._dropped = True
             case OutputMissing(name=name):
                 self._missing[name] = None
             case ParameterReported(name=name, value=value):
@@ -204,6 +218,11 @@ class Lifecycle:
             case _:
                 return Status.FAILED
 
+    def _status(self, said: Status) -> Status:
+        """A job is no longer Completed once everything it had left has been done."""
+        done = said is Status.COMPLETED and not self._pending and not self._dropped
+        return Status.DONE if done else said
+
     def result(self) -> JobResult:
         """The job's result. Raises `IllegalEvent` before JobFinished."""
         if self._finished is None:
@@ -211,7 +230,7 @@ class Lifecycle:
         return JobResult(
             job_id=self._finished.job_id,
             attempt=self._finished.attempt,
-            status=self._finished.status,
+            status=self._status(self._finished.status),
             failure=self.failure,
             outcome=self.outcome,
             inputs=tuple(self._inputs.values()),
@@ -220,3 +239,13 @@ class Lifecycle:
             pending=tuple(self._pending),
             parameters=dict(self._parameters),
         )
+
+
+def move_line(file: StoredFile, wanted: str) -> str:
+    """What is left to be done for a file that is safe elsewhere, in a line."""
+    return f"move {file.url} to {wanted}"
+
+
+def register_line(file: StoredFile) -> str:
+    """What is left to be done for a file that no catalog took, in a line."""
+    return f"register LFN:{file.lfn} at {file.url}"

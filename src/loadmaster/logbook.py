@@ -52,6 +52,33 @@ UPGRADES: Final = (
     END;
     """,
     "CREATE INDEX ended_jobs ON jobs (ended) WHERE status IS NOT NULL;",
+    """
+    CREATE TABLE operations (
+        number INTEGER PRIMARY KEY, job INTEGER NOT NULL, subject TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0,
+        due REAL, error TEXT NOT NULL DEFAULT ''
+    );
+    CREATE INDEX operations_of_job ON operations (job);
+    CREATE INDEX operations_of_subject ON operations (subject, number);
+    CREATE INDEX due_operations ON operations (due) WHERE due IS NOT NULL;
+    INSERT INTO operations (number, job, subject, due)
+    SELECT number, job, coalesce(json_extract(facts, '$.file.lfn'), json_extract(facts, '$.file.url')), 0
+    FROM events WHERE kind = 'FailoverRequested';
+    CREATE TRIGGER operation_requested AFTER INSERT ON events
+    WHEN NEW.kind IN ('FailoverRequested', 'RegistrationRequested') BEGIN
+        INSERT INTO operations (number, job, subject, due) VALUES (
+            NEW.number, NEW.job,
+            coalesce(json_extract(NEW.facts, '$.file.lfn'), json_extract(NEW.facts, '$.file.url')),
+            coalesce(CAST(strftime('%s', json_extract(NEW.facts, '$.time')) AS REAL), 0)
+        );
+    END;
+    CREATE TRIGGER operation_ended AFTER INSERT ON events
+    WHEN NEW.kind IN ('OperationDone', 'OperationDropped') BEGIN
+        DELETE FROM operations WHERE number = json_extract(NEW.facts, '$.operation');
+        UPDATE jobs SET status = 'Done' WHERE number = NEW.job AND status = 'Completed'
+        AND NOT EXISTS (SELECT 1 FROM operations WHERE job = NEW.job)
+        AND NOT EXISTS (SELECT 1 FROM events WHERE job = NEW.job AND kind = 'OperationDropped');
+    END;
+    """,
 )
 """What makes each version of the file out of the one before; the first one out of nothing. Only ever added to."""
 
@@ -171,6 +198,31 @@ class Logbook:
 
     @classmethod
     @contextmanager
+    def beside(cls, directory: Path) -> Iterator[sqlite3.Connection]:
+        """A transaction in the journal of a directory beside the agent that has it, for what an administrator changes.
+
+        Raises `JournalFault`.
+        """
+        number = max(_generations(directory), default=None)
+        if number is None:
+            raise JournalFault(f"{directory}: there is no journal in it")
+        try:
+            name = quote(str(directory / NAME.format(number)))
+            database = sqlite3.connect(f"file:{name}?mode=rw", uri=True, isolation_level=None, timeout=30)
+            try:
+                database.execute("PRAGMA synchronous = FULL")
+                if database.execute("PRAGMA user_version").fetchone()[0] != len(UPGRADES):
+                    raise JournalFault(f"{directory}: was written by another version of loadmaster: have that one do it")
+                database.execute("BEGIN IMMEDIATE")
+                yield database
+                database.execute("COMMIT")
+            finally:
+                database.close()  # which takes back what was not committed
+        except sqlite3.Error as exc:
+            raise JournalFault(f"{directory}: cannot change the journal: {exc}") from exc
+
+    @classmethod
+    @contextmanager
     def look(cls, directory: Path) -> Iterator[Logbook]:
         """The journal of a directory to be read only, also while an agent writes to it. Raises `JournalFault`."""
         number = max(_generations(directory), default=None)
@@ -268,6 +320,10 @@ class Logbook:
         with self._transaction():
             return work(self._db)
 
+    def ask(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """The same for one that only reads."""
+        return work(self._db)
+
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
@@ -280,11 +336,12 @@ class Logbook:
             raise
 
     def forget(self, before: datetime, *, jobs: int) -> int:
-        """Remove some of the jobs that had ended before then, the oldest first; how many they were."""
+        """Remove some of the jobs that had ended before then and have nothing left to be done; how many they were."""
 
         def work(database: sqlite3.Connection) -> int:
             old = database.execute(
-                "SELECT number FROM jobs WHERE status IS NOT NULL AND ended < ? ORDER BY ended LIMIT ?",
+                "SELECT number FROM jobs WHERE status IS NOT NULL AND ended < ?"
+                " AND NOT EXISTS (SELECT 1 FROM operations WHERE job = jobs.number) ORDER BY ended LIMIT ?",
                 (before.isoformat(), jobs),
             ).fetchall()
             database.executemany("DELETE FROM events WHERE job = ?", old)

@@ -62,6 +62,9 @@ class Listener(Protocol):
     async def failed_over(self, file: StoredFile, wanted: str) -> None:
         """A file is safe, but not where it was wanted."""
 
+    async def unregistered(self, file: StoredFile, reason: str) -> None:
+        """A file is there, or safe elsewhere, as is told next; but the catalog could not be told, and may be later."""
+
     async def missing(self, name: str, reason: str) -> None:
         """A file to be taken out is not there, or may not leave."""
 
@@ -312,10 +315,12 @@ class Transfers:
                 return
             file = _stored(errand, outcome)
             try:
-                await self._register(file)
+                await self.register(file)
             except StorageError as exc:
-                problems.append(f"{errand.name}: {exc}")
-                return
+                if not exc.retryable:
+                    problems.append(f"{errand.name}: {exc}")
+                    return
+                await listener.unregistered(file, str(exc))  # before it is said to be there, which is not said again
             if errand.place < len(errand.places):
                 await listener.staged(file)
             else:
@@ -433,7 +438,8 @@ class Transfers:
                 group.cancel_scope.cancel()
         overall(meter.look(anyio.current_time()))
 
-    async def _register(self, file: StoredFile) -> None:
+    async def register(self, file: StoredFile) -> None:
+        """Have a file that has a logical name in the catalog, if there is one. Raises `StorageError`."""
         if file.lfn is not None and self.catalog is not None:
             replica = Replica(file.url, file.storage_element)
             info = FileInfo(file.size_bytes, Checksum.parse(file.checksum) if file.checksum else None)
@@ -537,7 +543,7 @@ class _Quiet:
     def __init__(self, listener: Listener) -> None:
         self.wants_progress = listener.wants_progress
         self.staged, self.failed_over, self.missing = listener.staged, listener.failed_over, listener.missing
-        self.progress = listener.progress
+        self.unregistered, self.progress = listener.unregistered, listener.progress
         self._listener = listener
         self._last: tuple[int, int] | None = None
 
