@@ -224,6 +224,10 @@ class JobHandle:
         """The status the job has if it finishes now, with this failure if it had none before."""
         return self._life.ends_as(failure)
 
+    def recalls(self, job_id: str, attempt: int) -> JobResult | None:
+        """The result of this attempt at the job, if the handle was made from a history that has it."""
+        return self.result if self._resumed and self._identity == (job_id, attempt) else None
+
     def open(self, job_id: str, attempt: int) -> None:
         """Begin the one job this handle is for."""
         kept_for = self._identity if self._reserved or self._resumed else None

@@ -119,11 +119,10 @@ async def run_job(
     if journal is not None:
         if handle is not None:
             raise TypeError("run_job takes a handle, which may have a journal, or a journal, not both")
-        history = await journal.history(job.job_id, attempt)
-        handle = JobHandle.resumed(journal, history.events if history is not None else ())
-        if handle.result is not None:
-            return handle.result
+        handle = await journal.handle(job.job_id, attempt)
     handle = handle or JobHandle()
+    if (result := handle.recalls(job.job_id, attempt)) is not None:
+        return result
     handle.open(job.job_id, attempt)
     place, identity = where_it_was(handle.life) or (root, None)
 
@@ -133,8 +132,11 @@ async def run_job(
     async def forget_payload() -> None:
         """What was kept of it for another agent."""
         if handle.state is not None and handle.result is not None and handle.life.started is not None:
-            with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
-                await briefly(partial(remove_state, handle.state))
+            try:
+                with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
+                    await briefly(partial(remove_state, handle.state))
+            except OSError as exc:
+                log.warning("%s: is left there: %s", handle.state, exc.strerror)
 
     async def in_its_own_task() -> None:
         async with AsyncExitStack() as stack:
