@@ -23,7 +23,7 @@ from anyio import to_thread
 
 from loadmaster.errors import JournalFault
 from loadmaster.events import Event
-from loadmaster.handle import JobHandle
+from loadmaster.handle import JobHandle, KeepsState
 from loadmaster.logbook import History, Logbook, Record
 
 P = ParamSpec("P")
@@ -51,7 +51,7 @@ class _Batch:
     done: anyio.Event = field(default_factory=anyio.Event)
 
 
-class NodeJournal:
+class NodeJournal(KeepsState):
     """The journal of one node: `Journal` for all of its jobs. Made by `open_journal`; for use in one event loop."""
 
     def __init__(self, book: Logbook) -> None:
@@ -59,7 +59,7 @@ class NodeJournal:
         self.damage = book.damage
         """What was found to be missing when it was opened, in a sentence; None: nothing."""
         self._book = book
-        self._turn = anyio.Lock()
+        self._turn = anyio.Lock(fast_acquire=True)
         self._gathering = _Batch()
         self._closed = False
 

@@ -129,23 +129,23 @@ async def run_job(
     def kept() -> bool:
         return keep_workdir or (handle.is_journalled and handle.result is None)
 
-    async def forget_payload() -> None:
+    def forget_payload() -> None:
         """What was kept of it for another agent."""
         if handle.state is not None and handle.result is not None and handle.life.started is not None:
             try:
-                with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
-                    await briefly(partial(remove_state, handle.state))
+                remove_state(handle.state)
             except OSError as exc:
                 log.warning("%s: is left there: %s", handle.state, exc.strerror)
 
     async def in_its_own_task() -> None:
         async with AsyncExitStack() as stack:
             stack.callback(handle.close)
-            stack.push_async_callback(forget_payload)
             moving = transfers
             if moving is None:
                 moving = await stack.enter_async_context(open_transfers(site or Site()))
-            workdir = await stack.enter_async_context(open_workdir(place, job.job_id, keep=kept, identity=identity))
+            workdir = await stack.enter_async_context(
+                open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
+            )
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
             stack.enter_context(handle.beaten(straight.beat))
