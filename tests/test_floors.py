@@ -37,7 +37,7 @@ FLOORS: dict[str, float] = {
     # mechanisms
     "handle": 4,
     "logbook": 3.5,
-    "journal": 4,
+    "journal": 4.2,
     "workdir": 4,
     "world": 3,
     "site": 4,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Concatenate, Final, ParamSpec, Protocol, Self, runtime_checkable
+from typing import Concatenate, Final, ParamSpec, Protocol, Self
 from weakref import WeakSet
 
 import anyio
@@ -36,18 +37,15 @@ class Journal(Protocol):
         `RuntimeFault`."""
 
 
-@runtime_checkable
-class KeepsState(Protocol):
+class KeepsState(ABC):
     """A journal that also has a place for what outlives an agent of its payloads."""
 
-    @property
-    def directory(self) -> Path:
-        """Where all of it is: nothing for a payload to see."""
-        ...
+    directory: Path
+    """Where all of it is: nothing for a payload to see."""
 
+    @abstractmethod
     def state_directory(self, job_id: str, attempt: int) -> Path:
         """That place, for one attempt at a job; it is there only once a payload has been started."""
-        ...
 
 
 class Audience(Protocol):
@@ -71,7 +69,8 @@ class JobHandle:
         self._life = Lifecycle()
         self._events: list[Event] = []
         self._followers: WeakSet[_Follower] = WeakSet()
-        self._writing = anyio.Lock()
+        self._writing = anyio.Lock(fast_acquire=True)
+        self._keeps: KeepsState | None = journal if isinstance(journal, KeepsState) else None
         self._identity: tuple[str, int] | None = None
         self._computing: anyio.CancelScope | None = None
         self._computed = False
@@ -224,6 +223,10 @@ class JobHandle:
         """The status the job has if it finishes now, with this failure if it had none before."""
         return self._life.ends_as(failure)
 
+    def recalls(self, job_id: str, attempt: int) -> JobResult | None:
+        """The result of this attempt at the job, if the handle was made from a history that has it."""
+        return self.result if self._resumed and self._identity == (job_id, attempt) else None
+
     def open(self, job_id: str, attempt: int) -> None:
         """Begin the one job this handle is for."""
         kept_for = self._identity if self._reserved or self._resumed else None
@@ -286,19 +289,17 @@ class JobHandle:
     @property
     def state(self) -> Path | None:
         """Where that is kept of the payload which outlives an agent; None where nobody would look for it."""
-        if self._identity is None or not isinstance(self._journal, KeepsState):
-            return None
-        return self._journal.state_directory(*self._identity)
+        return None if self._identity is None or self._keeps is None else self._keeps.state_directory(*self._identity)
 
     @property
     def hidden(self) -> tuple[Path, ...]:
         """What the payload need not see."""
-        return (self._journal.directory,) if isinstance(self._journal, KeepsState) else ()
+        return () if self._keeps is None else (self._keeps.directory,)
 
     @property
     def is_journalled(self) -> bool:
         """Whether the job goes on after the death of its agent."""
-        return isinstance(self._journal, KeepsState)
+        return self._keeps is not None
 
     async def record(
         self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs

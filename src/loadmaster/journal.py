@@ -23,6 +23,7 @@ from anyio import to_thread
 
 from loadmaster.errors import JournalFault
 from loadmaster.events import Event
+from loadmaster.handle import JobHandle, KeepsState
 from loadmaster.logbook import History, Logbook, Record
 
 P = ParamSpec("P")
@@ -50,7 +51,7 @@ class _Batch:
     done: anyio.Event = field(default_factory=anyio.Event)
 
 
-class NodeJournal:
+class NodeJournal(KeepsState):
     """The journal of one node: `Journal` for all of its jobs. Made by `open_journal`; for use in one event loop."""
 
     def __init__(self, book: Logbook) -> None:
@@ -58,7 +59,7 @@ class NodeJournal:
         self.damage = book.damage
         """What was found to be missing when it was opened, in a sentence; None: nothing."""
         self._book = book
-        self._turn = anyio.Lock()
+        self._turn = anyio.Lock(fast_acquire=True)
         self._gathering = _Batch()
         self._closed = False
 
@@ -110,6 +111,11 @@ class NodeJournal:
     async def history(self, job_id: str, attempt: int | None = None) -> History | None:
         """What is known of an attempt at a job, of the last one if none is named; None if nothing is."""
         return await self._ask(self._book.history, job_id, attempt)
+
+    async def handle(self, job_id: str, attempt: int = 1) -> JobHandle:
+        """A handle for `run_job`, with what is known of that attempt at the job; it records here."""
+        history = await self.history(job_id, attempt)
+        return JobHandle.resumed(self, history.events if history is not None else ())
 
     async def last(self, job_ids: Iterable[str]) -> dict[str, tuple[int, str | None]]:
         """The last attempt at each of these jobs that is known, and how it ended; None: it has not."""

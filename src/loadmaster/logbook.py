@@ -392,6 +392,11 @@ class Logbook:
             log.warning("%s: job %s: an event cannot be read, nor what came after it: %s", self.directory, job_id, exc)
         return History(job_id, attempt, status, tuple(events))
 
+    @property
+    def open_count(self) -> int:
+        """How many have not ended."""
+        return len(self._numbers)
+
     def ended(self) -> dict[str, int]:
         """How many ended how."""
         return dict(

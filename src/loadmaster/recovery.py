@@ -15,7 +15,7 @@ from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import JobDescription
 from loadmaster.errors import IllegalEvent, InvalidJob, WorkdirFault
 from loadmaster.events import Event, JobAccepted, JobFinished
-from loadmaster.handle import JobHandle
+from loadmaster.handle import JobHandle, KeepsState
 from loadmaster.hooks import find_coordinator, reference_of
 from loadmaster.journal import NodeJournal, state_name
 from loadmaster.ledger import Slot
@@ -39,13 +39,14 @@ class Resumed:
     coordinator: type[Coordinator]
 
 
-class Succession:
+class Succession(KeepsState):
     """The journal of one job of a node: the end of an attempt that was lost is written together with the next one's
     beginning, so there is no moment at which nobody has the job. `follows` is that beginning."""
 
     def __init__(self, journal: NodeJournal, wanted: Callable[[], bool]) -> None:
         self.life: Lifecycle | None = None
         self.follows: JobAccepted | None = None
+        self.directory = journal.directory
         self._journal = journal
         self._wanted = wanted
 
@@ -72,11 +73,6 @@ class Succession:
             return False
         failure = self.life.failure or event.failure
         return failure is not None and failure.kind == "PayloadLost"
-
-    @property
-    def directory(self) -> Path:
-        """As the node's."""
-        return self._journal.directory
 
     def state_directory(self, job_id: str, attempt: int) -> Path:
         """As the node's."""

@@ -119,31 +119,33 @@ async def run_job(
     if journal is not None:
         if handle is not None:
             raise TypeError("run_job takes a handle, which may have a journal, or a journal, not both")
-        history = await journal.history(job.job_id, attempt)
-        handle = JobHandle.resumed(journal, history.events if history is not None else ())
-        if handle.result is not None:
-            return handle.result
+        handle = await journal.handle(job.job_id, attempt)
     handle = handle or JobHandle()
+    if (result := handle.recalls(job.job_id, attempt)) is not None:
+        return result
     handle.open(job.job_id, attempt)
     place, identity = where_it_was(handle.life) or (root, None)
 
     def kept() -> bool:
         return keep_workdir or (handle.is_journalled and handle.result is None)
 
-    async def forget_payload() -> None:
+    def forget_payload() -> None:
         """What was kept of it for another agent."""
         if handle.state is not None and handle.result is not None and handle.life.started is not None:
-            with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
-                await briefly(partial(remove_state, handle.state))
+            try:
+                remove_state(handle.state)
+            except OSError as exc:
+                log.warning("%s: is left there: %s", handle.state, exc.strerror)
 
     async def in_its_own_task() -> None:
         async with AsyncExitStack() as stack:
             stack.callback(handle.close)
-            stack.push_async_callback(forget_payload)
             moving = transfers
             if moving is None:
                 moving = await stack.enter_async_context(open_transfers(site or Site()))
-            workdir = await stack.enter_async_context(open_workdir(place, job.job_id, keep=kept, identity=identity))
+            workdir = await stack.enter_async_context(
+                open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
+            )
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
             stack.enter_context(handle.beaten(straight.beat))

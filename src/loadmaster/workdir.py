@@ -16,7 +16,7 @@ import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Final
@@ -276,11 +276,12 @@ class Workdir:
 
 @asynccontextmanager
 async def open_workdir(
-    root: Path | None, name: str, *, keep: bool | Callable[[], bool] = False, identity: str | None = None
-) -> AsyncIterator[Workdir]:
+    root: Path | None, name: str, *, keep: bool | Callable[[], bool] = False, identity: str | None = None,
+    afterwards: Callable[[], None] = lambda: None,
+) -> AsyncIterator[Workdir]:  # fmt: skip
     """A job's directory below `root`, or below `default_root()`; removed however one leaves, unless it is to be kept.
 
-    One of this `identity` is gone on with as it is; else it is empty.
+    One of this `identity` is gone on with as it is; else it is empty. `afterwards` is called in the thread that removes it.
 
     Raises `WorkdirFault` when it cannot be made, is another live job's, or has something in it that is not ours.
     """
@@ -290,9 +291,14 @@ async def open_workdir(
     finally:
         with anyio.move_on_after(REMOVAL_SECONDS, shield=True) as scope:
             kept = keep() if callable(keep) else keep
-            await briefly(lambda: _close(workdir, kept), abandon_on_cancel=True)
+            await briefly(partial(_leave, workdir, kept, afterwards), abandon_on_cancel=True)
         if scope.cancelled_caught:
             log.error("%s: not removed within %.0f s, left behind", workdir.path, REMOVAL_SECONDS)
+
+
+def _leave(workdir: Workdir, keep: bool, afterwards: Callable[[], None]) -> None:
+    _close(workdir, keep)
+    afterwards()
 
 
 def _close(workdir: Workdir, keep: bool) -> None:
