@@ -38,6 +38,7 @@ FLOORS: dict[str, float] = {
     "handle": 4,
     "logbook": 3.5,
     "journal": 4.2,
+    "pending": 4,
     "workdir": 4,
     "world": 3,
     "site": 4,
@@ -57,6 +58,8 @@ FLOORS: dict[str, float] = {
     "reporter": 7,
     "sources": 7,
     "recovery": 7,
+    "operations": 6,
+    "bundle": 8,
     # many jobs
     "node": 8,
     # the doors

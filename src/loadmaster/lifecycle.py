@@ -206,6 +206,11 @@ class Lifecycle:
         """The input of that name, if it has arrived."""
         return self._inputs.get(name)
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether something is left to be done elsewhere."""
+        return bool(self._pending)
+
     def ends_as(self, failure: Failure | None = None) -> Status:
         """The status the job has if it finishes now, with this failure if it had none before."""
         match self.failure or failure:

@@ -212,7 +212,9 @@ class Logbook:
             try:
                 database.execute("PRAGMA synchronous = FULL")
                 if database.execute("PRAGMA user_version").fetchone()[0] != len(UPGRADES):
-                    raise JournalFault(f"{directory}: was written by another version of loadmaster: have that one do it")
+                    raise JournalFault(
+                        f"{directory}: was written by another version of loadmaster: have that one do it"
+                    )
                 database.execute("BEGIN IMMEDIATE")
                 yield database
                 database.execute("COMMIT")

@@ -59,6 +59,8 @@ from loadmaster.workdir import default_root
 if TYPE_CHECKING:
     from loadmaster.journal import NodeJournal  # these three with sqlite3, loaded when used
     from loadmaster.logbook import History
+    from loadmaster.operations import Operations
+    from loadmaster.pending import Backoff, Operation
     from loadmaster.recovery import Succession
 
 log = logging.getLogger(__name__)
@@ -126,6 +128,10 @@ class Node:
     on entry, `resumed` has their handles; one that is submitted again is not run again: its handle has what the journal
     has. `lost`: what becomes of a job whose payload, or work directory, is gone with an agent: it is run again here as the
     next attempt (`handle` has that one's handle), or only ends as Rescheduled, for whoever gave it to do so.
+
+    What jobs of the journal have left to be done (files that are safe elsewhere, catalogs that were down) is done beside
+    the jobs, and tried again for as long as it may succeed: `backoff` says when. Nobody waits for it, also not the end of
+    the block: the next node goes on.
     """
 
     def __init__(
@@ -138,6 +144,7 @@ class Node:
         root: Path | None = None,
         journal: Path | NodeJournal | None = None,
         lost: Literal["rerun", "reschedule"] = "rerun",
+        backoff: Backoff | None = None,
         coordinator: type[Coordinator] = JobExecutionCoordinator,
         backlog: int = BACKLOG,
         ahead: int | None = None,
@@ -154,6 +161,8 @@ class Node:
         self._root = root
         self._given_journal = journal
         self._journal: NodeJournal | None = None
+        self._operations: Operations | None = None
+        self._backoff = backoff
         self._lost = lost
         self.resumed: tuple[JobHandle, ...] = ()
         """Of the jobs that were open in the journal."""
@@ -205,8 +214,12 @@ class Node:
             self._meter = Meter(anyio.current_time())
             self._open = True
             if self._journal is not None:
+                from loadmaster.operations import Operations  # with sqlite3, loaded when used
+
                 await self._resume(self._journal, root)
                 self._group.start_soon(self._keep_journal, self._journal)
+                self._operations = Operations(self._journal, self._transfers, self._streams.tell, self._backoff)
+                self._group.start_soon(self._operations.work)
             self._look()
             self._group.start_soon(self._keep_house)
             self._group.start_soon(self._beat)
@@ -342,6 +355,10 @@ class Node:
                     await self._change.wait()
                 asking.cancel_scope.cancel()
 
+    async def pending(self) -> list[Operation]:
+        """What jobs have left to be done; nothing where there is no journal."""
+        return [] if self._operations is None else await self._operations.all()
+
     def statistics(self) -> NodeStatistics:
         """What the node does and has done."""
         self._look()
@@ -362,6 +379,9 @@ class Node:
             idle_core_seconds=MappingProxyType(dict(meter.idle_core_seconds)),
             bytes_in=self._bytes_in,
             bytes_out=self._bytes_out,
+            pending=0 if self._operations is None else self._operations.waiting,
+            stuck=0 if self._operations is None else self._operations.stuck,
+            operations_done=0 if self._operations is None else self._operations.done,
         )
 
     # -- who may begin -----------------------------------------------------------------------------------------------
@@ -747,6 +767,9 @@ class Node:
                 ):  # it has not computed
                     self._enter(entry, DELIVERING)
                     self._no_longer_prepares(entry)
+            case JobFinished() if self._operations is not None and (entry := self._entries.get(event.job_id)):
+                if entry.handle.life.has_pending:
+                    self._operations.look()
         self._streams.tell(event)
 
     def _wake(self) -> None:

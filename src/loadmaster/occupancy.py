@@ -41,6 +41,11 @@ class NodeStatistics:
     """The same since it was opened. With the busy ones it adds up to all there were."""
     bytes_in: int
     bytes_out: int
+    pending: int = 0
+    """What jobs of the journal have left to be done, as of the last look."""
+    stuck: int = 0
+    """How much of it nobody will try before an administrator says so."""
+    operations_done: int = 0
 
     @property
     def core_seconds(self) -> float:
@@ -65,6 +70,7 @@ class NodeStatistics:
             self.interrupted - earlier.interrupted, self.cores, self.busy_cores,
             self.busy_core_seconds - earlier.busy_core_seconds, self.cpu_seconds - earlier.cpu_seconds,
             self.idle, MappingProxyType(reasons), self.bytes_in - earlier.bytes_in, self.bytes_out - earlier.bytes_out,
+            self.pending, self.stuck, self.operations_done - earlier.operations_done,
         )  # fmt: skip
 
 

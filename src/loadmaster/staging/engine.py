@@ -245,6 +245,15 @@ class Transfers:
         except StorageError:
             return False
 
+    def element_of(self, url: str) -> str | None:
+        """The site's name for where a URL is: of several, the one whose place is the longest that it begins with."""
+        at = [
+            (len(base), name)
+            for name, base in self.site.storage_elements.items()
+            if url.startswith(f"{base.rstrip('/')}/")
+        ]
+        return max(at)[1] if at else None
+
     # -- for jobs -----------------------------------------------------------------------------------------------------
 
     async def fetch(self, fetches: Sequence[Fetch], workdir: Workdir, listener: Listener) -> None:

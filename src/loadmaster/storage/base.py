@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
 
 from loadmaster.errors import CannotCopy, ChecksumMismatch, NotFound, StorageError
 from loadmaster.storage.checksums import Checksum, Running, running
@@ -290,4 +290,13 @@ class Catalog(Protocol):
 
     async def register(self, entry: CatalogEntry) -> None:
         """Add a file, or replicas of one that is known. Raises `AlreadyExists` when it is known with other content."""
+        ...
+
+
+@runtime_checkable
+class Unregisters(Protocol):
+    """A catalog that can forget, too."""
+
+    async def unregister(self, lfn: str, replica: Replica) -> None:
+        """Have a file known without this replica. None is no fault."""
         ...

@@ -81,6 +81,14 @@ class SqliteCatalog:
 
         await self._in_thread(add)
 
+    async def unregister(self, lfn: str, replica: Replica) -> None:
+        """Have a file known without this replica. None is no fault."""
+
+        def remove(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM replicas WHERE lfn = ? AND url = ?", [lfn, replica.url])
+
+        await self._in_thread(remove)
+
     async def _in_thread(self, work: Callable[[sqlite3.Connection], T], absent: T | None = None) -> T:
         """`absent`: the answer when there is no file; without one, it is made."""
 
