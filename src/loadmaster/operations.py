@@ -187,6 +187,7 @@ class Operations:
     async def _move(self, file: StoredFile, wanted: str, number: int) -> None:
         """Have a file where it was wanted, known there, and gone from where it is."""
         if not await self._is_there(file, wanted):
+            await (await self._transfers.storage(file.url)).stat(file.url)  # names what is gone as nothing else would
             await self._copy(file, wanted, number)
         await self._transfers.register(
             StoredFile(file.name, wanted, file.size_bytes, file.checksum, file.lfn, self._transfers.element_of(wanted))

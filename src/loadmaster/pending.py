@@ -174,13 +174,9 @@ def drop(database: sqlite3.Connection, operation: Operation, reason: str, now: d
 
 
 def retry(database: sqlite3.Connection, numbers: Iterable[int]) -> int:
-    """Have these tried at once, also those that are stuck, as if for the first time; how many there were."""
+    """Have these tried at once, also those that are stuck; how many there were."""
     rows = [(number,) for number in numbers]
-    # Due before there was any time: whatever the first wait is, it is over.
-    return sum(
-        database.execute("UPDATE operations SET due = 0, tries = max(tries, 1) WHERE number = ?", row).rowcount
-        for row in rows
-    )
+    return sum(database.execute("UPDATE operations SET due = 0 WHERE number = ?", row).rowcount for row in rows)
 
 
 def descriptions(database: sqlite3.Connection, operations: Iterable[Operation]) -> dict[tuple[str, int], JobAccepted]:
