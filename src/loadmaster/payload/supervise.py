@@ -49,6 +49,7 @@ from loadmaster.payload.usage import (
     read_sizes,
 )
 from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir
 from loadmaster.world import USUAL, World
 
@@ -81,7 +82,7 @@ DISK_FULL_BYTES: Final = 64 * 1024
 ORPHANED: Final = "O"
 """What a shim's record says when it ended its payload for want of an agent."""
 
-NO_LIMITS: Final = Limits()
+NO_LIMITS: Final = Limits.model_construct()
 
 _NOT_OF_TIME: Final = dict.fromkeys(
     ("cpu_seconds", "memory_bytes", "processes", "workdir_bytes", "free_disk_bytes", "output_bytes", "cpu_ratio")
@@ -447,7 +448,7 @@ async def start(
         return output, None, tree, directory
 
     try:
-        output, group, tree, directory = await to_thread.run_sync(prepare)
+        output, group, tree, directory = await briefly(prepare)
         if isinstance(tree, Launch):
             tree = await _start_contained(tree, output, group, directory, world.containment)
     except (OSError, Refused) as exc:
