@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -316,6 +317,24 @@ async def test_a_payload_whose_agent_lives_is_not_adopted(agent: Start) -> None:
     again = await taken_on(left)
     assert again.tree.gone
     await again.end(EndedBy.KILL, grace_seconds=0)
+
+
+async def test_a_lock_that_a_killed_agent_leaves_to_a_child_for_a_moment_is_waited_for(agent: Start) -> None:
+    """Killed while it starts another process, its locks are that one's too until it executes something."""
+    left = await agent("sleep 1000")
+    left.kill()
+    lock = os.open(left.state("job") / "agent.lock", os.O_RDWR)
+    fcntl.fcntl(lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+    found: list[Payload] = []
+
+    async def take() -> None:
+        found.append(await taken_on(left))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        await anyio.sleep(0.2)
+        os.close(lock)
+    assert (await found[0].end(EndedBy.KILL, grace_seconds=5)).signal == signal.SIGTERM
 
 
 async def test_who_is_cancelled_while_it_adopts_leaves_the_payload_as_it_is(agent: Start) -> None:
