@@ -302,6 +302,40 @@ async def test_a_payload_is_adopted_again_and_again(agent: Start, tmp_path: Path
     assert (await ended(await taken_on(left))).exit_code == 3
 
 
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {})], ids=["asyncio"])
+@pytest.mark.parametrize("kind", SHIMS)
+@pytest.mark.parametrize("rounds", [4, pytest.param(60, marks=pytest.mark.long)])
+async def test_killed_at_any_instant_of_a_start_an_agent_leaves_what_can_be_told(
+    tmp_path: Path, kind: Containment, rounds: int
+) -> None:
+    """Each payload has run once, to its own end, or never: nothing between."""
+    names = [f"job{number}" for number in range(15)]
+    for turn in range(rounds):
+        root = tmp_path / str(turn)
+        scripts = {name: f"echo $$ >> ran; sleep 0.3; exit {7 + len(name)}" for name in names}
+        words = {"shim": "c", "world": {"containment": [kind]}, "grace": 1, "hidden": [], "scripts": scripts}
+
+        def kill_one(root: Path = root, words: dict[str, Any] = words, turn: int = turn) -> None:
+            (root / "work").mkdir(parents=True)
+            argv = [sys.executable, "-c", AGENT, str(root), json.dumps(words)]
+            with subprocess.Popen(argv, stdout=subprocess.PIPE) as agent:
+                assert agent.stdout is not None
+                agent.stdout.readline()
+                time.sleep(turn * 0.0137 % 0.08)
+                agent.kill()
+
+        await to_thread.run_sync(kill_one)
+        left = Left(root, None, {})  # type: ignore[arg-type]
+        for name in filter(lambda name: left.file(name, "").exists(), names):
+            found = await take_on(left, name)
+            if isinstance(found, Payload):
+                assert (await ended(found)).exit_code == 7 + len(name)
+                assert len(left.file(name, "ran").read_text().split()) == 1
+            else:
+                assert isinstance(found, NotStarted), found
+                assert not left.file(name, "ran").exists()
+
+
 # -- one agent at a time -----------------------------------------------------------------------------------------------
 
 
