@@ -204,16 +204,20 @@ class Node:
         while self._entries or self._unstarted:
             await self._change.wait()
 
+    def begin_drain(self) -> None:
+        """Take no more from now on, and give back what does not compute yet. `drain` does that and waits."""
+        self._draining.set()
+        for entry in list(self._entries.values()):
+            if entry.phase in {WAITING, FOR_DISK, STAGING_IN, READY} and entry.handle.kill_reason is None:
+                entry.given_back = self._stop(entry, RescheduleJob(GIVEN_BACK))
+
     async def drain(self, *, deadline_seconds: float = inf, reason: str = "drained") -> None:
         """End in order: take no more, give back what does not compute yet, and wait until the others have ended.
 
         Jobs that are given back end as Rescheduled. Payloads that still run at the deadline are killed, for that reason,
         and deliver their sandboxes; how long that takes is bounded by their own deadlines only. May be called again.
         """
-        self._draining.set()
-        for entry in list(self._entries.values()):
-            if entry.phase in {WAITING, FOR_DISK, STAGING_IN, READY} and entry.handle.kill_reason is None:
-                entry.given_back = self._stop(entry, RescheduleJob(GIVEN_BACK))
+        self.begin_drain()
         with anyio.move_on_after(deadline_seconds):
             await self.wait_idle()
             return
@@ -221,9 +225,10 @@ class Node:
         await self.wait_idle()
 
     def kill_all(self, reason: str, *, hurry: bool = False) -> None:
-        """Kill every job, for that reason. `hurry`: without the grace."""
+        """Kill every job that is not being given back already, for that reason. `hurry`: without the grace."""
         for entry in list(self._entries.values()):
-            entry.handle.kill(reason)
+            if not entry.given_back:
+                entry.handle.kill(reason)
             if hurry:
                 entry.handle.hurry()
 
@@ -250,13 +255,17 @@ class Node:
             if job is None:
                 more = False
             else:
-                followers.start_soon(see_through, job)
+                followers.start_soon(see_through, job, taken(job))
             self._wake()
 
-        async def see_through(job: JobDescription) -> None:
+        def taken(job: JobDescription) -> _Entry | None:  # at once, so that they are in the order in which they came
             try:
-                entry = self._take(job, coordinator or self._coordinator, 1)
+                return self._take(job, coordinator or self._coordinator, 1)
             except (NodeClosed, NodeFull):
+                return None
+
+        async def see_through(job: JobDescription, entry: _Entry | None) -> None:
+            if entry is None:
                 await source.give_back(job)
                 return
             await source.accepted(job)
