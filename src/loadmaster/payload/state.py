@@ -291,5 +291,5 @@ def mark_executed(state: int) -> None:
 
 def boot_id() -> str:
     """Of the machine as it runs now; another one each time it starts."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return file.read().decode().strip()
