@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from heapq import heappop, heappush
 from math import inf
 from pathlib import Path
@@ -41,7 +42,7 @@ from loadmaster.handle import JobHandle
 from loadmaster.ledger import Ledger, Slot
 from loadmaster.lifecycle import Stage
 from loadmaster.machine import detect
-from loadmaster.occupancy import Meter, NodeStatistics, idle_reasons
+from loadmaster.occupancy import Meter, NodeStatistics, Occupation, idle_reasons
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.result import Failure, JobResult, Phase, Status
 from loadmaster.runner import run_job
@@ -55,7 +56,7 @@ from loadmaster.workdir import default_root
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 100_000
-"""So many jobs may wait: some 7 kB each."""
+"""So many jobs may wait: 3 kB each, beside its description (`benchmarks/node.py`)."""
 
 ASKING: Final = 8
 """So many questions to a source at once: one that takes 50 ms to answer has 64 slots filled in half a second."""
@@ -198,6 +199,21 @@ class Node:
     def close_events(self) -> None:
         """Those who read `events` have what there is, then the end."""
         self._streams.close()
+
+    async def occupations(self) -> AsyncIterator[Occupation]:
+        """What the cores do, and why those that do nothing do not: now, and whenever it changes; ends with the node.
+
+        A slow reader misses what has passed meanwhile. `statistics` has it all added up.
+        """
+        told: tuple[int, Mapping[str, int]] | None = None
+        while True:
+            self._look()
+            if told != (told := (self._meter.busy, self._meter.idle)):
+                yield Occupation(datetime.now(UTC), self.ledger.cores, told[0], MappingProxyType(dict(told[1])))
+            elif self._open:
+                await self._change.wait()
+            else:
+                return
 
     async def wait_idle(self) -> None:
         """Wait until there is no job."""
