@@ -250,9 +250,10 @@ def tell(found: dict[str, list[Took]], count: int, options: argparse.Namespace, 
         bound, by_hand = work.bound(options.slots, around), work.bound(options.slots, around, more)
         times = Spread.of([each.seconds for each in rounds])
         row = [name, times.show(), f"{bound:.2f}", f"{times.median / bound:.3f}", f"{times.median / by_hand:.3f}"]
-        for figure in ("noticed_ms", "started_ms", "ran_longer_ms"):
-            row.append(f"{median(getattr(each, figure) for each in rounds):.1f}" if name.endswith("node") else "")
-        rows.append(row)
+        gaps = [
+            median(each) for each in zip(*((r.noticed_ms, r.started_ms, r.ran_longer_ms) for r in rounds), strict=True)
+        ]
+        rows.append(row + [f"{gap:.1f}" if name.endswith("node") else "" for gap in gaps])
     print_table(
         f"{count} jobs of {options.stage_in} + {options.payload} + {options.stage_out} s on {options.slots} slots; by hand "
         f"a payload takes {1000 * more:.1f} ms longer than it sleeps",
