@@ -25,6 +25,7 @@ import anyio
 from anyio import to_thread
 
 from loadmaster.description import Containment, Limits
+from loadmaster.errors import PayloadHeld
 from loadmaster.events import PayloadStarted
 from loadmaster.payload.adopted import AdoptedTree, EndedTree, open_process
 from loadmaster.payload.found import Found, Lost, NotStarted, ToEnd, is_other_boot, look, unclear, undamaged
@@ -46,6 +47,11 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS: Final = 1.0
 """While a shim has not said yet what it has started. The kernel tells of what it writes, but not of a lock that is free."""
 
+HELD_SECONDS: Final = 1.0
+HELD_LOOK_SECONDS: Final = 0.05
+"""An agent that is killed while it starts a process leaves that with all its locks until it executes something: some
+milliseconds (measured: 5 of 72 payloads). Nobody tells when a lock is free; who waits for it in a thread cannot leave."""
+
 STARTING_SECONDS: Final = 600.0
 """For a program on a file server that is slow to answer. After this the shim is ended."""
 
@@ -60,12 +66,13 @@ async def adopt(
     `boot` is the `boot_id` under which it was to be started, and `known` what was told of its start, if it was: they are
     believed before what is in the directory. The other words are those of `start`.
 
-    Raises `PayloadHeld` when another agent has it. Cancelled, it leaves a payload that runs as it is, to be adopted.
+    Raises `PayloadHeld` when another agent has it, OSError when we lack descriptors, say; nothing was decided then, and
+    it can be tried again. Cancelled, it leaves a payload that runs as it is, to be adopted.
     """
     event = None if known is None else _started_of(known)
     boot = boot or (known.boot_id if known is not None else "")
     try:
-        directory = await to_thread.run_sync(StateDirectory.open, state)
+        directory = await _take(state)
     except (FileNotFoundError, NotOurs) as exc:
         return await _without_state(state, exc, event, boot)
     found: Found | None = None
@@ -104,15 +111,27 @@ async def end_left(known: PayloadStarted) -> bool:
     found without its shim; docs/containment.md has who can do that. Shielded, and bounded.
     """
     with anyio.CancelScope(shield=True):
-        gone = await to_thread.run_sync(is_other_boot, known.boot_id) or await _end_left(_started_of(known), None)
-    return gone  # noqa: RET504 - a scope may end early, as far as type checkers know
+        if not (gone := await to_thread.run_sync(is_other_boot, known.boot_id)):
+            gone, _ = await _end_left(_started_of(known), None)
+    return gone
+
+
+async def _take(state: Path) -> StateDirectory:
+    """The directory, once nobody else has it. Raises as `StateDirectory.open` does."""
+    with anyio.move_on_after(HELD_SECONDS):
+        while True:
+            try:
+                return await to_thread.run_sync(StateDirectory.open, state)
+            except PayloadHeld:
+                await anyio.sleep(HELD_LOOK_SECONDS)
+    return await to_thread.run_sync(StateDirectory.open, state)
 
 
 async def _without_state(path: Path, why: Exception, event: Started | None, boot: str) -> NotStarted | Lost:
     """There is no state directory, or none of ours."""
     reason = str(why) if isinstance(why, NotOurs) else f"{path}: is not there"
     if await to_thread.run_sync(is_other_boot, boot):
-        return Lost(reason, rebooted=True)
+        return Lost(reason, rebooted=True, sure=True)
     if event is None and not isinstance(why, NotOurs):
         return NotStarted("no state directory was made for it")
     return await _lost(ToEnd(reason, (event,) if event is not None else ()))
@@ -171,25 +190,28 @@ def _group_of(directory: StateDirectory, limits: Limits) -> Group | None:
 
 
 async def _lost(found: ToEnd, directory: StateDirectory | None = None, group: Group | None = None) -> Lost:
-    """End all that is known of, for certain. Bounded by some 30 s each."""
-    gone = True
+    """End all that is known of. Bounded by some 30 s each."""
+    gone, sure = True, bool(found.known)
     with anyio.CancelScope(shield=True):
         for one in found.known:
-            gone = await _end_left(one, directory) and gone
+            ended, is_all = await _end_left(one, directory)
+            gone, sure = gone and ended, sure and is_all
         if group is not None:
-            gone = await group.end(KILL_SECONDS) and gone
+            sure = await group.end(KILL_SECONDS)
+            gone = gone and sure
             if not await to_thread.run_sync(group.remove):
                 group.close()
-    return Lost(found.reason, left_behind=not gone)
+    return Lost(found.reason, left_behind=not gone, sure=gone and sure)
 
 
-async def _end_left(found: Started, directory: StateDirectory | None) -> bool:
-    ended = True
+async def _end_left(found: Started, directory: StateDirectory | None) -> tuple[bool, bool]:
+    """Whether those who were found are gone, and whether they were all: as its shim says, or its namespace has it."""
+    ended, is_all = True, found.containment is Containment.PID_NAMESPACE
     pidfd = await to_thread.run_sync(open_process, found.shim_pid, found.shim_start, directory)
     if pidfd is not None:
         tree = AdoptedTree(pidfd, found, found.containment)
         try:
-            ended = await tree.end(0)
+            ended = is_all = await tree.end(0)
         finally:
             tree.leave()
     with anyio.move_on_after(KILL_SECONDS) as killing:
@@ -200,7 +222,8 @@ async def _end_left(found: Started, directory: StateDirectory | None) -> bool:
             finally:
                 for pidfd in opened:
                     os.close(pidfd)
-    return ended and not killing.cancelled_caught
+    ended = ended and not killing.cancelled_caught
+    return ended, is_all and ended
 
 
 def _kill_left(found: Started) -> list[int]:

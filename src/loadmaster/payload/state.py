@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import struct
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from loadmaster.description import Containment, Isolation
 from loadmaster.errors import PayloadHeld
 from loadmaster.payload.process import ExitRecord
 from loadmaster.payload.shimtree import facts_of, record_of
+from loadmaster.workdir import remove_directory
 
 OURS: Final = 0o700
 MOST_BYTES: Final = 64 * 1024
@@ -53,7 +53,7 @@ class NotOurs(Exception):
 class LaunchRecord(BaseModel):
     """What the agent knew when it started the payload, and the next one needs."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
 
     version: Literal[1] = 1
     boot_id: str
@@ -67,7 +67,7 @@ class LaunchRecord(BaseModel):
 class Started(BaseModel):
     """What the shim has started."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
 
     shim_pid: Annotated[int, Field(ge=0)]
     shim_start: Annotated[int, Field(ge=0)]
@@ -275,7 +275,7 @@ class StateDirectory:
 def remove_state(path: Path) -> None:
     """Remove a state directory, once what it says is known elsewhere. What is not there is no error; raises OSError."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove_directory(path)
     else:  # a payload of the same user has put something else there; a link's target stays
         path.unlink(missing_ok=True)
 
@@ -291,5 +291,5 @@ def mark_executed(state: int) -> None:
 
 def boot_id() -> str:
     """Of the machine as it runs now; another one each time it starts."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return file.read().decode().strip()
