@@ -131,7 +131,7 @@ async def run_job(
 
     def forget_payload() -> None:
         """What was kept of it for another agent."""
-        if handle.state is not None and handle.result is not None and handle.life.started is not None:
+        if handle.state is not None and handle.result is not None and handle.life.slot is not None:
             try:
                 remove_state(handle.state)
             except OSError as exc:
@@ -304,7 +304,7 @@ class _Flight:
             spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
             limits=self.limits, world=self.site.payload, cores=cores,
             soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
-            state=self.handle.state, hidden=self.handle.hidden,
+            state=self.handle.state, hidden=[at for at in self.handle.hidden if not self.workdir.path.is_relative_to(at)],
         )  # fmt: skip
         return await self._to_its_end(payload)
 

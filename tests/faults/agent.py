@@ -3,7 +3,8 @@
     python agent.py DIRECTORY BACKEND [--die-after N] [--die-before N] [--full-at N]
 
 It exits with 0 once all jobs have ended. `--die-after`: kill itself with SIGKILL once so many events are on disk;
-`--die-before`: when so many would be; `--full-at`: the disk is full for one write.
+`--die-before`: when so many would be; `--full-at`: the disk is full for one write; `--power-at`: the power fails then, and
+what the journal had synced is in `synced`. `--boot`: it is another boot of the machine.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import signal
 import sqlite3
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 
 import anyio
 
-from loadmaster import JobDescription, JobExecutionCoordinator, JobResult, Ledger, Node, PayloadSpec, Site
+from loadmaster import JobDescription, JobExecutionCoordinator, JobResult, Ledger, Node, PayloadSpec, Site, workdir
 from loadmaster.description import Containment
 from loadmaster.logbook import Logbook, Record
 from loadmaster.sources import JobLines
@@ -72,7 +74,7 @@ def site(directory: Path) -> Site:
     )
 
 
-def doomed(book: type[Logbook], *, after: int, before: int, full_at: int) -> None:
+def doomed(book: type[Logbook], *, after: int, before: int, full_at: int, power_at: int) -> None:
     """Have this process die, or its disk be full, at an event."""
     usual, written = book.add, 0
 
@@ -86,6 +88,14 @@ def doomed(book: type[Logbook], *, after: int, before: int, full_at: int) -> Non
             raise sqlite3.OperationalError("database or disk is full")
         errors = usual(self, groups)
         written += count
+        if power_at and written >= power_at:
+            synced = self.directory.parent / "synced"
+            shutil.rmtree(synced, ignore_errors=True)
+            synced.mkdir()
+            for path in self.directory.glob("journal.*"):
+                if not path.name.endswith("-shm"):
+                    shutil.copy(path, synced)
+            os.kill(os.getpid(), signal.SIGKILL)
         if after and written >= after:
             os.kill(os.getpid(), signal.SIGKILL)
         return errors
@@ -93,7 +103,7 @@ def doomed(book: type[Logbook], *, after: int, before: int, full_at: int) -> Non
     book.add = add  # type: ignore[method-assign]
 
 
-async def main(directory: Path) -> None:
+async def main(directory: Path, cores: int) -> None:
     os.environ["CAMPAIGN"] = str(directory)
 
     async def ended(job: JobDescription, result: JobResult) -> None:
@@ -101,7 +111,7 @@ async def main(directory: Path) -> None:
         await anyio.to_thread.run_sync(append, directory / "ended", f"{line}\n")
 
     async with Node(
-        site=site(directory), ledger=Ledger(CORES), root=directory / "root", journal=directory / "journal",
+        site=site(directory), ledger=Ledger(cores), root=directory / "root", journal=directory / "journal",
         coordinator=Careful,
     ) as node:  # fmt: skip
         for handle in node.resumed:
@@ -117,8 +127,17 @@ if __name__ == "__main__":
     parser.add_argument("--die-after", type=int, default=0)
     parser.add_argument("--die-before", type=int, default=0)
     parser.add_argument("--full-at", type=int, default=0)
+    parser.add_argument("--power-at", type=int, default=0)
+    parser.add_argument("--boot", default="")
+    parser.add_argument("--cores", type=int, default=CORES)
     words = parser.parse_args()
-    if words.die_after or words.die_before or words.full_at:
-        doomed(Logbook, after=words.die_after, before=words.die_before, full_at=words.full_at)
+    if words.die_after or words.die_before or words.full_at or words.power_at:
+        doomed(Logbook, after=words.die_after, before=words.die_before, full_at=words.full_at, power_at=words.power_at)
+    if words.boot:
+        boot = words.directory / "boot"
+        boot.write_text(words.boot)
+        workdir.BOOT_ID = boot  # type: ignore[misc]
     options = {"use_uvloop": True} if words.backend == "uvloop" else {}
-    anyio.run(main, words.directory, backend=words.backend.replace("uvloop", "asyncio"), backend_options=options)
+    anyio.run(
+        main, words.directory, words.cores, backend=words.backend.replace("uvloop", "asyncio"), backend_options=options
+    )

@@ -6,15 +6,19 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+from loadmaster.errors import JournalFault
+from loadmaster.events import PayloadStarted
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.logbook import Logbook
 from loadmaster.recovery import MOST_RERUNS
@@ -96,17 +100,17 @@ class Campaign:
 
     # -- what must hold ----------------------------------------------------------------------------------------------
 
-    def check(self) -> None:
+    def check(self, *, reboots: bool = False) -> None:
         lines = self.told("ended")
         with Logbook.look(self.directory / "journal") as book:
             assert book.open_jobs() == [], self.log()
             for job in self.jobs:
-                self.check_job(job, book)
+                self.check_job(job, book, 1000 if reboots else MOST_RERUNS + 1)
         assert not (self.directory / "clashes").exists(), (self.directory / "clashes").read_text()
         assert {json.loads(line)[0] for line in lines} == {job["job_id"] for job in self.jobs}
         self.check_remains()
 
-    def check_job(self, job: dict[str, Any], book: Logbook) -> None:
+    def check_job(self, job: dict[str, Any], book: Logbook, most: int) -> None:
         name, attempt = job["job_id"], 0
         while (history := book.history(name, attempt + 1)) is not None:
             attempt += 1
@@ -114,7 +118,7 @@ class Campaign:
             assert life.stage is Stage.FINISHED
             last = life.result()
         assert attempt >= 1
-        assert attempt <= MOST_RERUNS + 1
+        assert attempt <= most
         kind = name.rstrip("0123456789")
         content = f"cargo of {name}\n"
         here, there = self.directory / "disk" / "vo" / name, self.directory / "buffer" / "vo" / name
@@ -160,22 +164,24 @@ class Campaign:
         return path.read_text().splitlines() if path.exists() else []
 
 
-def processes_in(directory: Path) -> list[str]:
-    found = []
+def processes_in(directory: Path) -> list[int]:
+    found = list[int]()
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             try:
                 if f"CAMPAIGN={directory}\0".encode() in (entry / "environ").read_bytes():
-                    found.append((entry / "cmdline").read_text().replace("\0", " "))
+                    found.append(int(entry.name))
             except OSError:
                 continue
     return found
 
 
 def test_an_agent_that_is_left_alone_brings_all_to_their_ends(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path, 12)
+    campaign = Campaign(tmp_path, 6)
     campaign.lives_on()
     assert campaign.lives == 1
+    # nothing is lost, and nothing is told twice
+    assert len(campaign.told("ended")) == len(campaign.jobs)
     campaign.check()
 
 
@@ -194,7 +200,7 @@ def dead_at_records(campaign: Campaign, generator: random.Random, kills: int, wh
 def test_an_agent_dies_at_each_record(tmp_path: Path, when: str) -> None:
     """Every few records in the short form; the jobs go on where they stood, so all boundaries of a life are met."""
     campaign = Campaign(tmp_path, 6)
-    dead_at_records(campaign, random.Random(when), 12, [when])
+    dead_at_records(campaign, random.Random(when), 8, [when])
     campaign.lives_on()
     campaign.check()
 
@@ -218,6 +224,89 @@ def test_an_agent_dies_at_any_instant(tmp_path: Path) -> None:
     killed_at_random(campaign, random.Random(int(os.environ.get("SEED", "1"))), 6)
     campaign.lives_on()
     campaign.check()
+
+
+def test_payloads_that_run_when_their_agent_is_killed_are_adopted(tmp_path: Path) -> None:
+    """Some end while no agent is alive, some after: each with its own exit code and usage, and none is started again."""
+    campaign = Campaign(tmp_path, 0)
+    jobs = int(os.environ.get("ADOPTED", "12"))
+    campaign.jobs = [
+        {
+            "job_id": f"plain{number}",
+            "executable": "/bin/sh",
+            "arguments": ["-c", RUN],
+            "environment": {"NAME": f"plain{number}", "LONG": str(0.5 + number % 4), "CODE": str(number % 7)},
+            "output_sandbox": ["std.out"],
+        }
+        for number in range(jobs)
+    ]
+    for number in range(jobs):
+        (tmp_path / f"input.plain{number}").touch()
+    (tmp_path / "jobs.jsonl").write_text("".join(f"{json.dumps(job)}\n" for job in campaign.jobs))
+    with campaign.agent("--cores", str(jobs)) as agent:
+        deadline = time.monotonic() + 30
+        while running(tmp_path) < jobs and time.monotonic() < deadline:
+            time.sleep(0.02)
+        agent.kill()
+    assert running(tmp_path) == jobs, campaign.log()
+    time.sleep(2)  # the time for which there is no agent
+    with campaign.agent("--cores", str(jobs)) as agent:
+        assert agent.wait(60) == 0, campaign.log()
+    with Logbook.look(tmp_path / "journal") as book:
+        for number in range(jobs):
+            history = book.history(f"plain{number}")
+            assert history is not None
+            result = Lifecycle.of(history.events).result()
+            assert result.attempt == 1, result
+            assert result.outcome is not None
+            assert result.outcome.exit_code == number % 7, result
+            assert result.outcome.wall_seconds >= 0.5 + number % 4 - 0.1
+            assert result.outcome.cpu_seconds > 0
+    assert sorted(campaign.told("starts")) == sorted(job["job_id"] for job in campaign.jobs)
+    campaign.check_remains()
+
+
+def running(directory: Path) -> int:
+    """How many payloads are known to have been started."""
+    try:
+        with Logbook.look(directory / "journal") as book:
+            return sum(any(isinstance(event, PayloadStarted) for event in job.events) for job in book.open_jobs())
+    except JournalFault:
+        return 0
+
+
+@pytest.mark.parametrize("when", ["power", "full"])
+def test_power_fails_or_the_disk_is_full_for_a_moment(tmp_path: Path, when: str) -> None:
+    """After a power failure there is only what was synced, no process, and another boot. A full disk ends an agent, in
+    order; the next one has the room."""
+    campaign, generator = Campaign(tmp_path, 6), random.Random(when)
+    for _ in range(4):
+        boot = str(generator.random()) if when == "power" else ""
+        with campaign.agent("--boot", boot, f"--{when}-at", str(generator.randint(2, 25))) as agent:
+            code = agent.wait(60)
+        if code == 0:
+            break
+        assert code == (-9 if when == "power" else 1), campaign.log()
+        if when == "power":
+            machine_stops(campaign)
+    campaign.lives_on()
+    campaign.check(reboots=when == "power")
+
+
+def machine_stops(campaign: Campaign) -> None:
+    """No process is left, and of the journal only what a sync had brought to the disk: the agent copied it then."""
+    deadline = time.monotonic() + 30
+    while left := processes_in(campaign.directory):
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert time.monotonic() < deadline
+    synced, journal = campaign.directory / "synced", campaign.directory / "journal"
+    if synced.is_dir():
+        for path in journal.glob("journal.*"):
+            path.unlink()
+        for path in synced.iterdir():
+            shutil.copy(path, journal)
 
 
 @pytest.mark.long
