@@ -246,7 +246,7 @@ async def test_wherever_a_try_was_cut_the_next_one_ends_the_same(place: Place, s
     if step == "removed":
         at_buffer.unlink()
     async with place.moving() as transfers, open_journal(place.book) as journal:
-        assert await Operations(journal, transfers, place.heard.append, SOON).try_all() == []
+        assert await Operations(journal, transfers, place.heard.append, SOON).try_all(await place.left()) == []
     assert isinstance(place.heard[0], OperationDone)
     assert place.is_where_it_was_wanted()
     assert await place.replicas() == [(WANTED, "DISK")]
@@ -276,7 +276,7 @@ async def test_a_file_that_is_gone_from_where_it_was_safe_is_told_and_not_tried_
     await place.failed_over()
     (place.buffer / LFN[1:]).unlink()
     async with place.moving() as transfers, open_journal(place.book) as journal:
-        (left,) = await Operations(journal, transfers, place.heard.append, SOON).try_all()
+        (left,) = await Operations(journal, transfers, place.heard.append, SOON).try_all(await place.left())
     assert (left.tries, left.due) == (1, None)
     assert left.error.startswith(left.request.file.url)
     assert place.heard == []

@@ -12,7 +12,7 @@ import logging
 import os
 import random
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -42,6 +42,7 @@ from loadmaster.result import StoredFile
 from loadmaster.staging.engine import Moved, Transfers, Wanted
 from loadmaster.storage.base import Replica, Unregisters
 from loadmaster.storage.checksums import Checksum
+from loadmaster.storage.local import WORK_DIRECTORY
 
 log = logging.getLogger(__name__)
 
@@ -115,13 +116,14 @@ class Operations:
                 with anyio.move_on_after(seconds):
                     await self._news.wait()
 
-    async def try_all(self) -> list[Operation]:
-        """Try everything once, whether it is due or not, one after another; what is left."""
+    async def try_all(self, operations: Sequence[Operation]) -> list[Operation]:
+        """Try these once, whether they are due or not, one after another; what is left of them."""
         await to_thread.run_sync(_empty_spool, self._journal.directory)
-        for operation in await self.all():
-            await self._journal.change(partial(pending.retry, numbers=[operation.number]))
+        numbers = [operation.number for operation in operations]
+        await self._journal.change(partial(pending.retry, numbers=numbers))
+        for operation in operations:
             await self._try(operation)
-        return await self.all()
+        return [left for left in await self.all() if left.number in numbers]
 
     async def _begin_some(self, start_soon: Callable[..., object]) -> float | None:
         """Begin what is due, as far as there is room; for how long there is nothing more to be done. None: for ever."""
@@ -244,7 +246,7 @@ class Operations:
         await self._transfers.move([wanted], ended)
         for moved in came:
             if moved.error is not None:
-                raise moved.error
+                raise _named(moved.error, wanted)
             _check(wanted, moved)
 
 
@@ -254,6 +256,14 @@ def may_succeed_later(error: StorageError | StagingFailed) -> bool:
     if isinstance(error, StorageError):
         return error.retryable or isinstance(error, AccessDenied | NoSpace)
     return True
+
+
+def _named(error: StorageError, wanted: Wanted) -> StorageError:
+    """The error, with the file's name: one of this machine's end only says what ends jobs have there."""
+    if error.url != WORK_DIRECTORY:
+        return error
+    local = next((url for url in (wanted.target, wanted.source) if url.startswith("file://")), wanted.target)
+    return type(error)(local, str(error).removeprefix(f"{WORK_DIRECTORY}: "), retry_after=error.retry_after)
 
 
 def _check(wanted: Wanted, moved: Moved) -> None:
