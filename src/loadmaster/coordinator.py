@@ -126,7 +126,10 @@ class JobInFlight:
         workdir: Workdir,
         transfers: Transfers,
         handle: JobHandle,
+        *,
+        beside: bool = True,
     ) -> None:
+        """`beside`: whether files may move while the payload runs."""
         self.description = description
         self.ce = ce
         self.workdir = workdir.path
@@ -140,6 +143,7 @@ class JobInFlight:
         self._delivered: dict[str, str] = {}
         self._late: set[str] = set(handle.life.memory.get(LATE, ()))
         self._early: EarlyOutputs | None = None
+        self._beside = beside
         self._files = workdir
         self._workdir_continued = workdir.continued
         self._sent_before = frozenset(handle.life.safe)
@@ -253,7 +257,7 @@ class JobInFlight:
     async def early_outputs(self) -> AsyncIterator[None]:
         """Let outputs leave before the payload ends. What `upload_output_data` has not published is abandoned at the end."""
         early = [file for file in self.description.output_data if file.leaves == "on_close"]
-        if not early:
+        if not early or not self._beside:
             yield
             return
         from loadmaster.staging.early import open_early  # loaded when used
@@ -278,7 +282,11 @@ class JobInFlight:
 
     async def _for_now(self, files: Sequence[InputFile]) -> list[InputFile]:
         """Those that are needed now; the others are remembered until the payload runs."""
-        late = set() if self.payload is not None else {file.name for file in files if file.arrives == "during"}
+        late = (
+            set()
+            if self.payload is not None or not self._beside
+            else {file.name for file in files if file.arrives == "during"}
+        )
         if late - self._late:
             self._late |= late
             await self._handle.record(Remembered, LATE, sorted(self._late))

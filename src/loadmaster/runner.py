@@ -124,6 +124,33 @@ async def run_job(
     if (result := handle.recalls(job.job_id, attempt)) is not None:
         return result
     handle.open(job.job_id, attempt)
+    result = await run_part(
+        job, Stage.FINISHED, handle=handle, ce=ce, coordinator=coordinator, site=site, transfers=transfers, slots=slots,
+        root=root, keep_workdir=keep_workdir, heartbeat_seconds=heartbeat_seconds,
+    )  # fmt: skip
+    if result is None:
+        raise RuntimeFault(f"job {job.job_id} ended without a result")
+    return result
+
+
+async def run_part(
+    job: JobDescription,
+    until: Stage,
+    *,
+    handle: JobHandle,
+    ce: ComputingElement | None = None,
+    coordinator: type[Coordinator] = JobExecutionCoordinator,
+    site: Site | None = None,
+    transfers: Transfers | None = None,
+    slots: Slots | None = None,
+    root: Path | None = None,
+    keep_workdir: bool = False,
+    heartbeat_seconds: float = HEARTBEAT_SECONDS,
+) -> JobResult | None:
+    """As `run_job`, of an opened handle with a journal, but only until the job is PREPARED, or its payload has EXITED; then
+    there is no result, and the next part goes on from there. What fails before it is prepared ends the job; what fails
+    later is delivered by the last part. Nothing moves beside the payload: where that runs there may be no network.
+    """
     place, identity = where_it_was(handle.life) or (root, None)
 
     def kept() -> bool:
@@ -146,8 +173,10 @@ async def run_job(
             workdir = await stack.enter_async_context(
                 open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
             )
-            flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
+            whole = until is Stage.FINISHED
+            flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle, beside=whole)
             straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
+            straight.until = until
             stack.enter_context(handle.beaten(straight.beat))
             stack.enter_context(handle.obeyed_in(own))
             if not handle.has_audience:  # which has one task for the heartbeats of many jobs
@@ -160,8 +189,6 @@ async def run_job(
     with single_error():
         async with anyio.create_task_group() as own:
             own.start_soon(in_its_own_task)
-    if handle.result is None:
-        raise RuntimeFault(f"job {job.job_id} ended without a result")
     return handle.result
 
 
@@ -191,6 +218,7 @@ class _Flight:
         self.phase_began = time.monotonic()
         self.usage: Usage | None = None
         self.last_lines: tuple[str, ...] = ()
+        self.until = Stage.FINISHED
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -204,7 +232,11 @@ class _Flight:
                 self.job.failure = await self._compute()
                 self.job.companions.close()
                 await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
+                if self.until is not Stage.FINISHED and self.job.failure is None:
+                    return
                 await self.record(ComputingEnded, self.job.failure)
+            if self.until is Stage.EXITED:
+                return
             failure = await self._deliver()
         await lowlevel.checkpoint_if_cancelled()  # likewise; and a hook may have lost a cancelled task unawares
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
@@ -215,6 +247,7 @@ class _Flight:
         try:
             found = await self._find_payload()
             with self.handle.computing():
+                outcome: PayloadOutcome | None
                 if self.life.outcome is not None:
                     outcome = self.life.outcome
                 elif found is not None:
@@ -223,8 +256,9 @@ class _Flight:
                     with self._in_time():
                         await self._stage_in()
                         spec = await self._prepare()
-                    outcome = await self._run_payload(spec)
-                await self._post_process(outcome)
+                    outcome = None if self.until is Stage.PREPARED else await self._run_payload(spec)
+                if outcome is not None and self.until is Stage.FINISHED:
+                    await self._post_process(outcome)
         except JobError as error:
             failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
         await self.handle.keep_order()
@@ -233,7 +267,8 @@ class _Flight:
         return failure
 
     async def _stage_in(self) -> None:
-        check_outputs(self.job.description, self.site)
+        if self.until is not Stage.EXITED:
+            check_outputs(self.job.description, self.site)
         await self._make_coordinator()
         if self.life.has_reached(Stage.STAGED_IN):
             self._check_workdir()

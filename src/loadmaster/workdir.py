@@ -88,7 +88,7 @@ class Workdir:
                 raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
             with suppress(OSError):
                 os.setxattr(descriptor, MARK, b"")
-            own = f"{_boot_id()}:{os.fstat(descriptor).st_ino}"
+            own = _identity(descriptor)
             continued = not made and own == identity
             if not continued:
                 _empty(descriptor)
@@ -321,6 +321,25 @@ def default_root() -> Path:
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise WorkdirFault(f"{path}: is not a directory that only this user can write to; name another root")
     return path
+
+
+def take_over(path: Path) -> str | None:
+    """The identity of a work directory that was copied here: it is ours from now on. None: there is none. Raises OSError."""
+    try:
+        descriptor = _enter(path.parent, path.name)
+    except FileNotFoundError:
+        return None
+    try:
+        os.fchmod(descriptor, OURS)
+        with suppress(OSError):
+            os.setxattr(descriptor, MARK, b"")
+        return _identity(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _identity(descriptor: int) -> str:
+    return f"{_boot_id()}:{os.fstat(descriptor).st_ino}"
 
 
 def remove_directory(path: Path) -> None:

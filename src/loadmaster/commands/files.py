@@ -23,12 +23,17 @@ from loadmaster.site import Site
 
 def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
     """The job of a file, and its computing element. Raises `InvalidJob` that names the file."""
+    job, ce = load_job(options)
+    return job.relative_to(options.job.absolute().parent, outputs=Path.cwd()), ce
+
+
+def load_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
+    """The same, with its paths as they are written."""
     words, ce_words = dirac.split_wrapper_file(read_json(options.job))
     if options.ce is not None:
         ce_words = {**ce_words, **read_json(options.ce)}
     try:
-        job = JobDescription.load(words).relative_to(options.job.absolute().parent, outputs=Path.cwd())
-        return job, ComputingElement.load(ce_words)
+        return JobDescription.load(words), ComputingElement.load(ce_words)
     except InvalidJob as exc:
         raise InvalidJob(f"{options.job}: {exc}") from exc
 
