@@ -561,7 +561,7 @@ class JobDescription(Words):
         words = super().to_dirac()
         numeric = self.job_id.isdecimal() and str(int(self.job_id)) == self.job_id  # 007 would come back as 7
         words["JobID"] = int(self.job_id) if numeric else self.job_id
-        if self.environment:
+        if "environment" in self.model_fields_set:
             words["ExecutionEnvironment"] = [
                 f"{name}={quote(value, safe='', errors='surrogateescape')}" for name, value in self.environment.items()
             ]
