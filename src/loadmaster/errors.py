@@ -5,10 +5,10 @@ LoadmasterError
 │   ├── InvalidJob, StagingFailed, HookFailed, PayloadNotStarted, PayloadFailed, LimitExceeded, JobWasKilled
 │   └── HookVerdict     what a hook may say: SkipPayload, RescheduleJob, HoldJob, RetryHook
 ├── StorageError        one transfer failed; `retryable` says whether the same may succeed later
-│   └── NotFound, AccessDenied, NoSpace, AlreadyExists, ChecksumMismatch, StorageUnavailable
+│   └── NotFound, AccessDenied, NoSpace, AlreadyExists, CannotCopy, ChecksumMismatch, StorageUnavailable
 ├── InvalidSite         the site's configuration cannot be used
 └── RuntimeFault        we can no longer keep our promises; `run_job` raises it
-    └── WorkdirFault, IllegalEvent, NodeClosed, NodeFull
+    └── WorkdirFault, IllegalEvent, PayloadHeld, NodeClosed, NodeFull
 """
 
 from __future__ import annotations
@@ -118,6 +118,10 @@ class AlreadyExists(StorageError):
     """There is such a file with other content, and files with a logical name never change."""
 
 
+class CannotCopy(StorageError):
+    """The server does not copy this file by itself, or says too little of the copy: its bytes have to pass through us."""
+
+
 class ChecksumMismatch(StorageError):
     """The bytes that passed are not the ones that were promised."""
 
@@ -144,6 +148,10 @@ class WorkdirFault(RuntimeFault):
 
 class IllegalEvent(RuntimeFault):
     """An event that cannot follow the ones before it: a bug in the runtime or a damaged history."""
+
+
+class PayloadHeld(RuntimeFault):
+    """A payload that was to be adopted has an agent, or is somewhere we cannot see it; nothing was done to it."""
 
 
 class NodeClosed(RuntimeFault):

@@ -13,12 +13,17 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import stat
 from collections.abc import Callable
-from typing import Final
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
 from loadmaster.workdir import Workdir
+
+if TYPE_CHECKING:
+    from loadmaster.notices import Notices
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +35,9 @@ PEEK_BYTES: Final = 64 * 1024
 
 FOLLOW_SECONDS: Final = 0.1
 """Whoever follows is told as often as that at most: a person cannot read faster."""
+
+LOOK_SECONDS: Final = 1.0
+"""Where the kernel does not say that there is something."""
 
 BLOCK_BYTES: Final = 64 * 1024
 """The disk is given back in multiples of it: no file system has larger blocks."""
@@ -60,6 +68,24 @@ class Output:
             os.close(self.directory)
             os.close(self.stdout)
             raise
+
+    @classmethod
+    def reopen(cls, workdir: Workdir, stdout: str, stderr: str, *, kept_bytes: int | None) -> Output:
+        """The files of a payload that another agent has started; no failure for what the payload has done to them.
+
+        What is no file any more reads as empty: its name was the payload's to change. The gap that was made in one of
+        which so much is kept is found again.
+        """
+        output = cls.__new__(cls)
+        output._workdir, output._names, output._gaps = workdir, (stdout, stderr), {}
+        output.directory = workdir.descriptor()
+        output.stdout = _reopened(workdir, stdout)
+        output.stderr = os.dup(output.stdout) if stderr == stdout else _reopened(workdir, stderr)
+        for descriptor in output.files.values() if kept_bytes is not None else ():
+            begin = _whole_blocks((kept_bytes or 0) // 2 + BLOCK_BYTES - 1)
+            if gap := _gap_at(descriptor, begin):
+                output._gaps[descriptor] = gap
+        return output
 
     @property
     def files(self) -> dict[str, int]:
@@ -124,23 +150,34 @@ class Output:
     async def follow(self, told: Printed) -> None:
         """Tell what is printed, as it is printed; ends by cancellation, when the rest has been told.
 
-        Of more than 64 KiB at once only the end is told. Raises OSError when the user has no inotify queue left.
+        Of more than 64 KiB at once only the end is told. Where the user has no inotify queue left, it is told as often as
+        somebody looks: every second.
         """
-        from loadmaster.notices import MODIFIED, Notices  # with ctypes, loaded when used
-
         cursors = [_Cursor(name, descriptor, told) for name, descriptor in self.files.items()]
-        with Notices() as notices:
-            for cursor in cursors:
-                notices.watch(f"/proc/self/fd/{cursor.descriptor}", MODIFIED)
+        with ExitStack() as stack:
+            notices = self._notices(stack)
             try:
                 while True:
                     for cursor in cursors:
                         cursor.advance()
                     await anyio.sleep(FOLLOW_SECONDS)  # what comes meanwhile is told together
-                    await notices.next()
+                    await (notices.next() if notices is not None else anyio.sleep(LOOK_SECONDS))
             finally:
                 for cursor in cursors:
                     cursor.advance()
+
+    def _notices(self, stack: ExitStack) -> Notices | None:
+        """Told when one of them changes; None where the kernel does not tell."""
+        from loadmaster.notices import MODIFIED, Notices  # with ctypes, loaded when used
+
+        try:
+            notices = stack.enter_context(Notices())
+            for descriptor in self.files.values():
+                notices.watch(f"/proc/self/fd/{descriptor}", MODIFIED)
+        except OSError as exc:
+            log.warning("what the payload prints is shown every %.0f s only: %s", LOOK_SECONDS, exc)
+            return None
+        return notices
 
 
 class _Cursor:
@@ -171,6 +208,28 @@ def last_lines(descriptor: int, lines: int) -> list[str]:
     if size > PEEK_BYTES and len(text) > 1:
         del text[0]  # the first line is most likely only the end of one
     return text[-lines:] if lines > 0 else []
+
+
+def _reopened(workdir: Workdir, name: str) -> int:
+    try:
+        file = workdir.reopen_file(name)
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return file
+        os.close(file)
+        log.warning("%s: is no file any more", name)
+    except OSError as exc:
+        log.warning("%s: what was printed there is not seen any more: %s", name, exc.strerror)
+    return os.memfd_create(name.replace("/", "_")[:100], os.MFD_CLOEXEC)
+
+
+def _gap_at(file: int, begin: int) -> tuple[int, int] | None:
+    """The gap that starts there, if one does."""
+    try:
+        if os.lseek(file, begin, os.SEEK_HOLE) != begin:
+            return None
+        return begin, os.lseek(file, begin, os.SEEK_DATA)
+    except OSError:  # it ends before, or there is nothing more in it
+        return None
 
 
 def _is_hole(file: int, begin: int, end: int) -> bool:

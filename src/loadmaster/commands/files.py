@@ -1,0 +1,122 @@
+"""What commands read and write, and what they say when they cannot."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from loadmaster import dirac
+from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
+from loadmaster.description import ComputingElement, JobDescription
+from loadmaster.errors import InvalidJob
+from loadmaster.hooks import find_coordinator
+from loadmaster.names import file_url
+from loadmaster.site import Site
+
+
+def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
+    """The job of a file, and its computing element. Raises `InvalidJob` that names the file."""
+    words, ce_words = dirac.split_wrapper_file(read_json(options.job))
+    if options.ce is not None:
+        ce_words = {**ce_words, **read_json(options.ce)}
+    try:
+        job = JobDescription.load(words).relative_to(options.job.absolute().parent, outputs=Path.cwd())
+        return job, ComputingElement.load(ce_words)
+    except InvalidJob as exc:
+        raise InvalidJob(f"{options.job}: {exc}") from exc
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """An object in a file. Raises `InvalidJob`."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as exc:
+        raise InvalidJob(f"{path}: {exc.strerror}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise InvalidJob(f"{path}: not JSON: {exc}") from exc
+    if not isinstance(data, dict):
+        raise InvalidJob(f"{path}: an object {{...}} is expected, not {type(data).__name__}")
+    return data
+
+
+def read_site(options: argparse.Namespace, job: JobDescription) -> Site:
+    """The site of --config, with a place for outputs that have none."""
+    output = (options.output or Path("outputs") / job.job_id).absolute()
+    site = Site.load(options.config) if options.config else Site()
+    return site if site.output_directory else site.model_copy(update={"output_directory": file_url(output)})
+
+
+def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
+    """The class of --coordinator, or the one of jobs without special wishes."""
+    if options.coordinator is None:
+        return JobExecutionCoordinator
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; this process is ours
+    found = find_coordinator(options.coordinator)
+    return dirac.adapt(found) if dirac.is_synchronous(found) else found
+
+
+def check_writable(path: Path | None, option: str = "--result") -> None:
+    """Refuse a place for the result now, rather than when there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise InvalidJob(f"{option} {path}: cannot be written")
+
+
+def open_new(path: Path | None) -> TextIO | None:
+    """The file for the events, empty. Raises `InvalidJob`."""
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8")
+    except OSError as exc:
+        raise InvalidJob(f"--events {path}: {exc.strerror}") from exc
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its name and rename it; what is no file of its own (a link, /dev/stdout) is written to."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        path.write_text(text, encoding="utf-8")
+        return
+    beside = path.with_name(f".{path.name}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+class Sayer(Protocol):
+    """What shows a person a line."""
+
+    def say(self, line: str) -> None:
+        """Show it."""
+        ...
+
+
+@contextmanager
+def log_to(display: Sayer) -> Iterator[None]:
+    """Show the package's warnings among the job's lines."""
+
+    class ToDisplay(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            display.say(f"{record.levelname.lower()}: {record.getMessage()}")
+
+    handler = ToDisplay(logging.WARNING)
+    logger = logging.getLogger("loadmaster")
+    logger.addHandler(handler)
+    propagate, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -1,0 +1,92 @@
+"""`loadmaster node SOURCE`: the jobs of a file or a directory, as many at once as the machine has room for."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from io import StringIO
+from pathlib import Path
+from typing import Final
+
+import anyio
+
+from loadmaster.board import open_board, told
+from loadmaster.commands.arguments import Commands, number, size_bytes
+from loadmaster.commands.codes import NOT_PREPARED, OK, PAYLOAD_FAILED
+from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json
+from loadmaster.description import ComputingElement
+from loadmaster.machine import MIB, detect
+from loadmaster.names import file_url
+from loadmaster.node import Node
+from loadmaster.orders import told_to_stop
+from loadmaster.site import Site
+from loadmaster.sources import JobFiles, JobLines
+from loadmaster.work import work
+from loadmaster.workdir import default_root
+
+WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
+ones come while others compute. The first Ctrl-C lets what computes finish, the second kills it, the third leaves."""
+
+ENDS: Final = """Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
+named, the others were run); 2 jobs failed; 130 and 143 told to stop before all were done."""
+
+
+def add(commands: Commands, line: str) -> None:
+    """The parser of the command."""
+    node = commands.add_parser("node", help=line, description=WHAT, epilog=ENDS)
+    node.set_defaults(command=_node)
+    node.add_argument(
+        "source", type=Path, metavar="SOURCE", help="JSON Lines: a job a line; or a directory of job files"
+    )
+    node.add_argument("--ce", type=Path, metavar="CE.json", help="the computing element")
+    node.add_argument("--config", type=Path, metavar="SITE.toml", help="storage elements, catalog, sandbox store")
+    node.add_argument("--coordinator", metavar="MODULE:CLASS", help="a coordinator, as for `run`")
+    node.add_argument("--cores", type=number(1, 100_000), metavar="N", help="of so many cores (default: all there are)")
+    node.add_argument("--memory", type=size_bytes, metavar="SIZE", help="of so much memory (500M, 16G)")
+    node.add_argument("--scratch", type=Path, metavar="DIR", help="where work directories are made")
+    node.add_argument("--output", type=Path, metavar="DIR", help="where outputs go that have no other target (outputs)")
+    node.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
+    node.add_argument("--results", type=Path, metavar="DIR", help="write each job's result to a file there")
+    node.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _node(options: argparse.Namespace) -> int:
+    ce = ComputingElement.load(read_json(options.ce) if options.ce else {})
+    coordinator = read_coordinator(options)
+    site = Site.load(options.config) if options.config else Site()
+    if not site.output_directory:
+        outputs = (options.output or Path("outputs")).absolute()
+        site = site.model_copy(update={"output_directory": f"{file_url(outputs)}/{{job_id}}"})
+    scratch = (options.scratch or default_root()).absolute()
+    scratch.mkdir(parents=True, exist_ok=True)
+    memory_mb = options.memory // MIB if options.memory else None
+    ledger = detect(scratch).ledger(cores=options.cores, memory_mb=memory_mb)
+    if options.results:
+        options.results.mkdir(parents=True, exist_ok=True)
+    events = open_new(options.events)
+    board = open_board(sys.stderr or StringIO(), quiet=options.quiet)
+    try:
+        with ExitStack() as opened:
+            if events is not None:
+                opened.enter_context(closing(events))
+            source: JobFiles | JobLines
+            if options.source.is_dir():
+                source = JobFiles(options.source, outputs=Path.cwd())
+            else:
+                source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
+            orders = opened.enter_context(told_to_stop())
+            opened.enter_context(log_to(board))
+            node = Node(ce, site=site, ledger=ledger, root=scratch, coordinator=coordinator)
+            shift = anyio.run(partial(work, node, source, board, orders, results=options.results, events=events))
+    finally:
+        board.close()
+    for problem in shift.refused:
+        board.say(f"loadmaster: {problem}")
+    if shift.figures is not None and not options.quiet:
+        with suppress(OSError, ValueError):
+            print(told(shift.figures), flush=True)
+    if orders.seen and (shift.figures is None or shift.figures.given_back or shift.figures.ended["Killed"]):
+        return 128 + orders.seen[0]
+    return PAYLOAD_FAILED if shift.failed else NOT_PREPARED if shift.refused else OK

@@ -1,0 +1,130 @@
+"""`loadmaster run JOB.json`: one job, on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Final, TextIO
+
+import anyio
+
+from loadmaster.commands.arguments import Commands, add_job
+from loadmaster.commands.codes import TABLE, exit_code
+from loadmaster.commands.files import (
+    check_writable,
+    log_to,
+    open_new,
+    read_coordinator,
+    read_job,
+    read_site,
+    write_whole,
+)
+from loadmaster.handle import JobHandle
+from loadmaster.names import shown
+from loadmaster.orders import Orders, told_to_stop
+from loadmaster.payload.supervise import HEARTBEAT_SECONDS
+from loadmaster.reporter import write_events
+from loadmaster.result import JobResult, Status
+from loadmaster.runner import run_job
+from loadmaster.staging.plan import check_outputs
+from loadmaster.tasks import single_error
+from loadmaster.terminal import Display, follow, printable, size, stderr_display
+from loadmaster.workdir import default_root
+
+LIVE_SECONDS: Final = 1.0
+"""Between two looks at the payload's CPU and memory while a person watches."""
+
+
+def add(commands: Commands, line: str) -> None:
+    """The parser of the command."""
+    run = commands.add_parser("run", help=line, epilog=TABLE)
+    add_job(run)
+    run.set_defaults(command=_run)
+    run.add_argument(
+        "--root", type=Path, metavar="DIR", help="where work directories are made (default: a temporary directory)"
+    )
+    run.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
+    run.add_argument("--result", type=Path, metavar="FILE", help="write the result as JSON")
+    run.add_argument("--keep-workdir", action="store_true", help="leave the work directory where it is, and say where")
+    run.add_argument("--follow", action="store_true", help="show what the payload prints, as it prints it")
+    run.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _run(options: argparse.Namespace) -> int:
+    job, ce = read_job(options)
+    coordinator = read_coordinator(options)
+    root = (options.root or default_root()).absolute()
+    display = stderr_display(quiet=options.quiet)
+    site = read_site(options, job)
+    heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
+    check_outputs(job, site)
+    check_writable(options.result)
+    events = open_new(options.events)
+    with told_to_stop() as orders, log_to(display):
+        run = partial(
+            run_job, job, ce=ce, coordinator=coordinator, site=site, root=root,
+            keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
+        )  # fmt: skip
+        try:
+            result = anyio.run(_fly, run, orders, display, events, options.follow)
+        finally:
+            display.close()
+    if result is None:
+        display.say("abandoned: the payload was stopped, nothing more was delivered")
+        return 128 + orders.seen[0]
+    if options.result:
+        write_whole(options.result, json.dumps(result.to_json(), indent=2) + "\n")
+    if not options.quiet:
+        _print_result(result, kept=root / job.job_id if options.keep_workdir else None)
+    elif result.failure is not None:
+        display.say(f"loadmaster: job {result.job_id}: {result.failure}")
+    return 128 + orders.seen[0] if result.status is Status.KILLED and orders.seen else exit_code(result)
+
+
+async def _fly(
+    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool
+) -> JobResult | None:
+    """The job's result; None when it was abandoned."""
+    handle = JobHandle()
+    result = None
+    with single_error():
+        async with anyio.create_task_group() as listening:
+            listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
+            async with anyio.create_task_group() as followers:
+                followers.start_soon(partial(follow, handle, display, output=output))
+                if events is not None:
+                    followers.start_soon(write_events, handle, events)
+                result = await run(handle=handle)
+            listening.cancel_scope.cancel()
+    return result
+
+
+async def _obey(orders: Orders, handle: JobHandle, display: Display, everything: anyio.CancelScope) -> None:
+    """The first order kills the job, which still delivers its sandbox; the second leaves at once."""
+    name = await orders.next()
+    if handle.kill(f"told to stop by {name}"):
+        display.say(f"{name}: stopping the payload; its sandbox is still delivered (once more: leave at once)")
+    else:
+        display.say(f"{name}: the payload has ended, its outputs are being delivered (once more: leave at once)")
+    name = await orders.next()
+    display.say(f"{name}: leaving; the payload is killed, nothing more is delivered")
+    handle.hurry()
+    everything.cancel()
+
+
+def _print_result(result: JobResult, kept: Path | None) -> None:
+    """The result for people, on standard output; one that cannot be printed has still happened."""
+    failure = f": {result.failure}" if result.failure is not None else ""
+    lines = [f"{result.status}{failure}"]
+    lines += [f"  {file.name}  {size(file.size_bytes)}  {shown(file.url)}" for file in result.outputs]
+    lines += [f"  {name}  not delivered" for name in result.missing_outputs]
+    lines += [f"  pending: {line}" for line in result.pending]
+    if kept is not None:
+        lines.append(f"  work directory: {kept}")
+    with suppress(OSError, ValueError):
+        print("\n".join(map(printable, lines)), flush=True)
