@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription, PayloadSpec
-from loadmaster.dirac.dictionaries import environment, write_job_info
+from loadmaster.dirac.dictionaries import payload_command, payload_environment, write_job_info
 from loadmaster.dirac.thread import HookThread
 from loadmaster.errors import HookFailed, RescheduleJob
 
@@ -26,8 +26,9 @@ class DiracCoordinator(JobExecutionCoordinator):
         await super().stageIn()
 
     async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
-        """The command as it is, in an environment with DIRAC's variables; the job's own win."""
-        return PayloadSpec(command=command, env={**environment(self.jobArgs, self.ceArgs), **exeEnv})
+        """The command, in an environment with DIRAC's variables; the job's own win."""
+        command = payload_command(self.jobArgs, self.ceArgs, command)
+        return PayloadSpec(command=command, env=payload_environment(self.jobArgs, self.ceArgs, exeEnv))
 
 
 def is_synchronous(coordinator: type[Any]) -> bool:
@@ -60,7 +61,8 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
             await super().stageIn()
 
         async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
-            env = {**environment(self.jobArgs, self.ceArgs), **exeEnv}
+            command = payload_command(self.jobArgs, self.ceArgs, command)
+            env = payload_environment(self.jobArgs, self.ceArgs, exeEnv)
             value = await self._thread.call(f"{legacy.__name__}.preProcess", self._pre_process, command, dict(env))
             if value is None:
                 return PayloadSpec(command=command, env=env)
