@@ -90,6 +90,11 @@ class JobHandle:
         return self._life.stage
 
     @property
+    def history(self) -> tuple[Event, ...]:
+        """Every event of the job until now."""
+        return tuple(self._events)
+
+    @property
     def result(self) -> JobResult | None:
         """The job's result once it has finished, None before and when it was interrupted."""
         return self._life.result() if self._life.stage is Stage.FINISHED else None

@@ -190,6 +190,11 @@ class Node:
         """
         return self._take(job, coordinator or self._coordinator, attempt).handle
 
+    def handle(self, job_id: str) -> JobHandle | None:
+        """The handle of a job that the node has and that has not ended; else None."""
+        entry = self._entries.get(job_id)
+        return None if entry is None else entry.handle
+
     def events(self, *, transient: bool = False) -> EventStream:
         """What happens to all jobs, from now on; `transient`: with heartbeats and progress. Ends with the node."""
         return self._streams.open(transient=transient)
