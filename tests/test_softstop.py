@@ -60,11 +60,11 @@ def test_a_pattern_that_never_ends_is_given_up(
 
 def test_a_description_says_it_in_diracs_words() -> None:
     job = JobDescription.load(
-        {"Executable": "x", "StopSigRegex": "gauss", "StopSigNumber": "10", "StopSigStartSeconds": 600}
+        {"Executable": "x", "StopSigRegex": "gauss", "StopSigNumber": "10", "StopSigFinishSeconds": 600}
     )
     assert SoftStop.of(job) == SoftStop("gauss", 10, 600.0)
     assert (
-        job.to_dirac().items() >= {"StopSigRegex": "gauss", "StopSigNumber": 10, "StopSigStartSeconds": 600.0}.items()
+        job.to_dirac().items() >= {"StopSigRegex": "gauss", "StopSigNumber": 10, "StopSigFinishSeconds": 600.0}.items()
     )
     assert SoftStop.of(JobDescription(executable="x")) is None
     assert SoftStop.of(JobDescription.load({"Executable": "x", "StopSigRegex": ""})) is None

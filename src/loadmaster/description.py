@@ -64,7 +64,7 @@ DIRAC_KEYS: Final[Mapping[str, str]] = {
     "tags": "Tags",
     "stop_pattern": "StopSigRegex",
     "stop_signal": "StopSigNumber",
-    "stop_seconds": "StopSigStartSeconds",
+    "stop_seconds": "StopSigFinishSeconds",
 }
 """Our field, DIRAC's key. Any other key that begins with a capital is kept as it is and offered to the coordinator."""
 
@@ -240,8 +240,8 @@ class Words(BaseModel):
         return {**fields, "extra": extra}
 
     def to_dirac(self) -> dict[str, Any]:
-        """The same in DIRAC's keys, unknown ones included: what a synchronous coordinator is given."""
-        values = self.model_dump(exclude={"extra"}, exclude_defaults=True, mode="json")
+        """The same in DIRAC's keys, unknown ones included: what was given, also where it is what it would be otherwise."""
+        values = self.model_dump(exclude={"extra"}, exclude_unset=True, exclude_none=True, mode="json")
         return {**self.extra, **{dirac: values[field] for field, dirac in self._keys().items() if field in values}}
 
 

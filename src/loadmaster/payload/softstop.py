@@ -1,6 +1,6 @@
 """Asking a payload to wind down before it has to end: a signal to those of its processes that can be asked.
 
-DIRAC's StopSigRegex, StopSigNumber and StopSigStartSeconds. A payload that then ends with 128 + the signal's number, or by
+DIRAC's StopSigRegex, StopSigNumber and StopSigFinishSeconds. A payload that then ends with 128 + the signal's number, or by
 that signal, has succeeded.
 """
 
