@@ -105,7 +105,9 @@ class Keeper:
         }
 
     def _do(self, module: str, *words: str) -> str:
-        done = subprocess.run([sys.executable, "-m", module, *words], check=True, stdout=subprocess.PIPE, stderr=self.log)
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words], check=True, stdout=subprocess.PIPE, stderr=self.log
+        )
         return done.stdout.decode()
 
     def _run(self, command: list[str]) -> subprocess.Popen[bytes]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import fcntl
 import json
+import sqlite3
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -44,9 +46,7 @@ def environment(cache: Path) -> Path:
             try:
                 subprocess.run([sys.executable, "-m", "venv", "--clear", str(home / "venv")], check=True, timeout=120)
                 words = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile", *PACKAGES]
-                subprocess.run(
-                    [python, *words], check=True, timeout=INSTALL_SECONDS, stderr=subprocess.PIPE, text=True
-                )
+                subprocess.run([python, *words], check=True, timeout=INSTALL_SECONDS, stderr=subprocess.PIPE, text=True)
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired, OSError) as exc:
                 said = [line for line in str(getattr(exc, "stderr", "") or exc).splitlines() if line.strip()]
                 pytest.skip(f"DiracX {VERSION} cannot be installed: {said[-1] if said else exc}")
@@ -83,7 +83,9 @@ class DiracxServer:
 
     def token(self, user: str, group: str) -> dict[str, Any]:
         words = urlencode({"preferred_username": user, "scope": f"vo:testvo group:{group}"})
-        request = Request(f"{self.url}/api/auth/legacy-exchange?{words}", headers={"Authorization": f"Bearer {self._key}"})
+        request = Request(
+            f"{self.url}/api/auth/legacy-exchange?{words}", headers={"Authorization": f"Bearer {self._key}"}
+        )
         with urlopen(request, timeout=30) as answer:
             return dict(json.load(answer))
 
@@ -105,14 +107,21 @@ class DiracxServer:
             token = self._tokens[user, group] = self.token(user, group)["access_token"]
         headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
         data = None if words is None else json.dumps(words).encode()
-        with urlopen(Request(self.url + path, data, headers, method=method), timeout=60) as answer:
-            body = answer.read()
-            return json.loads(body) if body else None
+        try:
+            with urlopen(Request(self.url + path, data, headers, method=method), timeout=60) as answer:
+                body = answer.read()
+                return json.loads(body) if body else None
+        except HTTPError as exc:
+            pytest.fail(f"{method} {path}: {exc}: {exc.read()[:2000]!r}")
 
     def submit(self, count: int = 1) -> list[int]:
         """So many jobs that were matched."""
         jdl = 'Executable = "/bin/true"; JobName = "test";'
-        jobs = [job["JobID"] for job in self.ask("POST", "/api/jobs/jdl", [jdl] * count)]
+        jobs = [
+            job["JobID"]
+            for some in (min(10, count - at) for at in range(0, count, 10))
+            for job in self.ask("POST", "/api/jobs/jdl", [jdl] * some)
+        ]
         self.set_status(jobs, "Matched", "Job Received by Agent", force=True)
         return jobs
 
@@ -137,6 +146,25 @@ class DiracxServer:
     def statuses(self, jobs: Sequence[int]) -> dict[int, tuple[str, str]]:
         found = self.found(jobs, "Status", "MinorStatus")
         return {number: (job["Status"], job["MinorStatus"]) for number, job in found.items()}
+
+    def beats(self, job: int) -> dict[str, str]:
+        """The newest value of each thing that heartbeats told; no route gives them, so they are looked up."""
+        with closing(sqlite3.connect(f"file:{self.home}/db/jobdb.db?mode=ro", uri=True)) as database:
+            words = "SELECT Name, Value FROM HeartBeatLoggingInfo WHERE JobID = ? ORDER BY HeartBeatTime"
+            return dict(database.execute(words, (job,)))
+
+    def printed(self, job: int) -> str:
+        """What a heartbeat brought of a job's output."""
+        with closing(sqlite3.connect(f"file:{self.home}/db/jobparametersdb.db?mode=ro", uri=True)) as database:
+            found = database.execute("SELECT extra FROM dummy WHERE doc_id = ?", (job,)).fetchone()
+            return str(json.loads(found[0]).get("StandardOutput", "")) if found else ""
+
+    def content(self, pfn: str) -> dict[str, bytes]:
+        """What is in a sandbox."""
+        url = self.ask("GET", f"/api/jobs/sandbox?{urlencode({'pfn': pfn})}")["url"]
+        with urlopen(url, timeout=30) as answer, tarfile.open(fileobj=BytesIO(answer.read())) as archive:
+            found = {member.name: archive.extractfile(member) for member in archive.getmembers()}
+            return {name: file.read() for name, file in found.items() if file is not None}
 
     def histories(self, jobs: Sequence[int]) -> dict[int, list[Said]]:
         """What the server's log has of each, without its own first lines."""
@@ -277,12 +305,3 @@ class Proxy:
             return b""
         finally:
             writer.close()
-
-
-def claims(token: str) -> dict[str, Any]:
-    """What is written in a token."""
-    part = token.split(".")[1]
-    return dict(json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4))))
-
-
-__all__ = ["DiracxServer", "HTTPError", "Proxy", "Said", "claims", "diracx_server"]

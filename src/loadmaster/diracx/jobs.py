@@ -40,16 +40,17 @@ class Attempt:
     """So many of its events have been heard."""
     reported: int = 0
     """So many of them are in reports already, of ours or of a process before us."""
-    hold: bool = False
+    last: datetime | None = None
+    """The time of its last status."""
 
     def reports(self, number: int, event: Event) -> list[Report]:
         """What is to be reported of the next event."""
         self.heard += 1
         said = self.statuses.advance(event)
+        reports: list[Report] = [StatusReport(number, self._next_time(event.time), status) for status in said]
         if self.heard <= self.reported:
             return []
         self.reported = self.heard
-        reports: list[Report] = [StatusReport(number, event.time, status) for status in said]
         if parameters := _parameters(event):
             reports.append(ParameterReport(number, parameters))
         if isinstance(event, JobFinished):
@@ -57,6 +58,16 @@ class Attempt:
             if self.statuses.current.status == Major.RESCHEDULED and not held:  # that one waits for a person
                 reports.append(RescheduleReport(number))
         return reports
+
+    def _next_time(self, time: datetime) -> datetime:
+        self.last = _later(time, self.last)
+        return self.last
+
+
+def _later(time: datetime, last: datetime | None) -> datetime:
+    """The time as a database keeps it, and later than the last one: it is what a status is known by."""
+    time = time.replace(microsecond=time.microsecond // 1000 * 1000)
+    return time if last is None else max(time, last + TICK)
 
 
 def attempt_name(accepted: Event) -> str:
@@ -70,8 +81,8 @@ def _parameters(event: Event) -> dict[str, str]:
             return {clean(name)[:PARAMETER_CHARACTERS]: clean(value)[:PARAMETER_CHARACTERS]}
         case JobAccepted():
             return {"HostName": os.uname().nodename, "JobWrapperPID": str(os.getpid())}
-        case PayloadStarted(pid=pid):
-            return {"PayloadPID": str(pid)}
+        case PayloadStarted(pid=pid, containment=containment):
+            return {"PayloadPID": str(pid), "PayloadContainment": containment}
         case _:
             return {}
 
@@ -89,6 +100,8 @@ class Line:
     """As delivered."""
     stamp: datetime | None = None
     """The last time that was sent."""
+    stamps: dict[Filed, datetime] = field(default_factory=dict)
+    """Under which a status was sent. The server may have it, though we do not know: then it is the same one again."""
     attempt: Attempt | None = None
     handle: JobHandle | None = None
     beat: Heartbeat | None = None
@@ -140,19 +153,21 @@ class Line:
         found = {}
         for each in filed:
             assert isinstance(each.report, StatusReport)  # noqa: S101 - `next_statuses` has seen to it
-            words = {name: clean(text) for name, text in each.report.said.to_dirac(source).items()}
-            found[self._next_stamp(each.report.time + skew).isoformat()] = words
+            if each not in self.stamps:
+                self.stamps[each] = self._next_stamp(each.report.time + skew)
+            words = each.report.said.to_dirac(source)
+            found[self.stamps[each].isoformat()] = {name: clean(text) for name, text in words.items()}
         return found
 
     def _next_stamp(self, time: datetime) -> datetime:
-        time = time.replace(microsecond=time.microsecond // 1000 * 1000)
-        self.stamp = time if self.stamp is None else max(time, self.stamp + TICK)
+        self.stamp = _later(time, self.stamp)
         return self.stamp
 
     def delivered(self, filed: list[Filed]) -> JobStatus:
         """The statuses are with the server: the job's whole status as it should be there."""
         for each in filed:
             self.statuses.remove(each)
+            self.stamps.pop(each, None)
             if isinstance(each.report, StatusReport):
                 self.said = each.report.said.over(self.said)
         return self.said
