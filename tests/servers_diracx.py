@@ -213,15 +213,15 @@ Fate = str
 
 
 class Proxy:
-    """Before a server: what becomes of each request is `fate(method, path)`.
+    """Before a server: what becomes of each request is `fate(method, path, body)`.
 
     with Proxy(server.url) as proxy:
-        proxy.fate = lambda method, path: "lost" if path.endswith("heartbeat") else ""
+        proxy.fate = lambda method, path, body: "lost" if path.endswith("heartbeat") else ""
     """
 
     def __init__(self, url: str) -> None:
         self._port = urlsplit(url).port
-        self.fate: Callable[[str, str], Fate] = lambda method, path: ""
+        self.fate: Callable[[str, str, bytes], Fate] = lambda method, path, body: ""
         self.asked: list[tuple[str, str, bytes]] = []
         self.fates: Counter[str] = Counter()
         self.port = 0
@@ -270,7 +270,7 @@ class Proxy:
                 headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
                 body = await reader.readexactly(int(headers.get("content-length", "0")))
                 self.asked.append((method, target, body))
-                fate = self.fate(method, target)
+                fate = self.fate(method, target, body)
                 self.fates[fate] += 1
                 answer = b"" if fate in {"500", "reset", "later"} else await self._passed_on(head, body)
                 if fate in {"lost", "reset"}:

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,18 @@ from anyio import to_thread
 
 from conftest import sh, until
 from following import Signpost, happens
-from loadmaster import JobDescription, JobExecutionCoordinator, JobHandle, Ledger, Node, RescheduleJob, Site, Status
-from loadmaster.dirac import MAY_FOLLOW, Major
+from loadmaster import (
+    JobDescription,
+    JobExecutionCoordinator,
+    JobHandle,
+    Ledger,
+    Node,
+    RescheduleJob,
+    Site,
+    Status,
+    run_job,
+)
+from loadmaster.dirac import MAY_FOLLOW, JobStatus, Major
 from loadmaster.diracx.client import DiracX, open_diracx
 from loadmaster.diracx.errors import CredentialsRefused, DiracxRefused
 from loadmaster.diracx.outbox import FileOutbox, StatusReport
@@ -218,7 +229,7 @@ async def test_a_kill_whose_answer_was_lost_is_still_heard(
 ) -> None:
     """A command comes once: the server thinks that it was delivered, and only holds the job as Killed."""
     (number,) = await asked(server.submit)
-    proxy.fate = lambda method, path: "lost" if path == "/api/jobs/heartbeat" else ""
+    proxy.fate = lambda *asked: "lost" if asked[1] == "/api/jobs/heartbeat" else ""
     async with pilot(preferences.model_copy(update={"url": proxy.url})) as (node, _, _):
         handle = node.submit(described(number, **sh("sleep 600")))
         await happens(PayloadStarted)(handle)
@@ -265,7 +276,7 @@ async def test_nothing_is_lost_when_a_tenth_of_the_answers_is(
 ) -> None:
     chance = random.Random(7)
     fates = ["lost", "500", "500 after", "reset", "later"]
-    proxy.fate = lambda method, path: chance.choice(fates) if chance.random() < 0.1 else ""
+    proxy.fate = lambda *asked: chance.choice(fates) if chance.random() < 0.1 else ""
     jobs = await asked(server.submit, 30)
     async with pilot(preferences.model_copy(update={"url": proxy.url})) as (node, reporter, _):
         for number in jobs:
@@ -285,7 +296,7 @@ async def test_a_report_that_was_not_delivered_is_delivered_by_the_next_process(
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     (number,) = await asked(server.submit)
-    proxy.fate = lambda method, path: "reset"
+    proxy.fate = lambda *asked: "reset"
     through = preferences.model_copy(update={"url": proxy.url})
     async with FileOutbox(tmp_path / "outbox.sqlite") as outbox:
         async with pilot(through, outbox=outbox, flush_seconds=0.5) as (node, reporter, _):
@@ -313,11 +324,41 @@ async def test_what_the_server_took_for_old_is_said_again(
         handle = node.submit(described(number, **sh("sleep 1")))
         await happens(PayloadStarted)(handle)
         await until(lambda: not reporter.waiting, 30)
-        proxy.fate = lambda method, path: "reset"
+        proxy.fate = lambda *asked: "reset"
         await handle.wait()
         await asked(server.set_status, [number], "Stalled", "Job stalled: pilot not running")
-        proxy.fate = lambda method, path: ""
+        proxy.fate = lambda *asked: ""
     assert await asked(server.statuses, [number]) == {number: ("Done", "Execution Complete")}
+
+
+async def test_an_hour_old_report_of_a_job_that_was_matched_since_is_said_as_of_now(
+    server: DiracxServer, preferences: Preferences, tmp_path: Path
+) -> None:
+    """So it is with a clock that is behind: what is older than the server's last line of the job is ignored there."""
+    (number,) = await asked(server.submit)
+    path, before = tmp_path / "outbox.sqlite", datetime.now(UTC) - timedelta(hours=1)
+    said = [JobStatus("Running", "Job Initialization"), JobStatus("Completing", "Uploading"), JobStatus("Done", "End")]
+    async with FileOutbox(path) as outbox:
+        await outbox.put([StatusReport(number, before, each) for each in said], {})
+        async with open_diracx(preferences) as diracx, open_reporter(diracx, outbox=outbox) as reporter:
+            pass
+        assert reporter.undelivered == ()
+        assert (await outbox.load()).filed == []
+    assert await asked(server.statuses, [number]) == {number: ("Done", "End")}
+
+
+async def test_a_job_that_troubles_the_server_holds_up_no_other(
+    server: DiracxServer, preferences: Preferences, pilot: Any, proxy: Proxy
+) -> None:
+    *jobs, poison = await asked(server.submit, 12)
+    proxy.fate = lambda method, path, body: "500" if f'"{poison}":'.encode() in body else ""
+    words = preferences.model_copy(update={"url": proxy.url})
+    async with pilot(words, flush_seconds=1.0) as (node, reporter, _):
+        for number in (poison, *jobs):
+            node.submit(described(number))
+        await node.wait_idle()
+        await until(lambda: {report.job for report in reporter.undelivered} == {poison}, 60)
+    assert await asked(server.statuses, jobs) == dict.fromkeys(jobs, ("Done", "Execution Complete"))
 
 
 async def test_a_job_the_server_does_not_have_holds_up_no_other(
@@ -411,7 +452,7 @@ async def test_a_sandbox_whose_answers_are_lost_is_stored_and_assigned_once(
     (number,) = await asked(server.submit)
     seen: set[str] = set()
 
-    def lost_the_first_time(method: str, path: str) -> str:
+    def lost_the_first_time(method: str, path: str, body: bytes) -> str:
         fate = "" if f"{method} {path}" in seen else "lost"
         seen.add(f"{method} {path}")
         return fate
@@ -466,14 +507,15 @@ async def test_a_pilot_is_registered_once_and_tells_of_itself(server: DiracxServ
 async def test_one_job_is_reported_by_its_handle(
     server: DiracxServer, preferences: Preferences, root: Path, out: Path
 ) -> None:
-    from loadmaster import run_job
-
     (number,) = await asked(server.submit)
     handle = JobHandle()
-    async with open_diracx(preferences) as diracx, open_reporter(diracx, source="JobWrapper@LCG.Test.org") as reporter:
-        async with anyio.create_task_group() as group:
-            group.start_soon(reporter.follow, handle)
-            await run_job(described(number), handle=handle, root=root, site=Site(output_directory=str(out)))
+    async with (
+        open_diracx(preferences) as diracx,
+        open_reporter(diracx, source="JobWrapper@LCG.Test.org") as reporter,
+        anyio.create_task_group() as group,
+    ):
+        group.start_soon(reporter.follow, handle)
+        await run_job(described(number), handle=handle, root=root, site=Site(output_directory=str(out)))
     history = (await asked(server.histories, [number]))[number]
     assert told(history) == DONE
     assert {said.source for said in history} == {"JobWrapper@LCG.Test.org"}

@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from loadmaster.diracx.credentials import Credentials, Tokens
 from loadmaster.diracx.errors import CredentialsRefused, DiracxError, DiracxRefused, DiracxUnavailable
 from loadmaster.diracx.preferences import Preferences
+from loadmaster.errors import LoadmasterError
 from loadmaster.storage.credentials import authorities
 
 try:
@@ -283,19 +284,41 @@ async def exchange(
     http: httpx.AsyncClient, request: httpx.Request, what: str, *, seconds: float = ANSWER_SECONDS
 ) -> Answer:
     """Send a request, take its answer whole. Raises `DiracxUnavailable` that begins with `what`."""
+    body = bytearray()
+
+    async def take(block: bytes) -> bool:
+        body.extend(block)
+        return len(body) <= MOST_BYTES
+
     try:
         with anyio.fail_after(seconds):
             async with streamed(http, request) as response:
-                body = bytearray()
-                async for block in response.aiter_bytes():
-                    body += block
-                    if len(body) > MOST_BYTES:
-                        raise DiracxUnavailable(f"{what}: an answer without end", answered=True)
-                return Answer(response.status_code, {k.lower(): v for k, v in response.headers.items()}, bytes(body))
+                await give_blocks(response.aiter_bytes(), take)
     except TimeoutError as exc:
         raise DiracxUnavailable(f"{what}: no answer within {seconds:.0f} s") from exc
     except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, ssl.SSLError, OSError) as exc:
         raise unavailable(what, exc) from exc
+    if len(body) > MOST_BYTES:
+        raise DiracxUnavailable(f"{what}: an answer without end", answered=True)
+    return Answer(response.status_code, {k.lower(): v for k, v in response.headers.items()}, bytes(body))
+
+
+async def give_blocks(blocks: AsyncIterator[bytes], take: Callable[[bytes], Awaitable[bool]]) -> None:
+    """Give blocks as they come, until `take` wants no more, or raises what is our own or the system's.
+
+    The library's generators, one in the other, only end well at their end or by a cancellation: so they get one.
+    """
+    error: Exception | None = None
+    with anyio.CancelScope() as scope:
+        async for block in blocks:
+            try:
+                more = await take(block)
+            except (LoadmasterError, OSError) as exc:
+                error, more = exc, False
+            if not more:
+                scope.cancel()
+    if error is not None:
+        raise error
 
 
 @asynccontextmanager

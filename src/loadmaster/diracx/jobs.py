@@ -108,7 +108,7 @@ class Line:
     """The newest."""
     beaten_at: float = float("-inf")
     asked_twice: bool = False
-    """Whether the last status has been said again because the server took it for an old one."""
+    """Whether statuses have been said again because the server took them for old ones."""
     question: bool = False
     """Whether the server may have something to say that we have missed."""
     unknown: bool = False
@@ -163,14 +163,27 @@ class Line:
         self.stamp = _later(time, self.stamp)
         return self.stamp
 
-    def delivered(self, filed: list[Filed]) -> JobStatus:
-        """The statuses are with the server: the job's whole status as it should be there."""
+    def asked(self, filed: list[Filed]) -> JobStatus:
+        """The job's whole status, as it should be with the server once these are said."""
+        status = self.said
+        for each in filed:
+            if isinstance(each.report, StatusReport):
+                status = each.report.said.over(status)
+        return status
+
+    def delivered(self, filed: list[Filed]) -> None:
+        """The statuses are with the server."""
+        self.said = self.asked(filed)
         for each in filed:
             self.statuses.remove(each)
             self.stamps.pop(each, None)
-            if isinstance(each.report, StatusReport):
-                self.said = each.report.said.over(self.said)
-        return self.said
+
+    def say_again(self, filed: list[Filed], time: datetime) -> None:
+        """The server took these for old, and has ignored them: they are to be said once more, as of that time."""
+        self.asked_twice = True
+        self.stamp = _later(time, self.stamp)
+        for each in filed:
+            del self.stamps[each]
 
     def heartbeat(self) -> dict[str, object]:
         """How the job is doing, in DiracX's words: seconds, and MB of 2**20 bytes."""

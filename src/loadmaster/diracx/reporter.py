@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from math import inf
 from random import random
 from typing import Final
@@ -24,10 +25,10 @@ from typing import Final
 import anyio
 
 from loadmaster.description import JobDescription
-from loadmaster.diracx.client import Command, DiracX, wait_seconds
+from loadmaster.diracx.client import SKEW_SECONDS, Command, DiracX, wait_seconds
 from loadmaster.diracx.errors import DiracxError, DiracxRefused, DiracxUnavailable
 from loadmaster.diracx.jobs import ENDED_BY_OTHERS, Attempt, Line, attempt_name, merged
-from loadmaster.diracx.outbox import Filed, MemoryOutbox, Outbox, Report, StatusReport
+from loadmaster.diracx.outbox import Filed, MemoryOutbox, Outbox, Report
 from loadmaster.errors import RuntimeFault
 from loadmaster.events import Event, Heartbeat, JobAccepted
 from loadmaster.handle import JobHandle
@@ -345,22 +346,22 @@ class Reporter:
             elif line.number not in answer.status:
                 raise DiracxUnavailable("DiracX does not say what became of an update", answered=True)
             else:
-                asked = line.delivered(filed).status
-                await self._drop(filed)
-                await self._compare(line, asked, answer.status[line.number])
+                await self._compare(line, filed, answer.status[line.number])
 
-    async def _compare(self, line: Line, asked: str, held: str | None) -> None:
+    async def _compare(self, line: Line, filed: list[Filed], held: str | None) -> None:
         """What the server holds is not always what it was told, although it says yes."""
+        asked = line.asked(filed).status
+        if held is None and filed and not line.asked_twice:
+            # It has heard of something later: it declared the job stalled meanwhile, or its clock is ahead of ours.
+            line.say_again(filed, self._diracx.now() + timedelta(seconds=SKEW_SECONDS))
+            return
+        line.asked_twice = False
+        line.delivered(filed)
+        await self._drop(filed)
         if held is not None and held in ENDED_BY_OTHERS and held != asked:
             self._kill(line, f"DiracX holds it as {held}")
-        elif held is None and asked and not line.asked_twice:
-            # It has heard something later than this: it declared the job stalled, or its clock is ahead of ours.
-            line.asked_twice = True
-            await self._file([StatusReport(line.number, self._diracx.now() - self._diracx.skew, line.said)], {})
         elif asked and held != asked:
             log.warning("job %d: DiracX was told %s and holds %s", line.number, asked, held or "something later")
-        else:
-            line.asked_twice = False
 
     async def _say_parameters(self, lines: Sequence[Line]) -> None:
         taken = {line: list(line.parameters) for line in lines}

@@ -30,7 +30,7 @@ from anyio import to_thread
 from pydantic import ValidationError
 
 from loadmaster.description import complaints
-from loadmaster.diracx.client import DiracX, exchange, open_diracx, streamed, unavailable, without_query
+from loadmaster.diracx.client import DiracX, exchange, give_blocks, open_diracx, streamed, unavailable, without_query
 from loadmaster.diracx.errors import CredentialsRefused, DiracxError, DiracxRefused, DiracxUnavailable
 from loadmaster.diracx.preferences import Preferences
 from loadmaster.errors import (
@@ -109,14 +109,18 @@ class _Sandboxes:
         """Write it to the descriptor; compared with the checksum it is called by."""
         pfn, checksum = _stored(url)
         passed, digest = transfer.begin(), hashlib.sha256()
+
+        async def take(block: bytes) -> bool:
+            passed.update(block)
+            digest.update(block)
+            await to_thread.run_sync(_write, target, block)
+            transfer.done_bytes += len(block)
+            if transfer.done_bytes > LIMIT_BYTES:
+                raise StorageError(url, f"has more than {LIMIT_BYTES:,} bytes")
+            return True
+
         async with self._opened(url, pfn) as response:
-            async for block in response.aiter_raw(BLOCK_BYTES):
-                passed.update(block)
-                digest.update(block)
-                await to_thread.run_sync(_write, target, block)
-                transfer.done_bytes += len(block)
-                if transfer.done_bytes > LIMIT_BYTES:
-                    raise StorageError(url, f"has more than {LIMIT_BYTES:,} bytes")
+            await give_blocks(response.aiter_raw(BLOCK_BYTES), take)
         if checksum is not None and digest.hexdigest() != checksum.digits:
             raise ChecksumMismatch(url, f"sha256 {digest.hexdigest()} expected {checksum.digits}")
         return transfer.info()
@@ -220,10 +224,12 @@ def _signed(http: httpx.AsyncClient, method: str, url: str, **words: Any) -> htt
 
 async def _beginning(response: httpx.Response) -> bytes:
     body = bytearray()
-    async for block in response.aiter_raw(4096):
-        body += block
-        if len(body) >= 4096:
-            break
+
+    async def take(block: bytes) -> bool:
+        body.extend(block)
+        return len(body) < 4096
+
+    await give_blocks(response.aiter_raw(4096), take)
     return bytes(body)
 
 
