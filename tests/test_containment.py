@@ -21,10 +21,13 @@ from anyio import to_thread
 from conftest import until
 from loadmaster.description import Containment, Isolation
 from loadmaster.payload import containment as containment_module
-from loadmaster.payload.containment import ShimTree, Tree, shim_kind, start_contained
+from loadmaster.payload import shimtree
+from loadmaster.payload.containment import shim_kind, start_contained
 from loadmaster.payload.isolation import apptainer_environment, apptainer_words, isolated
 from loadmaster.payload.launch import Launch, Refused
 from loadmaster.payload.process import ExitRecord
+from loadmaster.payload.shimtree import ShimTree
+from loadmaster.payload.tree import Tree
 from loadmaster.payload.usage import read_stat
 from loadmaster.world import BEST_FIRST
 
@@ -74,7 +77,7 @@ async def run(launch: Launch, kind: Containment) -> ExitRecord:
 
 def shim_of(tree: Tree) -> int:
     assert isinstance(tree, ShimTree)
-    return tree._popen.pid
+    return tree.shim_pid
 
 
 def gone(pid: int) -> bool:
@@ -211,7 +214,7 @@ async def test_a_stopped_shim_goes_on_when_it_is_given_an_order(sh: Make, printe
 async def test_a_shim_that_is_stopped_again_and_again_does_not_hold_up_the_end(
     sh: Make, printed: Path, kind: Containment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(containment_module, "ANSWER_SECONDS", dict.fromkeys(Containment, 0.2))
+    monkeypatch.setattr(shimtree, "ANSWER_SECONDS", dict.fromkeys(Containment, 0.2))
     tree = await start(sh("trap '' TERM; sleep 1000 & setsid sleep 1000 & echo $! ; sleep 1000"), kind)
     await until(lambda: printed.read_text().endswith("\n"))
     shim = shim_of(tree)
@@ -231,7 +234,7 @@ async def test_a_shim_that_cannot_open_files_does_not_hold_up_the_end(
     sh: Make, printed: Path, kind: Containment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever has its user may take that from it. It then sees nobody to kill; we do."""
-    monkeypatch.setattr(containment_module, "ANSWER_SECONDS", dict.fromkeys(Containment, 0.3))
+    monkeypatch.setattr(shimtree, "ANSWER_SECONDS", dict.fromkeys(Containment, 0.3))
     tree = await start(sh("trap '' TERM; setsid sleep 1000 & echo ready; sleep 1000"), kind)
     await until(lambda: printed.read_text() == "ready\n")
     shim = shim_of(tree)
@@ -262,7 +265,7 @@ async def test_a_shim_that_dies_before_it_has_spoken_is_not_followed_by_a_second
     sh: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It may have started the payload: nobody may do so again in a weaker containment."""
-    monkeypatch.setattr(containment_module, "shim_command", lambda: ["/bin/sh", "-c", "kill -KILL $$"])
+    monkeypatch.setattr(shimtree, "shim_command", lambda: ["/bin/sh", "-c", "kill -KILL $$"])
     with pytest.raises(OSError, match="before it said what it had started"):
         await start_contained(sh("touch started"), BEST_FIRST)
     assert not (tmp_path / "work" / "started").exists()
@@ -270,7 +273,7 @@ async def test_a_shim_that_dies_before_it_has_spoken_is_not_followed_by_a_second
 
 async def test_a_shim_that_cannot_be_executed_is_a_refusal(sh: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk mounted noexec, or of another machine's kind: what needs none is still to be had."""
-    monkeypatch.setattr(containment_module, "shim_command", lambda: ["/etc/passwd"])
+    monkeypatch.setattr(shimtree, "shim_command", lambda: ["/etc/passwd"])
     with pytest.raises(Refused, match="the shim cannot be executed"):
         await start_contained(sh("exit 0"), SHIMS)
     tree = await start_contained(sh("exit 6"), BEST_FIRST)

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+import sqlite3
+import subprocess
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 
-from conftest import Fly, sh
-from loadmaster import ComputingElement, InvalidJob, JobHandle, Status
-from loadmaster.dirac import adapt, is_synchronous, split_wrapper_file
+from conftest import Fly, sh, until
+from following import happens, killed_when
+from loadmaster import ComputingElement, JobHandle, Status
+from loadmaster.dirac import adapt, is_synchronous
+from loadmaster.dirac import thread as hook_thread
+from loadmaster.dirac.thread import HookThread
+from loadmaster.events import PayloadStarted
 
 
 def S_OK(value: object = None) -> dict[str, Any]:
@@ -160,6 +170,7 @@ async def test_a_killed_job_does_not_wait_for_a_hook_that_blocks(fly: Fly) -> No
         finally:
             release.set()
     assert (result.status, result.failure.message) == (Status.KILLED, "enough")
+    await until(lambda: not any("Stuck" in thread.name for thread in threading.enumerate()))
 
 
 async def test_a_failed_payload_is_still_post_processed(fly: Fly) -> None:
@@ -174,13 +185,170 @@ async def test_a_failed_payload_is_still_post_processed(fly: Fly) -> None:
     assert (called, result.failure.kind) == ([True], "PayloadFailed")
 
 
-def test_a_wrapper_file_has_two_dictionaries_and_a_bare_description_one() -> None:
-    assert split_wrapper_file({"Job": {"JobID": 1}, "CE": {"Site": "S"}}) == ({"JobID": 1}, {"Site": "S"})
-    assert split_wrapper_file({"Executable": "x"}) == ({"Executable": "x"}, {})
-    with pytest.raises(InvalidJob, match="Job: list where an object"):
-        split_wrapper_file({"Job": []})
-
-
 def test_synchronous_coordinators_are_told_from_asynchronous_ones() -> None:
     assert is_synchronous(Base)
     assert not is_synchronous(adapt(Base))
+
+
+# -- hooks of the kind there are ---------------------------------------------------------------------------------
+
+
+async def test_all_of_a_coordinator_is_called_in_one_thread(fly: Fly) -> None:
+    """Connections of sqlite3, and whatever else is a thread's own, may be kept on self."""
+
+    class Connected(Base):
+        def __init__(self, jobArgs: dict[str, Any], ceArgs: dict[str, Any]) -> None:
+            super().__init__(jobArgs, ceArgs)
+            self.connection = sqlite3.connect(":memory:")
+
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> Any:
+            self.connection.execute("CREATE TABLE seen (job)")
+            return super().preProcess(command, exeEnv)
+
+        def postProcess(self) -> Any:
+            self.connection.execute("INSERT INTO seen VALUES (1)")
+            self.connection.close()
+            return S_OK()
+
+    result = await fly({"coordinator": adapt(Connected)})
+    assert result.failure is None
+    assert not any("Connected" in thread.name for thread in threading.enumerate())
+
+
+async def test_a_hook_is_where_diracs_are_and_may_go_elsewhere(fly: Fly, root: Path, tmp_path: Path) -> None:
+    """The directory above the job's; what it changes about that is nobody else's business."""
+    seen = []
+
+    class Wanders(Base):
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> Any:
+            seen.append(os.getcwd())
+            os.chdir(str(self.jobArgs["JobID"]))
+            Path("made by the hook").touch()
+            os.umask(0o077)
+            return super().preProcess(f"{command}; ls", exeEnv)
+
+        def postProcess(self) -> Any:
+            seen.append(os.getcwd())
+            seen.append(subprocess.run(["pwd"], capture_output=True, text=True).stdout.strip())
+            return S_OK()
+
+    before, umask = os.getcwd(), os.umask(0o022)
+    try:
+        result = await fly({"coordinator": adapt(Wanders)}, job_id=7)
+        assert (result.failure, os.getcwd(), os.umask(0o022)) == (None, before, 0o022)
+    finally:
+        os.umask(umask)
+    assert seen == [str(root), str(root / "7"), str(root / "7")]
+
+
+async def test_jobs_that_wander_at_the_same_time_do_not_meet(fly: Fly, root: Path) -> None:
+    both = threading.Barrier(2)
+    seen = {}
+
+    class Wanders(Base):
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> Any:
+            os.chdir(str(self.jobArgs["JobID"]))
+            both.wait(20)
+            seen[self.jobArgs["JobID"]] = os.getcwd()
+            return S_OK()
+
+    async with anyio.create_task_group() as tasks:
+        for job_id in (1, 2):
+            tasks.start_soon(lambda job_id: fly({"coordinator": adapt(Wanders)}, job_id=job_id), job_id)
+    assert seen == {1: str(root / "1"), 2: str(root / "2")}
+
+
+async def test_where_a_directory_of_its_own_is_forbidden_a_hook_that_changes_it_is_named(
+    fly: Fly, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in containers that forbid unshare."""
+
+    class Wanders(Base):
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> Any:
+            os.chdir(tmp_path)
+            return S_ERROR("lost")
+
+    monkeypatch.setattr(hook_thread, "_own_directory", lambda directory: False)
+    before = os.getcwd()
+    result = await fly({"coordinator": adapt(Wanders)})
+    assert (result.failure.message, os.getcwd()) == ("Wanders.preProcess: lost", before)
+    assert f"Wanders.preProcess changed the directory of the whole process, to {tmp_path}: it is back" in caplog.text
+
+
+@pytest.mark.parametrize("hook", ["__init__", "preProcess", "postProcess"])
+async def test_a_hook_that_changes_the_environment_of_the_process_is_named_and_nothing_stays(
+    fly: Fly, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, hook: str
+) -> None:
+    monkeypatch.setenv("LOADMASTER_TEST_THERE", "there")
+    monkeypatch.setenv("LOADMASTER_TEST_GONE", "there")
+
+    def pollutes(self: Any, *_: Any, **__: Any) -> Any:
+        self.jobArgs = {}
+        os.environ["LOADMASTER_TEST_NEW"] = "secret"
+        os.environ["LOADMASTER_TEST_THERE"] = "changed"
+        del os.environ["LOADMASTER_TEST_GONE"]
+        return None if hook == "__init__" else S_OK()
+
+    result = await fly({"coordinator": adapt(type("Pollutes", (Base,), {hook: pollutes}))})
+    assert result.failure is None
+    assert "LOADMASTER_TEST_NEW" not in os.environ
+    assert (os.environ["LOADMASTER_TEST_THERE"], os.environ["LOADMASTER_TEST_GONE"]) == ("there", "there")
+    [said] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert said.getMessage().startswith("Pollutes.preProcess" if hook == "preProcess" else "Pollutes")
+    assert "(LOADMASTER_TEST_GONE, LOADMASTER_TEST_NEW, LOADMASTER_TEST_THERE)" in said.getMessage()
+    assert "secret" not in caplog.text
+
+
+async def test_a_hook_may_print_and_a_quiet_one_is_not_complained_of(
+    fly: Fly, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Prints(Base):
+        def postProcess(self) -> Any:
+            print("the merged histograms look fine")
+            return S_OK()
+
+    await fly({"coordinator": adapt(Prints)})
+    assert capsys.readouterr().out == "the merged histograms look fine\n"
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_hook_that_exits_fails_the_job_and_not_the_pilot(fly: Fly) -> None:
+    class Exits(Base):
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> Any:
+            raise SystemExit(3)
+
+    result = await fly({"coordinator": adapt(Exits)})
+    assert result.failure.message.startswith("Exits.preProcess raised SystemExit: 3")
+
+
+async def test_a_constructor_may_block_too_and_its_error_comes_before_anything_is_fetched(fly: Fly) -> None:
+    class Broken(Base):
+        def __init__(self, jobArgs: dict[str, Any], ceArgs: dict[str, Any]) -> None:
+            time.sleep(0.2)
+            raise ValueError(jobArgs["JobID"])
+
+    result = await fly({"coordinator": adapt(Broken)}, job_id="7", input_data="/nowhere")
+    assert result.failure.message.startswith("Broken.stageIn raised ValueError: 7")
+
+
+async def test_the_thread_of_a_job_that_was_killed_ends(fly: Fly) -> None:
+    async def run(handle: JobHandle) -> Any:
+        return await fly({"coordinator": adapt(Base), "handle": handle}, **sh("sleep 60"), limits={"grace_seconds": 0})
+
+    result, _ = await killed_when(happens(PayloadStarted), run)
+    assert result.status is Status.KILLED
+    assert not any("Base of job" in thread.name for thread in threading.enumerate())
+
+
+async def test_a_thread_that_is_closed_starts_anew_when_it_is_needed() -> None:
+    thread = HookThread("of a test")
+    assert repr(thread) == "<HookThread [of a test, idle]>"
+    first = await thread.call("hook", threading.get_ident)
+    assert await thread.call("hook", threading.get_ident) == first != threading.get_ident()
+    await thread.aclose()
+    await thread.aclose()
+    assert await thread.call("hook", lambda: 7) == 7
+    with pytest.raises(ValueError, match=r"domain|nonnegative"):
+        await thread.call("hook", math.sqrt, -1)
+    await thread.aclose()
+    assert not any("of a test" in each.name for each in threading.enumerate())

@@ -38,6 +38,7 @@ FLOORS: dict[str, float] = {
     "world": 3,
     "site": 4,
     "tasks": 3,
+    "threads": 3,
     "streams": 3,
     "notices": 3,
     "hooks": 4,

@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands there."""
+"""What the README and the pages of docs show is run as it stands there."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).parent.parent / "README.md"
-EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+HOUSE = Path(__file__).parent.parent
+PAGES = {page.stem: page.read_text() for page in (HOUSE / "README.md", *sorted((HOUSE / "docs").glob("*.md")))}
+EXAMPLES = {
+    f"{name}-{number}": example
+    for name, text in PAGES.items()
+    for number, example in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL), 1)
+}
+
+(STORAGE,) = [example for example in EXAMPLES.values() if "StorageConformance" in example]
 
 
-(STORAGE,) = [example for example in EXAMPLES if "StorageConformance" in example]
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_of_the_readme_runs(example: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", EXAMPLES.values(), ids=EXAMPLES)
+def test_an_example_of_a_page_runs(example: str, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("b\na\n")
     program = f"from pathlib import Path\nhere = Path({str(tmp_path)!r})\n{example}"
     done = subprocess.run(
@@ -32,8 +36,8 @@ def test_an_example_of_the_readme_runs(example: str, tmp_path: Path) -> None:
         assert "Killed JobWasKilled: the user changed their mind" in done.stdout
 
 
-def test_the_storage_of_the_readme_conforms_and_is_found_by_its_entry_point(tmp_path: Path) -> None:
-    entry = re.search(r"```toml\n(\[project\.entry-points.*?)```", README.read_text(), re.DOTALL)
+def test_the_storage_of_the_pages_conforms_and_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    entry = re.search(r"```toml\n(\[project\.entry-points.*?)```", PAGES["staging"], re.DOTALL)
     assert entry is not None
     offered = tomllib.loads(entry[1])["project"]["entry-points"]["loadmaster.storages"]
     assert offered == {"pigeon": "pigeons:open_pigeons"}
@@ -56,3 +60,10 @@ def test_the_storage_of_the_readme_conforms_and_is_found_by_its_entry_point(tmp_
     done = python([*command, "--config", "site.toml"])
     assert done.returncode == 1
     assert done.stderr == "loadmaster: site.toml: [storage.pigeon] lofft: there is `loft`\n"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_leads_only_to_what_is_there(page: str) -> None:
+    folder = HOUSE if page == "README" else HOUSE / "docs"
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", PAGES[page])
+    assert [link for link in links if not (folder / link).exists()] == []

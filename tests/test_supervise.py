@@ -426,11 +426,17 @@ async def test_what_a_payload_used_is_known_even_when_nobody_looked(workdir: Wor
     assert outcome.user_seconds == pytest.approx(outcome.cpu_seconds - outcome.system_seconds)
 
 
+def names_of(payload: Payload) -> list[str]:
+    return [Path(f"/proc/{pid}/comm").read_text().strip() for pid in payload.tree.usage().pids]
+
+
 async def test_a_look_tells_all_there_is_to_know(workdir: Workdir) -> None:
     payload = await start("echo 12345; echo 789 >&2; sleep 1000 & exec sleep 1000", workdir, cgroup="none")
     await until(lambda: (workdir.path / "std.err").stat().st_size > 0)
-    while (plain := await payload.usage()).processes < 2:
-        pass
+    with anyio.fail_after(10):
+        while await to_thread.run_sync(names_of, payload) != ["sleep", "sleep"]:
+            pass
+    plain = await payload.usage()
     assert (plain.processes, plain.threads, plain.output_bytes) == (2, 2, 10)
     assert (plain.pss_bytes, plain.workdir_bytes, plain.workdir_files) == (None, None, None)
     assert plain.rss_bytes > 0
@@ -570,13 +576,16 @@ async def test_an_exit_is_noticed_at_once(workdir: Workdir) -> None:
 
 async def test_what_a_payload_prints_costs_us_nothing(workdir: Workdir) -> None:
     begun, looks = time.process_time(), list[list[str]]()
-    payload = await start(f"yes 'a line of text' | head -c {PRINTED_BYTES}; exec sleep 0.2", workdir)
+    script = f"yes 'a line of text' | head -c {PRINTED_BYTES}; : > printed; until [ -e seen ]; do sleep 0.1; done"
+    payload = await start(script, workdir)
     async with anyio.create_task_group() as group:
 
         async def peek() -> None:
-            while True:
+            while not await anyio.Path(workdir.path / "printed").exists():
                 looks.append(await payload.peek(3))
                 await anyio.sleep(0.05)
+            looks.append(await payload.peek(3))
+            await anyio.Path(workdir.path / "seen").touch()
 
         group.start_soon(peek)
         await watch(payload, Limits(), heartbeat_seconds=10, on_sample=keep([]))

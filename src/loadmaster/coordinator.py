@@ -45,6 +45,7 @@ from loadmaster.staging.plan import (
 from loadmaster.staging.progress import Overall
 from loadmaster.storage.base import Direction, Replica
 from loadmaster.tasks import all_to_their_end
+from loadmaster.threads import briefly
 from loadmaster.workdir import NotDeliverable, Workdir
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ class JobInFlight:
         early: EarlyOutputs | None = None,
     ) -> None:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
-        found, missing, refused = await to_thread.run_sync(self._expand, files, of_directory)
+        found, missing, refused = await briefly(lambda: self._expand(files, of_directory))
         planned = [delivery(file, name) for name, file in found.items()]
         deliveries, colliding = without_collisions(planned, self._delivered)
         refused |= colliding

@@ -8,7 +8,7 @@ LoadmasterError
 │   └── NotFound, AccessDenied, NoSpace, AlreadyExists, ChecksumMismatch, StorageUnavailable
 ├── InvalidSite         the site's configuration cannot be used
 └── RuntimeFault        we can no longer keep our promises; `run_job` raises it
-    └── WorkdirFault, IllegalEvent, NodeClosed, NodeFull
+    └── WorkdirFault, IllegalEvent, PayloadHeld, NodeClosed, NodeFull
 """
 
 from __future__ import annotations
@@ -144,6 +144,10 @@ class WorkdirFault(RuntimeFault):
 
 class IllegalEvent(RuntimeFault):
     """An event that cannot follow the ones before it: a bug in the runtime or a damaged history."""
+
+
+class PayloadHeld(RuntimeFault):
+    """A payload that was to be adopted has an agent, or is somewhere we cannot see it; nothing was done to it."""
 
 
 class NodeClosed(RuntimeFault):

@@ -96,6 +96,10 @@ class PayloadStarted(Event):
     containment: str
     shim: str = ""
     """Which helper holds it: `c`, or its `python` twin where no compiler was found; empty when none does."""
+    shim_pid: int = 0
+    shim_start_ticks: int = 0
+    boot_id: str = ""
+    """Of the machine; process ids and start times name somebody else once it was started again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -66,6 +66,7 @@ class JobHandle:
         self._audience: Audience | None = None
         self._reserved = False
         self._at_kill: Callable[[], None] | None = None
+        self._beat: Callable[[], None] | None = None
         self.kill_reason: str | None = None
 
     def __repr__(self) -> str:
@@ -152,7 +153,7 @@ class JobHandle:
     @property
     def followed(self) -> bool:
         """Whether anybody wants heartbeats and progress: they cost something to make."""
-        return any(follower.transient for follower in self._followers) or (
+        return (len(self._followers) > 0 and any(follower.transient for follower in self._followers)) or (
             self._audience is not None and self._audience.wants_offers
         )
 
@@ -160,6 +161,25 @@ class JobHandle:
     def output_followed(self) -> bool:
         """Whether anybody wants what the payload prints."""
         return any(follower.output for follower in self._followers)
+
+    @property
+    def has_audience(self) -> bool:
+        """Whether somebody hears of many jobs, this one among them, and has `beat` called."""
+        return self._audience is not None
+
+    def beat(self) -> None:
+        """Have the job give a heartbeat, if it runs."""
+        if self._beat is not None:
+            self._beat()
+
+    @contextmanager
+    def beaten(self, beat: Callable[[], None]) -> Iterator[None]:
+        """While the job runs: what gives its heartbeats."""
+        self._beat = beat
+        try:
+            yield
+        finally:
+            self._beat = None
 
     def ends_as(self, failure: Failure | None) -> Status:
         """The status the job has if it finishes now, with this failure if it had none before."""
@@ -255,8 +275,9 @@ class JobHandle:
     def _tell(self, event: Event) -> None:
         self._life.advance(event)
         self._events.append(event)
-        for follower in self._followers:
-            follower.wake()
+        if len(self._followers):  # seldom; and to go through a WeakSet costs more than all the rest
+            for follower in self._followers:
+                follower.wake()
         if self._audience is not None:
             self._audience.hear(event)
 

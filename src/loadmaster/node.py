@@ -163,6 +163,7 @@ class Node:
             self._open = True
             self._look()
             self._group.start_soon(self._keep_house)
+            self._group.start_soon(self._beat)
             self._stack = stack.pop_all()
         return self
 
@@ -352,7 +353,8 @@ class Node:
         return min(ahead, self._backlog) - len(self._waiting) - asked
 
     async def _keep_house(self) -> None:
-        """Begin who may begin, end who never will. The only task that does."""
+        """Begin who may begin, end who never will, and tell who waits for a change. The only task that does: once for
+        all that has happened in a turn of the event loop."""
         while True:
             self._news = anyio.Event()
             while self._unstarted:
@@ -361,10 +363,19 @@ class Node:
             while (entry := self._next(now)) is not None:
                 self._begin(entry, now)
             self._look()
-            with anyio.CancelScope(deadline=next_slow(self._terms, self._preparing, now)):
+            self._wake()
+            if (slow := next_slow(self._terms, self._preparing, now)) == inf:
                 await self._news.wait()
                 continue
-            self._changed()  # a place has become free: a source may be asked
+            with anyio.CancelScope(deadline=slow):  # then a place becomes free: a source may be asked
+                await self._news.wait()
+
+    async def _beat(self) -> None:
+        """Heartbeats of all jobs, for whoever wants them."""
+        while True:
+            await anyio.sleep(self._heartbeat_seconds)
+            for entry in list(self._entries.values()):
+                entry.handle.beat()
 
     def _next(self, now: float) -> _Entry | None:
         while self._order and self._order[0][1] not in self._waiting:
@@ -450,7 +461,7 @@ class Node:
             self._given_back += entry.given_back
             self._cpu_seconds += result.outcome.cpu_seconds if result.outcome is not None else 0.0
         entry.handle.let_go()
-        self._changed()
+        self._news.set()
 
     def _enter(self, entry: _Entry, phase: str) -> None:
         self._phases[entry.phase] -= 1
@@ -460,7 +471,7 @@ class Node:
     def _no_longer_prepares(self, entry: _Entry) -> None:
         if entry.preparing is not None:
             self._preparing.pop(entry.preparing, None)
-            self._news.set()
+        self._news.set()
 
     @asynccontextmanager
     async def _lease(self, entry: _Entry) -> AsyncIterator[Slot]:
@@ -468,17 +479,15 @@ class Node:
         if entry.preparing is not None:
             entry.preparing.ready = True
         self._enter(entry, READY)
-        self._look()
+        self._news.set()
         try:
             async with self.ledger.lease(entry.job) as slot:
                 self._enter(entry, COMPUTING)
                 self._no_longer_prepares(entry)
-                self._changed()
                 yield slot
         finally:
             self._enter(entry, DELIVERING)
             self._no_longer_prepares(entry)
-            self._changed()
 
     # -- what others know --------------------------------------------------------------------------------------------
 
@@ -502,10 +511,6 @@ class Node:
                     self._enter(entry, DELIVERING)
                     self._no_longer_prepares(entry)
         self._streams.tell(event)
-
-    def _changed(self) -> None:
-        self._look()
-        self._wake()
 
     def _wake(self) -> None:
         self._change.set()
@@ -531,6 +536,7 @@ class Node:
         self._waiting.clear()
         self._unstarted.clear()
         self._streams.close()
+        self._wake()
 
 
 GIVEN_BACK: Final = "given back: the node was drained before it computed"

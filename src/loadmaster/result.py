@@ -42,6 +42,8 @@ class EndedBy(StrEnum):
     KILL = "kill"
     COORDINATOR = "coordinator"
     CANCELLATION = "cancellation"
+    ORPHANED = "orphaned"
+    """Its shim: it had been without an agent for as long as the site allows."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio import lowlevel, to_thread
+from anyio import lowlevel
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
@@ -66,6 +66,7 @@ from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir, open_workdir
 
 log = logging.getLogger(__name__)
@@ -113,9 +114,11 @@ async def run_job(
             workdir = await stack.enter_async_context(open_workdir(root, job.job_id, keep=keep_workdir))
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
-            beating = anyio.CancelScope()
-            stack.callback(beating.cancel)
-            own.start_soon(straight.beat, beating)
+            stack.enter_context(handle.beaten(straight.beat))
+            if not handle.has_audience:  # which has one task for the heartbeats of many jobs
+                beating = anyio.CancelScope()
+                stack.callback(beating.cancel)
+                own.start_soon(straight.go_on_beating, beating)
             await straight.fly()
 
     # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
@@ -191,7 +194,7 @@ class _Flight:
         self._enter(Phase.PRE_PROCESS)
         description = self.job.description
         env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
-        command = await to_thread.run_sync(default_command, description, env, self.workdir)
+        command = await briefly(lambda: default_command(description, env, self.workdir))
         spec = _as_spec(await self._hook("preProcess", command, dict(env)))
         await self.record(PayloadPrepared, spec.command, spec.env)
         return spec
@@ -300,13 +303,17 @@ class _Flight:
 
     # -- telling whoever follows -----------------------------------------------------------------------------------
 
-    async def beat(self, scope: anyio.CancelScope) -> None:
-        """A heartbeat now and then, in every phase; while a payload runs, the looks at it give them."""
+    def beat(self) -> None:
+        """A heartbeat, in every phase; while a payload runs, the looks at it give them."""
+        if self.job.payload is None:
+            self._tell()
+
+    async def go_on_beating(self, scope: anyio.CancelScope) -> None:
+        """A heartbeat now and then."""
         with scope:
             while True:
                 await anyio.sleep(self.heartbeat_seconds)
-                if self.job.payload is None:
-                    self._tell()
+                self.beat()
 
     async def _take_sample(self, usage: Usage) -> None:
         self.usage = usage

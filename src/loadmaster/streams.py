@@ -87,7 +87,7 @@ class EventStreams:
 
     def tell(self, event: Event) -> None:
         """Everybody who wants to hear this kind."""
-        for stream in self._streams:
+        for stream in self._streams if len(self._streams) else ():  # as in `JobHandle._tell`
             if event.kept or stream.transient:
                 stream.put(event)
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Final
 
 import anyio
-from anyio import to_thread
 
 from loadmaster.errors import WorkdirFault
 from loadmaster.names import check_local_name
+from loadmaster.threads import briefly
 
 log = logging.getLogger(__name__)
 
@@ -268,12 +268,12 @@ async def open_workdir(root: Path | None, name: str, *, keep: bool = False) -> A
 
     Raises `WorkdirFault` when it cannot be made, is another live job's, or has something in it that is not ours.
     """
-    workdir = await to_thread.run_sync(lambda: Workdir.make(root or default_root(), name))
+    workdir = await briefly(lambda: Workdir.make(root or default_root(), name))
     try:
         yield workdir
     finally:
         with anyio.move_on_after(REMOVAL_SECONDS, shield=True) as scope:
-            await to_thread.run_sync(_close, workdir, keep, abandon_on_cancel=True)
+            await briefly(lambda: _close(workdir, keep), abandon_on_cancel=True)
         if scope.cancelled_caught:
             log.error("%s: not removed within %.0f s, left behind", workdir.path, REMOVAL_SECONDS)
 

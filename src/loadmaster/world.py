@@ -65,6 +65,8 @@ class World(BaseModel):
     """Outputs can be read by the site's other accounts, as DIRAC's wrapper has it."""
     kept_output_bytes: int | None = Field(default=1_000_000_000, ge=1_000_000)
     """So much of each of its two logs is kept, beginning and end; it may print more, and is not stopped for it."""
+    orphan_seconds: float = Field(default=600.0, ge=0, le=2_000_000)
+    """How long a payload that can be adopted runs on without an agent before it is ended; 0: for ever."""
 
     @model_validator(mode="after")
     def _has_image(self) -> Self:

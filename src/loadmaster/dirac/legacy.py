@@ -1,46 +1,33 @@
-"""DIRAC's door: its dictionaries, its way of returning errors, its synchronous coordinators.
-
-Nothing of DIRAC is imported. Its words stay in this module; the rest of the house knows only our own types.
-"""
+"""DIRAC's synchronous coordinators, as they are: their hooks in a thread, their way of returning errors."""
 
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from anyio import CapacityLimiter, to_thread
-
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription, PayloadSpec
-from loadmaster.errors import HookFailed, InvalidJob, RescheduleJob
+from loadmaster.dirac.dictionaries import environment, write_job_info
+from loadmaster.dirac.thread import HookThread
+from loadmaster.errors import HookFailed, RescheduleJob
 
 EWMSRESC: Final = 1502
 """DErrno of "job to be rescheduled"."""
 
 
-def split_wrapper_file(data: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The job's and the computing element's dictionaries of a DIRAC wrapper file `{"Job": {...}, "CE": {...}}`.
+class DiracCoordinator(JobExecutionCoordinator):
+    """The standard coordinator, with what DIRAC's payloads find besides: its variables, and the file `job.info`."""
 
-    A bare job description comes back with an empty computing element. Raises `InvalidJob`.
-    """
-    if "Job" not in data:
-        return data, {}
-    job, ce = data["Job"], data.get("CE") or {}
-    for name, part in (("Job", job), ("CE", ce)):
-        if not isinstance(part, Mapping):
-            raise InvalidJob(f"{name}: {type(part).__name__} where an object {{...}} is expected")
-    return job, ce
+    async def stageIn(self) -> None:
+        """Bring in the inputs."""
+        await write_job_info(self.jobArgs, self.job.workdir)
+        await super().stageIn()
 
-
-def environment(job: JobDescription, ce: ComputingElement) -> dict[str, str]:
-    """The variables a DIRAC payload finds in its environment."""
-    return {
-        "DIRACJOBID": job.job_id,
-        "DIRACSITE": ce.site,
-        "DIRAC_PROCESSORS": str(ce.number_of_processors or job.number_of_processors),
-        "DIRAC_JOB_PROCESSORS": str(job.number_of_processors),
-    }
+    async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
+        """The command as it is, in an environment with DIRAC's variables; the job's own win."""
+        return PayloadSpec(command=command, env={**environment(self.jobArgs, self.ceArgs), **exeEnv})
 
 
 def is_synchronous(coordinator: type[Any]) -> bool:
@@ -52,33 +39,45 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
     """An asynchronous coordinator around a synchronous one, which stays as it is; hooks of any of the three spellings:
     `(self, command, exeEnv)`, `(self, job)`, `(self)`.
 
-    It is made with `jobArgs` and `ceArgs` as DIRAC's dictionaries, and made and called in worker threads, one instance
-    for the whole job, so it may keep state between its hooks and may block. `S_ERROR` becomes `HookFailed` with its
-    message (`RescheduleJob` when its Errno is EWMSRESC). When the job is killed or cancelled a hook that blocks is left
-    to end by itself: a thread cannot be interrupted.
+    It is made with `jobArgs` and `ceArgs` as DIRAC's dictionaries, and made and called in one thread of its own, one
+    instance for the whole job: it may keep state between its hooks, and may block. The thread has a directory of its
+    own, too, the one in which the job's directory is, as with DIRAC; see `HookThread` for a hook that changes the
+    process. `S_ERROR` becomes `HookFailed` with its message (`RescheduleJob` when its Errno is EWMSRESC). When the job is
+    killed or cancelled a hook that blocks is left to end by itself: a thread cannot be interrupted.
     """
 
-    class Adapted(JobExecutionCoordinator):
+    class Adapted(DiracCoordinator):
         _inner: Any = None
 
         def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
             super().__init__(jobArgs, ceArgs)
-            self._threads = CapacityLimiter(1)  # one that blocks for ever must not take one of the host's threads
+            self._thread = HookThread(f"{legacy.__name__} of job {jobArgs.job_id}")
+            weakref.finalize(self, self._thread.close)  # of a job that is cancelled nobody says that it is over
+
+        async def stageIn(self) -> None:
+            self._thread.directory = self.job.workdir.parent
+            await self._thread.call(f"{legacy.__name__}(jobArgs=..., ceArgs=...)", self._make)
+            await super().stageIn()
 
         async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
             env = {**environment(self.jobArgs, self.ceArgs), **exeEnv}
-            value = await to_thread.run_sync(
-                self._pre_process, command, dict(env), abandon_on_cancel=True, limiter=self._threads
-            )
+            value = await self._thread.call(f"{legacy.__name__}.preProcess", self._pre_process, command, dict(env))
             if value is None:
                 return PayloadSpec(command=command, env=env)
             return {"command": value.get("command", command), "env": value.get("env", env)}
 
         async def postProcess(self) -> None:
-            await to_thread.run_sync(self._post_process, abandon_on_cancel=True, limiter=self._threads)
+            await self._thread.call(f"{legacy.__name__}.postProcess", self._post_process)
+
+        async def stageOut(self) -> None:
+            await self._thread.aclose()
+            await super().stageOut()
+
+        def _make(self) -> None:
+            self._inner = legacy(jobArgs=self.jobArgs.to_dirac(), ceArgs=self.ceArgs.to_dirac())
 
         def _pre_process(self, command: str, env: dict[str, str]) -> Mapping[str, Any] | None:
-            hook = self._made().preProcess
+            hook = self._inner.preProcess
             names = _positional(hook)
             if names is None or len(names) > 1:
                 returned = hook(command, env)
@@ -92,14 +91,9 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
             return value
 
         def _post_process(self) -> None:
-            hook = self._made().postProcess
+            hook = self._inner.postProcess
             arguments = [self.jobArgs.to_dirac() for _ in (_positional(hook) or [])[:1]]
             _value(hook(*arguments), f"{legacy.__name__}.postProcess")
-
-        def _made(self) -> Any:
-            if self._inner is None:
-                self._inner = legacy(jobArgs=self.jobArgs.to_dirac(), ceArgs=self.ceArgs.to_dirac())
-            return self._inner
 
     Adapted.__name__ = legacy.__name__
     Adapted.__qualname__ = f"adapt({legacy.__qualname__})"

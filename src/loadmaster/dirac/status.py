@@ -66,7 +66,6 @@ class Statuses:
         self._inputs: set[str] = set()
         self._failure: Failure | None = None
         self._pending = False
-        self._hooks_made = False
         self._ended = False
 
     def advance(self, event: Event) -> tuple[JobStatus, ...]:
@@ -84,7 +83,6 @@ class Statuses:
                 self._sandbox = _Sandbox(file["pattern"] for file in description.get("output_sandbox", ()))
                 yield JobStatus(Major.RUNNING, Minor.JOB_INITIALIZATION)
             case StageInStarted():
-                self._hooks_made = True
                 yield from self._staging_in()
             case FileStagedIn(file=file):
                 self._inputs.add(file.name)
@@ -135,7 +133,7 @@ class Statuses:
         if failure.kind == "StagingFailed":
             lacking = self._lacking("input_sandbox") or not self._job.get("input_data")
             return Minor.DOWNLOADING_INPUT_SANDBOX if lacking else Minor.INPUT_DATA_RESOLUTION
-        if failure.kind == "HookFailed" and not self._hooks_made:
+        if failure.kind == "HookFailed":
             return Minor.JOB_WRAPPER_INITIALIZATION
         return ""
 

@@ -18,7 +18,7 @@ import errno
 import logging
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -118,6 +118,7 @@ class Group:
     def __init__(self, hierarchies: Hierarchies, job_id: str) -> None:
         """Make them. Raises OSError, with none made."""
         self._groups: dict[Path, GroupDirectory] = {}
+        self._items: dict[str, GroupDirectory] = {}
         self.descriptors: tuple[int, ...] = ()
         """A payload's first process writes `0` to each before it executes anything; close them when it has started."""
         if not hierarchies.directories:
@@ -130,16 +131,39 @@ class Group:
             self.remove()
             self.close()
             raise
-        first = hierarchies.directories[0]
-        self._killing = self._groups[hierarchies.kill or hierarchies.freeze or hierarchies.events or first]
-        self._events = self._groups[hierarchies.events or first]
-        self._cpu, self._memory, self._pids, self._io = (
-            self._groups[item] if item else None
-            for item in (hierarchies.cpu, hierarchies.memory, hierarchies.pids, hierarchies.io)
-        )
+        self._use({item: self._groups[path] for item, path in hierarchies.items()})
+
+    def _use(self, items: Mapping[str, GroupDirectory]) -> None:
+        self._items = dict(items)
+        first = next(iter(items.values()))
+        self._killing = items.get("kill") or items.get("freeze") or items.get("events") or first
+        self._events = items.get("events") or first
+        self._cpu, self._memory, self._pids, self._io = map(items.get, ("cpu", "memory", "pids", "io"))
         self._is_memory_limited = False
         self.memory_bytes: int | None = None
         """The limit of memory that was asked for."""
+
+    @classmethod
+    def reopen(cls, items: Mapping[str, str], limits: Limits) -> Group:
+        """Those an agent that has died made for a payload, and what `items` said of them. Raises OSError."""
+        group = cls.__new__(cls)
+        group._groups, group.descriptors = {}, ()
+        try:
+            for path in map(Path, items.values()):
+                if path not in group._groups:
+                    group._groups[path] = GroupDirectory.open(path)
+        except BaseException:
+            group.close()
+            raise
+        group._use({item: group._groups[Path(path)] for item, path in items.items()})
+        group.memory_bytes = limits.memory_bytes
+        group._is_memory_limited = limits.memory_bytes is not None
+        return group
+
+    @property
+    def items(self) -> dict[str, str]:
+        """Their paths, by what they are of use for."""
+        return {item: str(group.path) for item, group in self._items.items()}
 
     def __repr__(self) -> str:
         return f"<Group {', '.join(map(str, self.directories))}>"

@@ -63,6 +63,19 @@ class GroupDirectory:
                 return cls(path, lock)
         raise OSError(errno.EAGAIN, "others keep removing the groups made there", str(parent))
 
+    @classmethod
+    def open(cls, path: Path) -> GroupDirectory:
+        """One that an agent which has died had made. Raises OSError, also for what is none of ours."""
+        if not _OURS.fullmatch(path.name) or not (path / "cgroup.procs").exists():
+            raise OSError(errno.EINVAL, "no control group that we have made", str(path))
+        lock = os.open(path, _DIRECTORY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(lock)
+            raise
+        return cls(path, lock)
+
     # -- its files ---------------------------------------------------------------------------------------------
 
     def files(self) -> frozenset[str]:

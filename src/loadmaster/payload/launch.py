@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from loadmaster.description import Isolation
+from loadmaster.description import Containment, Isolation
 
 UMASK: Final = 0o022
 """Outputs can be read by the site's other accounts, as DIRAC's wrapper has it."""
@@ -79,6 +79,13 @@ class Launch:
     wrapped: bool = False
     """The program is a wrapper, to which the environment is not given and TERM does nothing; shim.c says how."""
 
+    state: int = -1
+    """A directory in which the shim leaves what the next agent has to know; without one, none can adopt the payload."""
+    orphan_seconds: float = 0.0
+    """With one: how long it may run without an agent. 0: for ever."""
+    hidden: tuple[int, ...] = ()
+    """Directories of ours that a payload with mounts of its own finds empty, as it does `state`."""
+
     @property
     def joined(self) -> tuple[int, ...]:
         """All control groups to join."""
@@ -92,9 +99,9 @@ class Launch:
         soft = math.ceil(self.cpu_seconds) + CPU_MARGIN_SECONDS
         return soft, soft + CPU_MARGIN_SECONDS
 
-    def settings(self, *, no_new_privileges: bool) -> str:
+    def settings(self, mode: Containment) -> str:
         """For the shim; shim.c says what they mean."""
-        words = ["n"] if no_new_privileges else []
+        words = ["n"] if mode is not Containment.SESSION else []
         if self.nice:
             words.append(f"nice={self.nice}")
         if self.cores:
@@ -102,6 +109,10 @@ class Launch:
         if self.cpu_limit is not None:
             words.append("cpu={}:{}".format(*self.cpu_limit))
         words += [f"join={descriptor}" for descriptor in self.joined]
+        if mode is Containment.PID_NAMESPACE:
+            words += [f"hide={descriptor}" for descriptor in self.hidden]
+        if self.state >= 0 and self.orphan_seconds > 0:
+            words.append(f"orphan={max(1, round(self.orphan_seconds * 1000))}")
         words += [name for name in ("private", "wrapped") if getattr(self, name)]
         return ",".join(words) or "-"
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import codecs
 import logging
 import os
+import stat
 from collections.abc import Callable
 from typing import Final
 
@@ -60,6 +61,24 @@ class Output:
             os.close(self.directory)
             os.close(self.stdout)
             raise
+
+    @classmethod
+    def reopen(cls, workdir: Workdir, stdout: str, stderr: str, *, kept_bytes: int | None) -> Output:
+        """The files of a payload that another agent has started; no failure for what the payload has done to them.
+
+        What is no file any more reads as empty: its name was the payload's to change. The gap that was made in one of
+        which so much is kept is found again.
+        """
+        output = cls.__new__(cls)
+        output._workdir, output._names, output._gaps = workdir, (stdout, stderr), {}
+        output.directory = workdir.descriptor()
+        output.stdout = _reopened(workdir, stdout)
+        output.stderr = os.dup(output.stdout) if stderr == stdout else _reopened(workdir, stderr)
+        for descriptor in output.files.values() if kept_bytes is not None else ():
+            begin = _whole_blocks((kept_bytes or 0) // 2 + BLOCK_BYTES - 1)
+            if gap := _gap_at(descriptor, begin):
+                output._gaps[descriptor] = gap
+        return output
 
     @property
     def files(self) -> dict[str, int]:
@@ -171,6 +190,28 @@ def last_lines(descriptor: int, lines: int) -> list[str]:
     if size > PEEK_BYTES and len(text) > 1:
         del text[0]  # the first line is most likely only the end of one
     return text[-lines:] if lines > 0 else []
+
+
+def _reopened(workdir: Workdir, name: str) -> int:
+    try:
+        file = workdir.reopen_file(name)
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return file
+        os.close(file)
+        log.warning("%s: is no file any more", name)
+    except OSError as exc:
+        log.warning("%s: what was printed there is not seen any more: %s", name, exc.strerror)
+    return os.memfd_create(name.replace("/", "_")[:100], os.MFD_CLOEXEC)
+
+
+def _gap_at(file: int, begin: int) -> tuple[int, int] | None:
+    """The gap that starts there, if one does."""
+    try:
+        if os.lseek(file, begin, os.SEEK_HOLE) != begin:
+            return None
+        return begin, os.lseek(file, begin, os.SEEK_DATA)
+    except OSError:  # it ends before, or there is nothing more in it
+        return None
 
 
 def _is_hole(file: int, begin: int, end: int) -> bool:

@@ -67,11 +67,13 @@ class ExitRecord:
     tree: Account = NOTHING
     """All that were reaped, orphans too where a shim collects them; without one, the same."""
     asked: str = "-"
-    """Who ordered the shim to end it: `-` nobody, `T` politely, `K` at once."""
+    """Who ordered the shim to end it: `-` nobody, `T` politely, `K` at once; `O`: there was no agent any more."""
     orphans: int = 0
     """Processes that came back to the shim."""
     grace_expired: bool = False
     """Whether somebody did not end when asked."""
+    wall_seconds: float | None = None
+    """As the shim's clock had it; None where there is none."""
 
     @property
     def cpu_seconds(self) -> float:

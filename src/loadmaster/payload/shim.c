@@ -8,7 +8,7 @@
  *                  └─ init ── payload ─ ...    (pid-namespace: killing init ends everything in one stroke)
  *
  * usage: shim STATE_FD REPORT_FD ENV_FD GRACE_MS MODE SETTINGS PROGRAM [ARGUMENT...]
- *   STATE_FD   a directory, or -1; `lock` is held by flock for the shim's life, `started` and `exit` are renamed into place
+ *   STATE_FD   a directory of the agent's, or -1, in which we leave what the next agent has to know, see below
  *   REPORT_FD  a socket, which nobody can open again through /proc as he can a pipe; the text of `started` is written to
  *              it, an empty line, and at the end the text of `exit`. -1: none
  *   ENV_FD     a file with the payload's environment, each variable ended by a NUL: our own stays empty, so that no
@@ -25,9 +25,18 @@
  *     join=FD      an open cgroup.procs or tasks, which the payload joins before anything is executed; up to 16
  *     private      in pid-namespace: own /tmp, /var/tmp, /dev/shm and IPC, everything else read-only but for the work
  *                  directory, which is the current one; Linux 5.12
+ *     orphan=MS    with a STATE_FD: end the payload politely once it has had no agent for so long
+ *     hide=FD      in pid-namespace: a directory the payload finds empty, as it does that of STATE_FD; up to 16
  *     wrapped      the program is a wrapper (bwrap), at the end of whose words the payload is started by "session" with
  *                  ENV_FD 3: TERM is ignored up to there, and the payload's environment cannot tamper with the wrapper
  * signals: TERM ends the payload politely (TERM to all, KILL after the grace), USR1 at once.
+ * The state directory:
+ *   lock         held by flock for our life; its mode is 0700 from the moment something may have been executed, 0600 before
+ *   started, exit  the two parts of the report, renamed into place. The room for them is taken before anything is executed,
+ *                so that a payload which fills the disk does not cost them. `synced 1` in the second: what the payload wrote
+ *                was on the disk before; that is seen to when the agent that started us is gone, and nobody waits
+ *   agent.lock   the agent holds an open file description lock on it. Looked at now and then once that agent is gone
+ *   void         somebody has found that nothing was executed, and nothing may be any more
  * ends with 0 when it has reported an end, with 125 when it has refused, or did not understand its words.
  */
 #define _GNU_SOURCE
@@ -55,21 +64,24 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { USAGE_ERROR = 125, MOST_CPUS = 8192, MOST_GROUPS = 16 };
+enum { USAGE_ERROR = 125, MOST_CPUS = 8192, MOST_GROUPS = 16, MOST_HIDDEN = 16, RECORD_BYTES = 1024 };
+enum { LOOKS = 8, LEAST_LOOK_MS = 50, MOST_LOOK_MS = 30000 };     /* for an agent, in the time it may stay away */
 
 /* Of system calls younger than the C libraries we are built with; the same numbers everywhere but on alpha. */
 enum {
     NR_OPEN_TREE = 428, NR_MOVE_MOUNT = 429, NR_MOUNT_SETATTR = 442, NR_LANDLOCK_CREATE = 444, NR_LANDLOCK_RESTRICT = 446,
     TREE_CLONE = 1, WHOLE_TREE = 0x8000, FROM_DESCRIPTOR = 4, ATTR_RDONLY = 1,
     LANDLOCK_VERSION = 1, SCOPE_ABSTRACT_SOCKET = 1, SCOPE_SIGNAL = 2, LANDLOCK_HAS_SCOPES = 6,
-    CAP_SYS_PTRACE = 19, CAP_SYS_ADMIN = 21,
+    CAP_SYS_PTRACE = 19, CAP_SYS_ADMIN = 21, EXCHANGE = 2,
 };
 
 struct options {
     int state, report, environment;
-    long grace_ms;
+    int lock, started, exit;            /* files of the state directory */
+    long grace_ms, orphan_ms;
     const char *mode;
-    int no_new_privileges, private, wrapped, groups[MOST_GROUPS], group_count, has_cpus;
+    int no_new_privileges, private, wrapped, groups[MOST_GROUPS], group_count, has_cpus, hidden[MOST_HIDDEN], hidden_count;
+    char *hidden_paths[MOST_HIDDEN + 1];
     long nice, cpu_soft, cpu_hard;      /* -1: as inherited */
     unsigned long cpus[MOST_CPUS / (8 * sizeof(long))];
     char **program, **env;
@@ -79,7 +91,7 @@ struct outcome {               /* what init, or the shim itself, saw of the payl
     int status;                /* raw, as wait4 gives it: an exit code cannot tell `exit 143` from SIGTERM */
     struct rusage payload;
     int orphans, grace_expired;
-    char asked;                /* '-' nobody, 'T' politely, 'K' at once */
+    char asked;                /* '-' nobody, 'T' politely, 'K' at once, 'O' nobody was there any more */
 };
 
 /* What is done between fork and exec, and may fail. */
@@ -87,7 +99,7 @@ enum step { EXECUTE, JOIN, AFFINITY, LIMIT, FENCE };
 static const char *const STEPS[] = {"execute", "join", "affinity", "limit", "fence"};
 
 /* Of the payload; error is errno of what failed, 0 once it executes. Without a pid it was the fork, or what comes before. */
-struct start { int error; enum step failed; pid_t pid; const char *doing; };
+struct start { int error; enum step failed; pid_t pid; const char *doing; int hidden; };
 
 /* -- small things --------------------------------------------------------------------------------------------- */
 
@@ -123,16 +135,85 @@ static ssize_t read_all(int fd, void *data, size_t size)
     return (ssize_t)done;
 }
 
-/* A file of the state directory: whole, synced, or not there. */
-static void put(int state, const char *name, const char *text)
+/* -- the state directory ----------------------------------------------------------------------------------------- */
+
+/* A file with room for a record; -1 when there is none. */
+static int reserve(int state, const char *name)
 {
-    if (state < 0) return;
-    int fd = openat(state, "new", O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    if (fd < 0) return;
-    int failed = write_all(fd, text, strlen(text)) < 0 || fsync(fd) < 0;
+    char blank[RECORD_BYTES];
+    memset(blank, ' ', sizeof blank);
+    unlinkat(state, name, 0);
+    int fd = openat(state, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd < 0 || write_all(fd, blank, sizeof blank) == 0) return fd;
+    int error = errno;
     close(fd);
-    if (failed || renameat(state, "new", state, name) < 0) unlinkat(state, "new", 0);
-    fsync(state);
+    unlinkat(state, name, 0);
+    errno = error;
+    return -1;
+}
+
+/* A record: whole, and in place of whatever somebody of our user has put there; or not there. A descriptor of it, or -1. */
+static int put(int state, int fd, const char *beside, const char *name, const char *text)
+{
+    struct stat ours, there;
+    if (state < 0) return -1;
+    fchmod(state, 0700);
+    if (fd < 0 || fstat(fd, &ours) < 0 || fstatat(state, beside, &there, AT_SYMLINK_NOFOLLOW) < 0 ||
+        ours.st_ino != there.st_ino || ours.st_dev != there.st_dev) fd = reserve(state, beside = "again");
+    if (fd < 0 || lseek(fd, 0, SEEK_SET) < 0 || write_all(fd, text, strlen(text)) < 0 ||
+        ftruncate(fd, (off_t)strlen(text)) < 0) return -1;
+    if (renameat(state, beside, state, name) == 0) return fd;
+    return syscall(SYS_renameat2, state, beside, state, name, EXCHANGE) == 0 ? fd : -1;     /* a directory has the name */
+}
+
+/* Whether the agent is there. Looked at and not taken: it would be kept from taking it just then. */
+static int has_agent(int state)
+{
+    struct flock found = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    int fd = openat(state, "agent.lock", O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (fd < 0) return errno != ENOENT;
+    int known = fcntl(fd, F_OFD_GETLK, &found) == 0;
+    close(fd);
+    return !known || found.l_type != F_UNLCK;
+}
+
+/* How we learn that nobody is our agent any more. Of the first one the kernel tells: he has the other end of the report. Of
+ * those that have adopted the payload since we look whether they hold the lock. */
+struct watch { int state, report; int64_t patience_ms, next, since; };
+
+static struct watch watch_for(const struct options *o)
+{
+    return (struct watch){.state = o->state, .report = o->report, .patience_ms = o->orphan_ms};
+}
+
+/* What to poll, besides; -1 for nothing. */
+static struct pollfd agents_end(const struct watch *w)
+{
+    return (struct pollfd){.fd = w && w->patience_ms > 0 && !w->next ? w->report : -1};
+}
+
+/* How long a wait may be, if `most` is allowed; negative: for ever. */
+static int64_t until_look(const struct watch *w, int64_t most)
+{
+    if (!w || w->patience_ms <= 0 || (!w->next && w->report >= 0)) return most;
+    int64_t left = w->next - now_ms();
+    if (left < 0) left = 0;
+    return most < 0 || left < most ? left : most;
+}
+
+/* Whether the payload has had no agent for as long as that was allowed; says so once. */
+static int is_orphaned(struct watch *w, struct pollfd end)
+{
+    if (!w || w->patience_ms <= 0) return 0;
+    int64_t now = now_ms(), look = w->patience_ms / LOOKS;
+    if (!w->next && w->report >= 0 && !end.revents) return 0;
+    if (now < w->next) return 0;
+    w->next = now + (look < LEAST_LOOK_MS ? LEAST_LOOK_MS : look > MOST_LOOK_MS ? MOST_LOOK_MS : look);
+    if (has_agent(w->state)) w->since = 0;
+    else if (!w->since) w->since = now;
+    if (!w->since || now - w->since < w->patience_ms) return 0;
+    w->patience_ms = 0;
+    return 1;
 }
 
 struct stat_of { char state; pid_t parent; unsigned long long start; };
@@ -354,7 +435,7 @@ static struct start spawn(const struct options *o)
 }
 
 /* Wait until the payload and all it left are gone. Orders come as signals (orders < 0) or as bytes. */
-static struct outcome reap(pid_t payload, int signals, int orders, int in_namespace, long grace_ms)
+static struct outcome reap(pid_t payload, int signals, int orders, int in_namespace, long grace_ms, struct watch *watch)
 {
     struct outcome out = {.status = -1, .asked = '-'};
     int64_t deadline = -1;
@@ -378,9 +459,10 @@ static struct outcome reap(pid_t payload, int signals, int orders, int in_namesp
             signal_all(in_namespace, SIGKILL);
         }
 
-        struct pollfd wait[2] = {{.fd = signals, .events = POLLIN}, {.fd = orders, .events = POLLIN}};
+        struct pollfd wait[3] = {{.fd = signals, .events = POLLIN}, {.fd = orders, .events = POLLIN}, agents_end(watch)};
         int64_t left = deadline - now_ms();
-        if (poll(wait, 2, killing ? pause_ms : deadline >= 0 ? (int)(left > 0 ? left : 0) : -1) < 0) {
+        left = killing ? pause_ms : deadline >= 0 ? (left > 0 ? left : 0) : -1;
+        if (poll(wait, 3, (int)until_look(watch, left)) < 0) {
             wait[0].revents = POLLIN;       /* RLIMIT_NOFILE is 0, say: whoever has our user may set it */
             nanosleep(&(struct timespec){.tv_nsec = 10000000}, NULL);
         }
@@ -390,8 +472,9 @@ static struct outcome reap(pid_t payload, int signals, int orders, int in_namesp
         if (wait[0].revents && read(signals, &info, sizeof info) == sizeof info && info.ssi_signo != SIGCHLD)
             asked = info.ssi_signo == SIGTERM ? 'T' : 'K';
         if (orders >= 0 && wait[1].revents && read(orders, &asked, 1) != 1) { asked = 'K'; orders = -1; }   /* no shim */
-        if (asked == 'T' && out.asked == '-') {
-            out.asked = 'T';
+        if (!asked && is_orphaned(watch, wait[2])) asked = 'O';
+        if (asked && asked != 'K' && out.asked == '-') {
+            out.asked = asked;
             deadline = now_ms() + grace_ms;
             signal_all(in_namespace, SIGTERM);
             signal_all(in_namespace, SIGCONT);
@@ -471,6 +554,19 @@ static const char *make_private(void)
     return NULL;
 }
 
+/* What was in sight before and is to be no more. The payload of an ordinary user cannot undo it, nor in a namespace that it
+ * makes itself: the kernel locks there what it inherits. Whether all of it was. */
+static int hide(const struct options *o)
+{
+    int hidden = o->state >= 0 || o->hidden_count > 0;
+    for (int i = 0; o->hidden_paths[i]; i++) {
+        const unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+        if (!*o->hidden_paths[i]) hidden = 0;
+        else if (mount("none", o->hidden_paths[i], "tmpfs", flags, "mode=0,size=4k") < 0 && errno != ENOENT) hidden = 0;
+    }
+    return hidden;
+}
+
 static const char *mount_all(const struct options *o)
 {
     /* A slave, not private: what the site's automounter mounts later (CVMFS) has to appear in here too. */
@@ -487,37 +583,48 @@ static void init(const struct options *o, int channel)
     char byte;
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if (read(channel, &byte, 1) != 1) _exit(1);     /* once the shim has mapped us */
-    close(o->report);
-    if (o->state >= 0) close(o->state);
+    const int of_shim[] = {o->report, o->state, o->lock, o->started, o->exit};
+    for (size_t i = 0; i < sizeof of_shim / sizeof *of_shim; i++)
+        if (of_shim[i] >= 0) close(of_shim[i]);
     started.doing = mount_all(o);
     started.error = errno;
     int signals = take_signals(0);
     if (!started.doing) {
+        int hidden = hide(o);
         prctl(PR_SET_DUMPABLE, 0);
         started = spawn(o);
+        started.hidden = hidden;
     }
     write_all(channel, &started, sizeof started);
     if (started.pid < 0) _exit(1);
     if (read(channel, &byte, 1) != 1) _exit(1);     /* once it has noted the payload, which nobody has reaped so far */
-    struct outcome out = reap(started.pid, signals, channel, 1, o->grace_ms);
+    struct outcome out = reap(started.pid, signals, channel, 1, o->grace_ms, NULL);
     write_all(channel, &out, sizeof out);
     _exit(0);
 }
 
 /* -- the shim ------------------------------------------------------------------------------------------------- */
 
-static void report_start(const struct options *o, struct start started, pid_t payload)
+static void report_start(const struct options *o, struct start started, pid_t payload, pid_t init)
 {
     char text[512];
     int fenced = o->no_new_privileges && syscall(NR_LANDLOCK_CREATE, NULL, 0, LANDLOCK_VERSION) >= LANDLOCK_HAS_SCOPES;
     snprintf(text, sizeof text,
-             "shim_pid %d\nshim_start %llu\npayload_pid %d\npayload_start %llu\ncontainment %s\nfenced %d\n"
-             "error %d\nfailed %s\n",
-             getpid(), stat_of(getpid()).start, payload, stat_of(payload).start, o->mode, fenced,
-             started.error, started.error ? STEPS[started.failed] : "-");
-    put(o->state, "started", text);
+             "shim_pid %d\nshim_start %llu\npayload_pid %d\npayload_start %llu\ninit_pid %d\ninit_start %llu\n"
+             "containment %s\nfenced %d\nhidden %d\nerror %d\nfailed %s\n",
+             getpid(), stat_of(getpid()).start, payload, stat_of(payload).start,
+             init, init ? stat_of(init).start : 0, o->mode, fenced, started.hidden, started.error, started.error ? STEPS[started.failed] : "-");
+    put(o->state, o->started, "started.new", "started", text);
     write_all(o->report, text, strlen(text));
     write_all(o->report, "\n", 1);
+}
+
+/* Have what the payload wrote on the disk, and then its record: there may be no power when the next agent comes. */
+static void sync_all(const struct options *o, int record, off_t mark)
+{
+    int work = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (work < 0 || syncfs(work) < 0 || fsync(record) < 0 || fsync(o->state) < 0) return;
+    if (pwrite(record, "1", 1, mark) == 1) fsync(record);
 }
 
 static long long us(struct timeval t) { return (long long)t.tv_sec * 1000000 + t.tv_usec; }
@@ -535,16 +642,20 @@ static void report_end(const struct options *o, struct outcome out, int64_t wall
                                 of[i].name, us(of[i].usage->ru_utime), of[i].name, us(of[i].usage->ru_stime),
                                 of[i].name, of[i].usage->ru_maxrss, of[i].name, of[i].usage->ru_inblock,
                                 of[i].name, of[i].usage->ru_oublock);
-    snprintf(text + end, sizeof text - end, "asked %c\norphans %d\ngrace_expired %d\n",
-             out.asked, out.orphans, out.grace_expired);
-    put(o->state, "exit", text);
+    end += (size_t)snprintf(text + end, sizeof text - end, "asked %c\norphans %d\ngrace_expired %d\nsynced 0\n",
+                            out.asked, out.orphans, out.grace_expired);
+    int record = put(o->state, o->exit, "exit.new", "exit", text);
+    struct pollfd agent = {.fd = o->report};
     write_all(o->report, text, strlen(text));
+    if (record >= 0 && (o->report < 0 || (poll(&agent, 1, 0) == 1 && agent.revents)))
+        sync_all(o, record, (off_t)end - 2);
 }
 
 static void cannot(const struct options *o, const char *what)
 {
     char text[256];
     int error = errno;
+    if (o->lock >= 0) fchmod(o->lock, 0600);
     snprintf(text, sizeof text, "refused %s\nwhat %s\nerrno %d\nreason %s\n", o->mode, what, error, strerror(error));
     write_all(o->report, text, strlen(text));
     _exit(USAGE_ERROR);
@@ -581,19 +692,22 @@ static void run_in_namespaces(const struct options *o)
     close(channel[0]);
     if (user && map_ids(child) < 0) { int error = errno; kill(child, SIGKILL); errno = error; cannot(o, "uid_map"); }
     prctl(PR_SET_DUMPABLE, 0);
+    if (o->lock >= 0 && fchmod(o->lock, 0700) < 0) cannot(o, "lock");
     write_all(channel[1], "!", 1);
     struct start started;
     if (read_all(channel[1], &started, sizeof started) != sizeof started) { errno = EPROTO; cannot(o, "init"); }
     if (started.pid < 0) { errno = started.error; cannot(o, started.doing); }   /* our own text: init is a copy of us */
-    report_start(o, started, child_of(child));
+    report_start(o, started, child_of(child), child);
     write_all(channel[1], "!", 1);
 
     struct outcome out = {.status = -1, .asked = '-'};
+    struct watch watch = watch_for(o);
     char asked = '-';
     for (int gone = 0; !gone;) {
-        struct pollfd wait = {.fd = signals, .events = POLLIN};
+        struct pollfd wait[2] = {{.fd = signals, .events = POLLIN}, agents_end(&watch)};
         struct signalfd_siginfo info;
-        poll(&wait, 1, -1);
+        poll(wait, 2, (int)until_look(&watch, -1));
+        if (is_orphaned(&watch, wait[1]) && asked == '-') { asked = 'O'; write_all(channel[1], "O", 1); }
         if (read(signals, &info, sizeof info) != sizeof info) continue;
         if (info.ssi_signo == SIGCHLD) gone = waitpid(child, NULL, WNOHANG) == child;
         else if (info.ssi_signo == SIGTERM) { asked = asked == '-' ? 'T' : asked; write_all(channel[1], "T", 1); }
@@ -610,10 +724,12 @@ static void run_as_subreaper(const struct options *o)
     prctl(PR_SET_DUMPABLE, 0);
     int signals = take_signals(1);
     int64_t begun = now_ms();
+    if (o->lock >= 0 && fchmod(o->lock, 0700) < 0) cannot(o, "lock");
     struct start started = spawn(o);
     if (started.pid < 0) { errno = started.error; cannot(o, started.doing); }
-    report_start(o, started, started.pid);
-    struct outcome out = reap(started.pid, signals, -1, 0, o->grace_ms);
+    report_start(o, started, started.pid, 0);
+    struct watch watch = watch_for(o);
+    struct outcome out = reap(started.pid, signals, -1, 0, o->grace_ms, &watch);
     report_end(o, out, now_ms() - begun);
 }
 
@@ -626,7 +742,7 @@ static void run_in_place(const struct options *o)
     started.error = errno;
     struct options still = *o;
     still.report = report;
-    report_start(&still, started, started.pid);
+    report_start(&still, started, started.pid, 0);
     _exit(127);
 }
 
@@ -653,6 +769,33 @@ static char **read_environment(int fd)
     if (!env) return NULL;
     for (char *p = text; p < text + size; p += strlen(p) + 1) env[n++] = p;
     return env;
+}
+
+/* The path of a directory, or an empty one if there is none that leads there. */
+static char *path_of(int fd)
+{
+    char link[64], path[PATH_MAX + 1];
+    struct stat ours, there;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t n = readlink(link, path, sizeof path - 1);
+    path[n > 0 ? n : 0] = 0;
+    int same = fstat(fd, &ours) == 0 && lstat(path, &there) == 0 && ours.st_ino == there.st_ino && ours.st_dev == there.st_dev;
+    return strdup(same ? path : "");
+}
+
+/* Take the state directory for ours. What failed, or NULL. */
+static const char *take_state(struct options *o)
+{
+    sigset_t all;
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, NULL);   /* XFSZ, where no file may be written */
+    fcntl(o->state, F_SETFD, FD_CLOEXEC);
+    o->lock = openat(o->state, "lock", O_RDWR | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
+    if (o->lock < 0 || flock(o->lock, LOCK_EX | LOCK_NB) < 0) { o->lock = -1; return "lock"; }
+    if (faccessat(o->state, "void", F_OK, 0) == 0) { errno = ECANCELED; return "lock"; }
+    o->started = reserve(o->state, "started.new");
+    o->exit = reserve(o->state, "exit.new");
+    return o->started < 0 || o->exit < 0 ? "record" : NULL;
 }
 
 /* CPUs as "0-3+7". */
@@ -688,6 +831,10 @@ static int settings(char *text, struct options *o)
         else if (value && !strcmp(word, "cpus") && cpu_list(value, o)) continue;
         else if (value && !strcmp(word, "join") && number(value, 0, INT_MAX, &found) && o->group_count < MOST_GROUPS)
             o->groups[o->group_count++] = (int)found;
+        else if (value && !strcmp(word, "orphan") && o->state >= 0 && number(value, 1, INT_MAX, &o->orphan_ms)) continue;
+        else if (value && !strcmp(word, "hide") && !strcmp(o->mode, "pid-namespace") && o->hidden_count < MOST_HIDDEN &&
+                 number(value, 0, INT_MAX, &found))
+            o->hidden[o->hidden_count++] = (int)found;
         else if (value && !strcmp(word, "cpu")) {
             char *hard = strchr(value, ':');
             if (!hard) return 0;
@@ -701,7 +848,7 @@ static int settings(char *text, struct options *o)
 int main(int count, char **words)
 {
     long state, report, environment, grace_ms;
-    static struct options o = {.nice = -1, .cpu_soft = -1, .cpu_hard = -1};
+    static struct options o = {.nice = -1, .cpu_soft = -1, .cpu_hard = -1, .lock = -1, .started = -1, .exit = -1};
     if (count < 8 || !number(words[1], -1, INT_MAX, &state) || !number(words[2], -1, INT_MAX, &report) ||
         !number(words[3], -1, INT_MAX, &environment) || !number(words[4], 0, INT_MAX, &grace_ms)) return USAGE_ERROR;
     int in_place = !strcmp(words[5], "session"), in_namespaces = !strcmp(words[5], "pid-namespace");
@@ -716,10 +863,13 @@ int main(int count, char **words)
     if (o.wrapped) fcntl(o.environment, F_SETFD, FD_CLOEXEC);
     else close(o.environment);
     if (in_place) run_in_place(&o);
-    if (o.state >= 0) {
-        fcntl(o.state, F_SETFD, FD_CLOEXEC);
-        int lock = openat(o.state, "lock", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-        if (lock < 0 || flock(lock, LOCK_EX | LOCK_NB) < 0) cannot(&o, "lock");
+    const char *failed = o.state >= 0 ? take_state(&o) : NULL;
+    if (failed) cannot(&o, failed);
+    int hidden = 0;
+    if (in_namespaces && o.state >= 0) o.hidden_paths[hidden++] = path_of(o.state);
+    for (int i = 0; i < o.hidden_count && hidden < MOST_HIDDEN; i++) {
+        o.hidden_paths[hidden++] = path_of(o.hidden[i]);
+        close(o.hidden[i]);
     }
     setsid();
     if (in_namespaces) run_in_namespaces(&o);

@@ -14,6 +14,7 @@ import fcntl
 import os
 import resource
 import select
+import struct
 import sys
 import time
 
@@ -29,7 +30,9 @@ OPEN_TREE, MOVE_MOUNT, MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_RESTRICT = 428, 
 TREE_CLONE, WHOLE_TREE, FROM_DESCRIPTOR, ATTR_RDONLY = 1, 0x8000, 4, 1
 LANDLOCK_VERSION, SCOPE_ABSTRACT_SOCKET, SCOPE_SIGNAL, LANDLOCK_HAS_SCOPES = 1, 1, 2, 6
 CAP_SYS_PTRACE, CAP_SYS_ADMIN = 19, 21
-MOST_CPUS, MOST_GROUPS = 8192, 16
+MOST_CPUS, MOST_GROUPS, MOST_HIDDEN, RECORD_BYTES, EXCHANGE = 8192, 16, 16, 1024, 2
+LOOKS, LEAST_LOOK_MS, MOST_LOOK_MS = 8, 50, 30_000  # for an agent, in the time it may stay away
+MS_RDONLY, OFD_GETLK, FLOCK = 1, 36, struct.Struct("hhqqi4x")
 
 libc = ctypes.CDLL(None, use_errno=True)
 libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
@@ -53,7 +56,11 @@ class Options:
             raise ValueError(words)
         if self.mode not in ("pid-namespace", "subreaper", "session"):
             raise ValueError(words)
+        self.lock = self.started = self.exit = -1  # files of the state directory
         self.no_new_privileges = self.private = self.wrapped = False
+        self.orphan_ms = 0
+        self.hidden: list[int] = []
+        self.hidden_paths: list[str] = []
         self.nice = 0
         self.cpus: set[int] = set()
         self.cpu_limit: tuple[int, int] | None = None
@@ -84,6 +91,10 @@ class Options:
             self.cpu_limit = soft, hard
         elif name == "join" and int(value) >= 0 and len(self.groups) < MOST_GROUPS:
             self.groups.append(int(value))
+        elif name == "orphan" and self.state >= 0 and 1 <= int(value) < 2**31:
+            self.orphan_ms = int(value)
+        elif name == "hide" and self.mode == "pid-namespace" and int(value) >= 0 and len(self.hidden) < MOST_HIDDEN:
+            self.hidden.append(int(value))
         else:  # a payload must not run with less than was asked for
             raise ValueError(name)
 
@@ -120,24 +131,103 @@ def tell(pipe: int, text: str) -> None:
         return
 
 
-def put(state: int, name: str, text: str) -> None:
-    """A file of the state directory: whole, synced, or not there."""
-    try:
-        file = os.open("new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600, dir_fd=state)
-        try:
-            if os.write(file, text.encode()) == len(text):
-                os.fsync(file)
-                os.rename("new", name, src_dir_fd=state, dst_dir_fd=state)
-                os.fsync(state)
-                return
-        finally:
-            os.close(file)
-    except OSError:
+def reserve(state: int, name: str) -> int:
+    """A file with room for a record. Raises OSError when there is none."""
+    try:  # noqa: SIM105 - contextlib takes too long to import
+        os.unlink(name, dir_fd=state)
+    except FileNotFoundError:
         pass
+    file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600, dir_fd=state)
     try:
-        os.unlink("new", dir_fd=state)
+        if os.write(file, b" " * RECORD_BYTES) != RECORD_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError:
-        return
+        os.close(file)
+        os.unlink(name, dir_fd=state)
+        raise
+    return file
+
+
+def put(state: int, file: int, beside: str, name: str, text: str) -> int:
+    """A record: whole, and in place of whatever somebody of our user has put there; or not there. A descriptor, or -1."""
+    if state < 0:
+        return -1
+    try:
+        os.fchmod(state, 0o700)
+        try:
+            there = os.stat(beside, dir_fd=state, follow_symlinks=False)
+            same = os.path.samestat(os.fstat(file), there)
+        except FileNotFoundError:
+            same = False
+        if not same:
+            beside = "again"
+            file = reserve(state, beside)
+        data = text.encode()
+        if os.pwrite(file, data, 0) != len(data):
+            return -1
+        os.ftruncate(file, len(data))
+        try:
+            os.rename(beside, name, src_dir_fd=state, dst_dir_fd=state)
+        except OSError:  # a directory has the name
+            checked(libc.renameat2(state, beside.encode(), state, name.encode(), EXCHANGE))
+    except OSError:
+        return -1
+    return file
+
+
+def has_agent(state: int) -> bool:
+    """Whether the agent is there. Looked at and not taken: it would be kept from taking it just then."""
+    try:
+        file = os.open("agent.lock", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=state)
+    except OSError as exc:
+        return exc.errno != errno.ENOENT
+    try:
+        found = fcntl.fcntl(file, OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
+        return bool(FLOCK.unpack(found)[0] != fcntl.F_UNLCK)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+
+
+class Watch:
+    """How we learn that nobody is our agent any more.
+
+    Of the first one the kernel tells: he has the other end of the report. Of those that have adopted the payload since
+    we look whether they hold the lock.
+    """
+
+    def __init__(self, o: Options) -> None:
+        self.state, self.report, self.patience_ms = o.state, o.report, o.orphan_ms
+        self.next_ms = self.since_ms = 0
+
+    def poll(self, poll: select.poll, most_ms: int | None) -> list[int]:
+        """Poll for at most so long, and no longer than until a look is due; the descriptors that are ready."""
+        left = most_ms
+        waits = self.patience_ms > 0 and not self.next_ms and self.report >= 0
+        if waits:
+            poll.register(self.report, 0)
+        elif self.patience_ms > 0:
+            until_look = max(0, self.next_ms - now_ms())
+            left = until_look if left is None else min(left, until_look)
+        try:
+            return [descriptor for descriptor, _ in poll.poll(left)]
+        finally:
+            if waits:
+                poll.unregister(self.report)
+
+    def is_orphaned(self, ready: list[int]) -> bool:
+        """Whether the payload has had no agent for as long as that was allowed; says so once."""
+        now = now_ms()
+        waits = not self.next_ms and self.report >= 0 and self.report not in ready
+        if self.patience_ms <= 0 or waits or now < self.next_ms:
+            return False
+        self.next_ms = now + min(max(self.patience_ms // LOOKS, LEAST_LOOK_MS), MOST_LOOK_MS)
+        self.since_ms = 0 if has_agent(self.state) else self.since_ms or now
+        if not self.since_ms or now - self.since_ms < self.patience_ms:
+            return False
+        self.patience_ms = 0
+        return True
 
 
 def stat_of(pid: int) -> tuple[str, int, int]:
@@ -328,7 +418,7 @@ def spawn(o: Options) -> tuple[int, str, int]:
     return int(error or 0), step or "-", pid
 
 
-def reap(o: Options, payload: int, signals: int, orders: int) -> dict[str, object]:
+def reap(o: Options, payload: int, signals: int, orders: int, watch: Watch | None) -> dict[str, object]:
     """Wait until the payload and all it left are gone. Orders come as signals, or to process 1 as bytes.
 
     The status is raw, as wait4 gives it: an exit code cannot tell `exit 143` from SIGTERM.
@@ -360,8 +450,9 @@ def reap(o: Options, payload: int, signals: int, orders: int) -> dict[str, objec
             kills += 1
 
         left = max(0, deadline - now_ms()) if deadline >= 0 else None
+        most = pause_ms if killing else left
         try:
-            ready = [descriptor for descriptor, _ in poll.poll(pause_ms if killing else left)]
+            ready = watch.poll(poll, most) if watch else [descriptor for descriptor, _ in poll.poll(most)]
         except OSError:  # RLIMIT_NOFILE is 0, say: whoever has our user may set it
             time.sleep(0.01)
             ready = [signals]
@@ -373,8 +464,10 @@ def reap(o: Options, payload: int, signals: int, orders: int) -> dict[str, objec
         if orders in ready and not (order := os.read(orders, 1).decode()):
             order = "K"  # the shim is gone
             poll.unregister(orders)
-        if order == "T" and asked == "-":
-            asked, deadline = "T", now_ms() + o.grace_ms
+        if not order and watch and watch.is_orphaned(ready):
+            order = "O"
+        if order in ("T", "O") and asked == "-":
+            asked, deadline = order, now_ms() + o.grace_ms
             signal_all(in_namespace, SIGTERM)
             signal_all(in_namespace, SIGCONT)
         elif order == "K":
@@ -390,7 +483,7 @@ def end_facts(
         facts[f"{name}_user_us"], facts[f"{name}_system_us"] = round(usage.ru_utime * 1e6), round(usage.ru_stime * 1e6)
         facts[f"{name}_peak_kib"] = usage.ru_maxrss
         facts[f"{name}_inblock"], facts[f"{name}_oublock"] = usage.ru_inblock, usage.ru_oublock
-    return facts | {"asked": asked, "orphans": orphans, "grace_expired": int(expired)}
+    return facts | {"asked": asked, "orphans": orphans, "grace_expired": int(expired), "synced": 0}
 
 
 def finish(o: Options, facts: dict[str, object], begun: int) -> None:
@@ -398,19 +491,36 @@ def finish(o: Options, facts: dict[str, object], begun: int) -> None:
     tree = end_facts(0, resource.getrusage(resource.RUSAGE_CHILDREN), "-")
     facts |= {name: value for name, value in tree.items() if name.startswith("tree_")}
     facts["wall_ms"] = now_ms() - begun
-    if o.state >= 0:
-        put(o.state, "exit", lines(facts))
-    tell(o.report, lines(facts))
+    text = lines(facts)
+    record = put(o.state, o.exit, "exit.new", "exit", text)
+    agent = select.poll()
+    if o.report >= 0:
+        agent.register(o.report, 0)
+        tell(o.report, text)
+    if record >= 0 and (o.report < 0 or agent.poll(0)):
+        sync_all(o, record, len(text) - 2)
 
 
-def say_started(o: Options, error: int, step: str, payload: int) -> None:
+def sync_all(o: Options, record: int, mark: int) -> None:
+    """Have what the payload wrote on the disk, and then its record: there may be no power when the next agent comes."""
+    try:
+        checked(libc.syncfs(os.open(".", os.O_RDONLY | os.O_DIRECTORY)))
+        os.fsync(record)
+        os.fsync(o.state)
+        os.pwrite(record, b"1", mark)
+        os.fsync(record)
+    except OSError:
+        return
+
+
+def say_started(o: Options, error: int, step: str, payload: int, init: int = 0, *, hidden: bool = False) -> None:
     """Say what has been started."""
     own = os.getpid()
     facts: dict[str, object] = {"shim_pid": own, "shim_start": stat_of(own)[2]}
-    facts |= {"payload_pid": payload, "payload_start": stat_of(payload)[2], "containment": o.mode}
-    facts |= {"fenced": int(o.no_new_privileges and has_fence()), "error": error, "failed": step}
-    if o.state >= 0:
-        put(o.state, "started", lines(facts))
+    facts |= {"payload_pid": payload, "payload_start": stat_of(payload)[2]}
+    facts |= {"init_pid": init, "init_start": stat_of(init)[2] if init else 0, "containment": o.mode}
+    facts |= {"fenced": int(o.no_new_privileges and has_fence()), "hidden": int(hidden), "error": error, "failed": step}
+    put(o.state, o.started, "started.new", "started", lines(facts))
     tell(o.report, lines(facts) + "\n")
 
 
@@ -451,6 +561,22 @@ def make_private(o: Options) -> None:
     os.close(tree)
 
 
+def hide(o: Options) -> bool:
+    """What was in sight before and is to be no more; whether all of it was.
+
+    The payload of an ordinary user cannot undo it, nor in a namespace that it makes itself: the kernel locks there what
+    it inherits.
+    """
+    hidden = bool(o.hidden_paths)
+    flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    for path in o.hidden_paths:
+        if not path:
+            hidden = False
+        elif libc.mount(b"none", os.fsencode(path), b"tmpfs", flags, b"mode=0,size=4k") < 0:
+            hidden = hidden and ctypes.get_errno() == errno.ENOENT
+    return hidden
+
+
 def mount_all(o: Options) -> None:
     """Make the namespace's own /proc, and what else is to be its own. Raises OSError."""
     o.doing = "mount /"
@@ -471,15 +597,16 @@ def init(o: Options, channel: int) -> None:
     libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
     try:
         mount_all(o)
+        hidden = hide(o)
         libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
         signals = take_signals(SIGCHLD)
         error, step, payload = spawn(o)
     except OSError as exc:
         tell(channel, f"{exc.errno} -1 {o.doing}\n")
         return
-    tell(channel, f"{error} {payload} {step}\n")
+    tell(channel, f"{error} {payload} {step} {int(hidden)}\n")
     if os.read(channel, 1):  # once the shim has noted the payload, which nobody has reaped so far
-        tell(channel, lines(reap(o, payload, signals, channel)))
+        tell(channel, lines(reap(o, payload, signals, channel, None)))
 
 
 def run_in_namespaces(o: Options) -> None:
@@ -499,10 +626,11 @@ def run_in_namespaces(o: Options) -> None:
             checked(-1)
         enter_user_namespace()
         checked(libc.unshare(CLONE_NEWPID))
+    mark_execution(o)
     child = os.fork()
     if child == 0:
         try:
-            for inherited in {channel, o.report, o.state} - {-1}:
+            for inherited in {channel, o.report, o.state, o.lock, o.started, o.exit} - {-1}:
                 os.close(inherited)
             init(o, channel_of_init)
         finally:
@@ -515,12 +643,17 @@ def run_in_namespaces(o: Options) -> None:
     if payload == "-1":
         o.doing = step
         raise OSError(int(error), os.strerror(int(error)))
-    say_started(o, int(error), step, children(child)[0])  # the first: init reaps nobody before it is told to
+    step, hidden = step.split(" ")
+    first = children(child)[0]  # init reaps nobody before it is told to
+    say_started(o, int(error), step, first, child, hidden=hidden == "1")
     tell(channel, "!")
 
-    asked = "-"
+    asked, watch, poll = "-", Watch(o), select.poll()
+    poll.register(signals, select.POLLIN)
     while os.waitpid(child, os.WNOHANG)[0] == 0:
-        select.select([signals], [], [])
+        if watch.is_orphaned(watch.poll(poll, None)) and asked == "-":
+            asked = "O"
+            tell(channel, asked)
         if (number := read_signal(signals)) in (SIGTERM, SIGUSR1):
             letter = "T" if number == SIGTERM else "K"
             asked = asked.replace("-", letter)
@@ -541,9 +674,10 @@ def run_as_subreaper(o: Options) -> None:
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     signals = take_signals(SIGCHLD, SIGTERM, SIGUSR1)
     begun = now_ms()
+    mark_execution(o)
     error, step, payload = spawn(o)
     say_started(o, error, step, payload)
-    finish(o, reap(o, payload, signals, -1), begun)
+    finish(o, reap(o, payload, signals, -1, Watch(o)), begun)
 
 
 def run_in_place(o: Options) -> None:
@@ -555,6 +689,36 @@ def run_in_place(o: Options) -> None:
     except Failed as exc:
         say_started(o, exc.error, exc.step, os.getpid())
         os._exit(127)
+
+
+def mark_execution(o: Options) -> None:
+    """From here on something may have been executed."""
+    if o.lock >= 0:
+        doing, o.doing = o.doing, "lock"
+        os.fchmod(o.lock, 0o700)
+        o.doing = doing
+
+
+def take_state(o: Options) -> None:
+    """Take the state directory for ours. Raises OSError."""
+    o.doing = "lock"
+    libc.sigprocmask(0, (ctypes.c_uint64 * 16)(2**64 - 1), None)  # XFSZ, where no file may be written
+    lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600, dir_fd=o.state)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    o.lock = lock
+    if os.access("void", os.F_OK, dir_fd=o.state):
+        raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+    o.doing = "record"
+    o.started, o.exit = reserve(o.state, "started.new"), reserve(o.state, "exit.new")
+
+
+def path_of(descriptor: int) -> str:
+    """The path of a directory, or an empty one if there is none that leads there."""
+    path = os.readlink(f"/proc/self/fd/{descriptor}")
+    try:
+        return path if os.path.samestat(os.lstat(path), os.fstat(descriptor)) else ""
+    except OSError:
+        return ""
 
 
 def main(words: list[str]) -> int:
@@ -575,13 +739,18 @@ def main(words: list[str]) -> int:
             os.set_inheritable(descriptor, False)
         if o.mode == "session":
             run_in_place(o)
-        o.doing = "lock"
         if o.state >= 0:
-            fcntl.flock(os.open("lock", os.O_RDWR | os.O_CREAT, 0o600, dir_fd=o.state), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_state(o)
+        if o.mode == "pid-namespace":
+            o.hidden_paths = [path_of(found) for found in [o.state, *o.hidden] if found >= 0]
+        for descriptor in o.hidden:
+            os.close(descriptor)
         if os.getsid(0) != os.getpid():
             os.setsid()
         (run_in_namespaces if o.mode == "pid-namespace" else run_as_subreaper)(o)
     except OSError as exc:
+        if o.lock >= 0:
+            os.fchmod(o.lock, 0o600)
         tell(o.report, f"refused {o.mode}\nwhat {o.doing}\nerrno {exc.errno}\nreason {exc.strerror}\n")
         return USAGE_ERROR
     return 0

@@ -12,6 +12,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
@@ -33,10 +34,12 @@ from loadmaster.limits import (
     without_cpu_ratio,
 )
 from loadmaster.payload.command import argv_of
-from loadmaster.payload.containment import SessionTree, Tree, start_contained
-from loadmaster.payload.launch import Launch, Refused
+from loadmaster.payload.containment import SessionTree, start_contained
+from loadmaster.payload.launch import Launch, Refused, shim_kind
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.state import LaunchRecord, StateDirectory, boot_id, mark_executed, remove_state
+from loadmaster.payload.tree import Tree
 from loadmaster.payload.usage import (
     DirectoryUsage,
     TreeUsage,
@@ -46,6 +49,7 @@ from loadmaster.payload.usage import (
     read_sizes,
 )
 from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir
 from loadmaster.world import USUAL, World
 
@@ -75,6 +79,9 @@ JOIN_SECONDS: Final = 60.0
 DISK_FULL_BYTES: Final = 64 * 1024
 """Nobody writes anything of use to a disk with less than that."""
 
+ORPHANED: Final = "O"
+"""What a shim's record says when it ended its payload for want of an agent."""
+
 NO_LIMITS: Final = Limits()
 
 _NOT_OF_TIME: Final = dict.fromkeys(
@@ -88,9 +95,10 @@ class Payload:
 
     def __init__(
         self, tree: Tree, output: Output, *, group: Group | None = None, soft_stop: SoftStop | None = None,
-        kept_bytes: int | None = None, outputs_bytes: Callable[[], int] | None = None,
+        kept_bytes: int | None = None, outputs_bytes: Callable[[], int] | None = None, state: StateDirectory | None = None,
     ) -> None:  # fmt: skip
         self.tree = tree
+        self._state = state
         self.last_lines: tuple[str, ...] = ()
         """What a payload that did not succeed had to say at the end."""
         self.kernels_verdict: Verdict | None = None
@@ -266,7 +274,7 @@ class Payload:
         shielded; it takes at most twice the grace and some 30 s.
         """
         ordered = time.monotonic()
-        if self.tree.gone and not self._hurried:
+        if self.tree.gone and not self._hurried and self.tree.asked == "-":
             by, verdict, grace_seconds = EndedBy.ITSELF, None, 0.0
         elif by is EndedBy.KILL and self.can_be_stopped_softly and await self.stop_softly():
             with anyio.move_on_after(grace_seconds):
@@ -290,6 +298,8 @@ class Payload:
             log.warning("process %d: its last words: %s", self.tree.pid, exc)
         finally:
             self._output.close()
+            if self._state is not None:  # what it says stays, until whoever wanted it has it elsewhere
+                self._state.close()
         return outcome
 
     def _leave_group(self, group: Group, outcome: PayloadOutcome) -> PayloadOutcome:
@@ -324,6 +334,10 @@ class Payload:
     def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
         wall = self.wall_seconds
         record, seen = self.tree.reap(), self._seen
+        if self.tree.adopted and record.wall_seconds is not None:
+            wall = record.wall_seconds
+        if record.asked == ORPHANED:
+            by, verdict = EndedBy.ORPHANED, None
         return PayloadOutcome(
             exit_code=record.exit_code,
             signal=record.signal,
@@ -367,46 +381,73 @@ class _Seen:
 async def start(
     spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, limits: Limits = NO_LIMITS,
     world: World = USUAL, cores: frozenset[int] = frozenset(), soft_stop: SoftStop | None = None,
-    outputs_bytes: Callable[[], int] | None = None,
+    outputs_bytes: Callable[[], int] | None = None, state: Path | None = None, hidden: Sequence[Path] = (),
 ) -> Payload:  # fmt: skip
     """Start a payload in the first containment the node allows, its output in two files of the work directory.
 
     What the kernel can hold of the limits it is told; `watch` judges all of them. `cores` are the CPUs it is bound to, if
     any. `outputs_bytes` says what would have to be delivered if it ended now; called in a thread. Raises
     `PayloadNotStarted`. Cancelled, it leaves no payload.
+
+    With `state`, a directory that is not there yet, the payload outlives an agent that dies, and can be adopted by the
+    next one (`adopt`), for `World.orphan_seconds`; not in a session, which can only be ended. Where it has mounts of its
+    own it finds that directory and those of `hidden` empty. Who has started it, or adopted it, has it alone until `end`
+    has returned; `remove_state` removes what is left on disk. None of these may have the work directory in it.
     """
+    for place in (*((state,) if state is not None else ()), *hidden):
+        if workdir.path.is_relative_to(place) or (place == state and place.is_relative_to(workdir.path)):
+            raise ValueError(f"{place}: the payload's work directory cannot be hidden from it")
 
     near = world.containment[0] is Containment.SESSION
 
-    def prepare() -> tuple[Output, Group | None, Tree | Launch]:
+    opened: list[int] = []
+
+    def prepare() -> tuple[Output, Group | None, Tree | Launch, StateDirectory | None]:
         """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
         asked = world.cgroup != "none" or world.containment[0] is Containment.CGROUP
         group = _group_of(workdir.path.name, world, limits) if asked and not near else None
+        directory = None
+        if state is not None:
+            try:
+                directory = _state_of(state, world, group)
+                opened.extend(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in hidden)
+            except BaseException:
+                _discard(output, group, directory)
+                raise
         launch = Launch(
             argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
             nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation, image=world.image,
-            group=group,
+            group=group, state=directory.descriptor if directory else -1, orphan_seconds=world.orphan_seconds,
+            hidden=tuple(opened),
         )  # fmt: skip
         if not near:
-            return output, group, launch
+            return output, group, launch, directory
         try:
+            if directory is not None:
+                mark_executed(directory.descriptor)
             tree = SessionTree.start(launch)
         except BaseException:
-            output.discard()
+            _discard(output, None, directory)
             raise
-        return output, None, tree
+        if directory is not None:
+            _note_session(directory, tree)
+        return output, None, tree, directory
 
     try:
-        output, group, tree = await to_thread.run_sync(prepare)
+        output, group, tree, directory = await briefly(prepare)
         if isinstance(tree, Launch):
-            tree = await _start_contained(tree, output, group, world.containment)
+            tree = await _start_contained(tree, output, group, directory, world.containment)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
     return Payload(
-        tree, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes, outputs_bytes=outputs_bytes
-    )
+        tree, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes, outputs_bytes=outputs_bytes,
+        state=directory,
+    )  # fmt: skip
 
 
 def _kernels_cpu(limits: Limits) -> float | None:
@@ -422,22 +463,49 @@ def _group_of(job_id: str, world: World, limits: Limits) -> Group | None:
     return group_of(job_id, "" if world.cgroup in {"own", "none"} else world.cgroup, limits)
 
 
-async def _start_contained(
-    launch: Launch, output: Output, group: Group | None, containment: Sequence[Containment]
-) -> Tree:
-    def discard() -> None:
-        output.discard()
-        if group is not None and not group.remove():
-            group.close()
+def _state_of(path: Path, world: World, group: Group | None) -> StateDirectory:
+    """A state directory, with what the next agent cannot find out. Raises OSError."""
+    record = LaunchRecord(
+        boot_id=boot_id(), shim=shim_kind(), containment=world.containment, isolation=world.isolation,
+        groups=group.items if group is not None else {},
+    )  # fmt: skip
+    return StateDirectory.make(path, record)
 
+
+def _note_session(directory: StateDirectory, tree: Tree) -> None:
+    """Who the next agent has to end: there is no shim that would say it."""
+    facts = {"shim_pid": 0, "shim_start": 0, "payload_pid": tree.pid, "payload_start": tree.start_ticks}
+    try:
+        directory.note({**facts, "containment": tree.containment})
+    except OSError as exc:  # the disk is full; who has the event of its start knows as much
+        log.warning("process %d: is not noted for the next agent: %s", tree.pid, exc)
+
+
+def _discard(output: Output, group: Group | None, directory: StateDirectory | None) -> None:
+    """There was no payload."""
+    output.discard()
+    if group is not None and not group.remove():
+        group.close()
+    if directory is not None:
+        directory.close()
+        remove_state(directory.path)
+
+
+async def _start_contained(
+    launch: Launch, output: Output, group: Group | None, directory: StateDirectory | None,
+    containment: Sequence[Containment],
+) -> Tree:  # fmt: skip
     try:
         tree = await start_contained(launch, wanted=containment)
     except BaseException:
         with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
-            await to_thread.run_sync(discard)
+            await to_thread.run_sync(_discard, output, group, directory)
         raise
     if group is not None:
         group.close_descriptors()
+    if directory is not None and tree.containment is Containment.SESSION:
+        with anyio.CancelScope(shield=True):  # a payload that runs is one, also for somebody who is cancelled just then
+            await to_thread.run_sync(_note_session, directory, tree)
     return tree
 
 

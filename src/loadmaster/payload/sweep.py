@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
-from loadmaster.payload.usage import descendants, read_stat
+from loadmaster.payload.usage import descendants, open_processes, open_session, read_stat
 
 LOOKS: Final = 100
 """Of a tree that forks while it is being stopped; two or three do for most."""
@@ -44,6 +44,28 @@ def kill_session(leader: int, start_ticks: int) -> int:
         return found is not None and found.session == leader and found.start_ticks >= start_ticks
 
     return _signal(filter(is_of_it, pids), signal.SIGKILL, is_of_it)
+
+
+def kill_left(leader: int, start_ticks: int) -> list[int]:
+    """Kill whoever is below a process that was a session's leader, or in its session; a pidfd of each that was there.
+
+    Of so many at most as there are few descriptors. Raises OSError, with none open.
+    """
+    own = read_stat(leader)
+    is_itself = own is not None and own.start_ticks == start_ticks
+    left = [leader, *descendants(leader)] if is_itself else []
+    opened = open_processes(left)
+    try:
+        if is_itself:
+            kill_below(leader)
+        kill_session(leader, start_ticks)
+        if not opened and (own is None or is_itself):
+            opened = open_session(leader, start_ticks)
+    except BaseException:
+        for pidfd in opened:
+            os.close(pidfd)
+        raise
+    return opened
 
 
 def _signal(pids: Iterable[int], number: signal.Signals, is_ours: Callable[[int], bool]) -> int:

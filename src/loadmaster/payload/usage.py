@@ -17,7 +17,7 @@ import os
 import stat
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
@@ -31,6 +31,9 @@ BLOCK_BYTES: Final = 512
 WALK_FILES: Final = 200_000
 WALK_SECONDS: Final = 2.0
 """A walk over a work directory ends there and says so. 200,000 files take about 0.5 s when their inodes are cached."""
+
+MOST_OPEN: Final = 64
+"""Processes that are waited for at a time: descriptors are few."""
 
 _UNSEEN: Final = (FileNotFoundError, ProcessLookupError, PermissionError)
 """A process that is gone; or another user's, with /proc mounted with hidepid."""
@@ -219,17 +222,31 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def open_group(group: int, at_most: int = 64) -> list[int]:
-    """A pidfd of each process of a group that has not ended, of so many at most: descriptors are few.
+def open_group(group: int, at_most: int = MOST_OPEN) -> list[int]:
+    """A pidfd of each process of a group that has not ended, of so many at most.
 
     Reads all of /proc; raises OSError, with none open.
     """
+    return open_processes(_all_processes(), lambda stat: stat.group == group, at_most)
+
+
+def open_session(session: int, start_ticks: int, at_most: int = MOST_OPEN) -> list[int]:
+    """The same of a session, whose leader started then."""
+    return open_processes(
+        _all_processes(), lambda stat: stat.session == session and stat.start_ticks >= start_ticks, at_most
+    )
+
+
+def open_processes(
+    pids: Iterable[int], wanted: Callable[[Stat], bool] = lambda _: True, at_most: int = MOST_OPEN
+) -> list[int]:
+    """A pidfd of each of those wanted that have not ended, of so many at most. Raises OSError, with none open."""
     found: list[int] = []
     try:
-        for name in os.listdir("/proc"):
-            if name.isdecimal() and (stat := read_stat(int(name))) and stat.group == group and stat.state not in "ZX":
+        for pid in pids:
+            if (stat := read_stat(pid)) and stat.state not in "ZX" and wanted(stat):
                 with suppress(ProcessLookupError):
-                    found.append(os.pidfd_open(int(name)))
+                    found.append(os.pidfd_open(pid))
                 if len(found) == at_most:
                     break
     except OSError:
@@ -237,6 +254,10 @@ def open_group(group: int, at_most: int = 64) -> list[int]:
             os.close(pidfd)
         raise
     return found
+
+
+def _all_processes() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdecimal())
 
 
 def _read(path: str) -> bytes | None:

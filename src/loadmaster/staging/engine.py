@@ -39,6 +39,7 @@ from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.kinds import Storages
 from loadmaster.storage.local import WORK_DIRECTORY, checksum, translated
 from loadmaster.tasks import for_each, single_error
+from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir
 
 if TYPE_CHECKING:
@@ -273,7 +274,7 @@ class Transfers:
             return
         problems: list[str] = []
         files = [delivery.file or delivery.name for delivery in deliveries]
-        sizes = await to_thread.run_sync(_sizes, workdir, files)
+        sizes = await briefly(lambda: _sizes(workdir, files))
         errands = [
             Errand(
                 delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, file),

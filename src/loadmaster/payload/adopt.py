@@ -1,0 +1,212 @@
+"""A payload whose agent has died: taken on by the next one, or ended for certain.
+
+| what is found                                      | what it is                                                     |
+| -------------------------------------------------- | -------------------------------------------------------------- |
+| a shim that lives, and has started a payload       | a `Payload` like any other                                     |
+| the shim's record of the end                       | a `Payload` that is gone: its `end` says how it ended          |
+| that nothing was executed                          | `NotStarted`; nothing will be, whatever is still on its way    |
+| no shim, no record, or none that is to be believed | `Lost`: what is left of it was ended first                     |
+
+A process is never told by its number alone: a descriptor is opened first, and then the start time compared, in the same
+boot of the machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import anyio
+from anyio import to_thread
+
+from loadmaster.description import Containment, Limits
+from loadmaster.events import PayloadStarted
+from loadmaster.payload.adopted import AdoptedTree, EndedTree, open_process
+from loadmaster.payload.found import Found, Lost, NotStarted, ToEnd, is_other_boot, look, unclear, undamaged
+from loadmaster.payload.output import Output
+from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.state import NotOurs, Started, StateDirectory
+from loadmaster.payload.supervise import NO_LIMITS, Payload
+from loadmaster.payload.sweep import kill_left
+from loadmaster.payload.tree import KILL_SECONDS
+from loadmaster.workdir import Workdir
+from loadmaster.world import USUAL, World
+
+if TYPE_CHECKING:
+    from loadmaster.notices import Notices
+    from loadmaster.payload.cgroup import Group
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS: Final = 1.0
+"""While a shim has not said yet what it has started. The kernel tells of what it writes, but not of a lock that is free."""
+
+STARTING_SECONDS: Final = 600.0
+"""For a program on a file server that is slow to answer. After this the shim is ended."""
+
+
+async def adopt(
+    state: Path, workdir: Workdir, *, stdout: str, stderr: str, boot: str = "", known: PayloadStarted | None = None,
+    limits: Limits = NO_LIMITS, world: World = USUAL, soft_stop: SoftStop | None = None,
+    outputs_bytes: Callable[[], int] | None = None,
+) -> Payload | NotStarted | Lost:  # fmt: skip
+    """What became of the payload that was, or was to be, started with this state directory; ours from here on.
+
+    `boot` is the `boot_id` under which it was to be started, and `known` what was told of its start, if it was: they are
+    believed before what is in the directory. The other words are those of `start`.
+
+    Raises `PayloadHeld` when another agent has it. Cancelled, it leaves a payload that runs as it is, to be adopted.
+    """
+    event = None if known is None else _started_of(known)
+    boot = boot or (known.boot_id if known is not None else "")
+    try:
+        directory = await to_thread.run_sync(StateDirectory.open, state)
+    except (FileNotFoundError, NotOurs) as exc:
+        return await _without_state(state, exc, event, boot)
+    found: Found | None = None
+    group: Group | None = None
+    try:
+        found = await _find(directory, event, boot)
+        with anyio.CancelScope(shield=True):  # some milliseconds, or what `_lost` is bounded by
+            group = (
+                await to_thread.run_sync(_group_of, directory, limits) if not isinstance(found, NotStarted) else None
+            )
+            if isinstance(found, AdoptedTree | EndedTree):
+                found.hold(group)
+                output = await to_thread.run_sync(
+                    lambda: Output.reopen(workdir, stdout, stderr, kept_bytes=world.kept_output_bytes)
+                )
+                return Payload(
+                    found, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes,
+                    outputs_bytes=outputs_bytes, state=directory,
+                )  # fmt: skip
+            left = await _lost(found, directory, group) if isinstance(found, ToEnd) else found
+    except BaseException:
+        if isinstance(found, AdoptedTree):
+            found.leave()
+        if group is not None:
+            group.close()
+        directory.close()
+        raise
+    directory.close()
+    return left
+
+
+async def end_left(known: PayloadStarted) -> bool:
+    """End what is left of a payload that was started and cannot be adopted, one in a session say.
+
+    False when something is still there 30 s after it was killed. What has left both its parents and its session is not
+    found without its shim; docs/containment.md has who can do that. Shielded, and bounded.
+    """
+    with anyio.CancelScope(shield=True):
+        gone = await to_thread.run_sync(is_other_boot, known.boot_id) or await _end_left(_started_of(known), None)
+    return gone  # noqa: RET504 - a scope may end early, as far as type checkers know
+
+
+async def _without_state(path: Path, why: Exception, event: Started | None, boot: str) -> NotStarted | Lost:
+    """There is no state directory, or none of ours."""
+    reason = str(why) if isinstance(why, NotOurs) else f"{path}: is not there"
+    if await to_thread.run_sync(is_other_boot, boot):
+        return Lost(reason, rebooted=True)
+    if event is None and not isinstance(why, NotOurs):
+        return NotStarted("no state directory was made for it")
+    return await _lost(ToEnd(reason, (event,) if event is not None else ()))
+
+
+def _started_of(event: PayloadStarted) -> Started:
+    return Started(
+        shim_pid=event.shim_pid, shim_start=event.shim_start_ticks, payload_pid=event.pid,
+        payload_start=event.start_ticks, containment=Containment(event.containment),
+    )  # fmt: skip
+
+
+# -- what there is ---------------------------------------------------------------------------------------------------
+
+
+async def _find(directory: StateDirectory, event: Started | None, boot: str) -> Found:
+    """Look, and again when a shim has not said yet what it has started."""
+
+    if (found := await to_thread.run_sync(look, directory, event, boot)) is not None:
+        return found
+    with ExitStack() as stack, anyio.move_on_after(STARTING_SECONDS):
+        notices = _notices_of(directory, stack)
+        while (found := await to_thread.run_sync(look, directory, event, boot)) is None:
+            with anyio.move_on_after(LOOK_SECONDS):
+                await (notices.next() if notices is not None else anyio.sleep_forever())
+        return found
+    return await to_thread.run_sync(unclear, directory, "its shim does not say what it has started", ())
+
+
+def _notices_of(directory: StateDirectory, stack: ExitStack) -> Notices | None:
+    """Told when the shim renames or closes a file; None when the user has no inotify queue left."""
+    from loadmaster.notices import CLOSED, MOVED_IN, Notices  # with ctypes, loaded when used
+
+    try:
+        notices = stack.enter_context(Notices())
+        notices.watch(f"/proc/self/fd/{directory.descriptor}", CLOSED | MOVED_IN)
+    except OSError:
+        return None
+    return notices
+
+
+def _group_of(directory: StateDirectory, limits: Limits) -> Group | None:
+    launch = undamaged(lambda: directory.launch)
+    if launch is None or not launch.groups:
+        return None
+    from loadmaster.payload.cgroup import Group  # loaded when used
+
+    try:
+        return Group.reopen(launch.groups, limits)
+    except OSError as exc:
+        log.warning("%s: its control groups are not there any more: %s", directory.path, exc)
+        return None
+
+
+# -- what is left ----------------------------------------------------------------------------------------------------
+
+
+async def _lost(found: ToEnd, directory: StateDirectory | None = None, group: Group | None = None) -> Lost:
+    """End all that is known of, for certain. Bounded by some 30 s each."""
+    gone = True
+    with anyio.CancelScope(shield=True):
+        for one in found.known:
+            gone = await _end_left(one, directory) and gone
+        if group is not None:
+            gone = await group.end(KILL_SECONDS) and gone
+            if not await to_thread.run_sync(group.remove):
+                group.close()
+    return Lost(found.reason, left_behind=not gone)
+
+
+async def _end_left(found: Started, directory: StateDirectory | None) -> bool:
+    ended = True
+    pidfd = await to_thread.run_sync(open_process, found.shim_pid, found.shim_start, directory)
+    if pidfd is not None:
+        tree = AdoptedTree(pidfd, found, found.containment)
+        try:
+            ended = await tree.end(0)
+        finally:
+            tree.leave()
+    with anyio.move_on_after(KILL_SECONDS) as killing:
+        while opened := await to_thread.run_sync(_kill_left, found):
+            try:
+                for pidfd in opened:
+                    await anyio.wait_readable(pidfd)
+            finally:
+                for pidfd in opened:
+                    os.close(pidfd)
+    return ended and not killing.cancelled_caught
+
+
+def _kill_left(found: Started) -> list[int]:
+    """Kill what a shim that is gone has left; descriptors to wait for."""
+    init = open_process(found.init_pid, found.init_start)
+    if init is not None:  # all of its namespace is gone when it is
+        signal.pidfd_send_signal(init, signal.SIGKILL)
+        return [init]
+    return kill_left(found.payload_pid, found.payload_start) if found.payload_pid > 1 else []

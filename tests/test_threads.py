@@ -1,0 +1,90 @@
+"""What blocks for a moment, and what happens when it does not end."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+
+import anyio
+import pytest
+
+from conftest import until
+from loadmaster.threads import briefly
+
+
+class Gate:
+    """Something that blocks until it is opened, and knows how many are in it."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.inside = self.most = 0
+
+    def __call__(self) -> None:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        assert self.open.wait(30)
+        self.inside -= 1
+
+
+async def test_the_function_runs_in_another_thread_and_what_it_returns_or_raises_comes_back() -> None:
+    assert await briefly(threading.get_ident) != threading.get_ident()
+    with pytest.raises(ZeroDivisionError):
+        await briefly(lambda: 1 // 0)
+    assert await briefly(lambda: "and goes on") == "and goes on"
+
+
+async def test_one_goes_after_another() -> None:
+    running, most = 0, 0
+
+    def count() -> None:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        sum(range(1000))
+        running -= 1
+
+    async with anyio.create_task_group() as group:
+        for _ in range(50):
+            group.start_soon(partial(briefly, count))
+    assert most == 1
+
+
+async def test_nobody_waits_for_ever_for_one_that_hangs() -> None:
+    gate = Gate()
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(briefly, gate))
+        await until(lambda: gate.inside == 1)
+        assert await briefly(lambda: "in a thread of its own") == "in a thread of its own"
+        gate.open.set()
+    assert await briefly(lambda: "in line again") == "in line again"
+
+
+async def test_a_turn_of_somebody_who_has_left_goes_to_the_next() -> None:
+    gate = Gate()
+    done: list[int] = []
+
+    async def wait(number: int) -> None:
+        await briefly(lambda: done.append(number))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(briefly, gate))
+        await until(lambda: gate.inside == 1)
+        async with anyio.create_task_group() as leaving:
+            leaving.start_soon(wait, 1)
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(wait, 2)
+            leaving.cancel_scope.cancel()
+        gate.open.set()
+    assert done == [2]
+
+
+async def test_cancellation_leaves_a_thread_to_itself_only_if_it_may() -> None:
+    gate = Gate()
+    with anyio.CancelScope() as scope:
+        async with anyio.create_task_group() as group:
+            group.start_soon(partial(briefly, gate, abandon_on_cancel=True))
+            await until(lambda: gate.inside == 1)
+            scope.cancel()
+    assert gate.inside == 1
+    gate.open.set()
+    await until(lambda: gate.inside == 0)
