@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
+import shutil
+import sqlite3
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +24,7 @@ from anyio import to_thread
 from conftest import sh, until
 from following import Signpost, happens
 from loadmaster import (
+    ComputingElement,
     JobDescription,
     JobExecutionCoordinator,
     JobHandle,
@@ -134,7 +141,7 @@ async def test_fifty_jobs_through_a_node_have_their_history_at_the_server(
         for number in jobs:
             node.submit(described(number))
     assert reporter.undelivered == ()
-    assert reporter.refused == []
+    assert reporter.refused == ()
     histories = await asked(server.histories, jobs)
     assert all(is_legal(history) for history in histories.values())
     assert {number: told(history) for number, history in histories.items()} == dict.fromkeys(jobs, DONE)
@@ -179,7 +186,7 @@ async def test_each_kind_of_end_is_told_in_dirac_s_words(
             parameters |= json.loads(body).get(str(done), {})
     assert parameters["ProcessedEvents"] == "42"
     assert parameters["Strange name ?"] == "with 'quotes' and ? and \ufffd"
-    assert parameters.keys() >= {"HostName", "JobWrapperPID", "PayloadPID"}
+    assert parameters.keys() >= {"HostName", "JobWrapperPID", "PayloadPID", "TotalCPUTime(s)", "WallClockTime(s)"}
 
 
 async def test_a_job_that_runs_beats_with_its_last_lines(
@@ -195,7 +202,7 @@ async def test_a_job_that_runs_beats_with_its_last_lines(
             while "the last line" not in printed:
                 printed = await asked(server.printed, number)
         await post.reached()
-    assert printed.startswith("Last 1 lines of application output from Watchdog on ")
+    assert "Last 1 lines of application output from Watchdog on " in printed
     beats = await asked(server.beats, number)
     assert beats.keys() == {"LoadAverage", "MemoryUsed", "CPUConsumed", "WallClockTime", "AvailableDiskSpace"}
     assert 0 < float(beats["MemoryUsed"]) < 1000
@@ -282,7 +289,7 @@ async def test_nothing_is_lost_when_a_tenth_of_the_answers_is(
         for number in jobs:
             node.submit(described(number, **sh("sleep 0.5")))
     assert reporter.undelivered == ()
-    assert reporter.refused == []
+    assert reporter.refused == ()
     assert await asked(server.statuses, jobs) == dict.fromkeys(jobs, ("Done", "Execution Complete"))
     histories = await asked(server.histories, jobs)
     for history in histories.values():
@@ -374,6 +381,49 @@ async def test_a_job_the_server_does_not_have_holds_up_no_other(
     assert "DiracX has no such job" in caplog.text
     assert "job no-number: is not reported: DiracX knows jobs by numbers" in caplog.text
     assert await asked(server.statuses, jobs) == dict.fromkeys(jobs, ("Done", "Execution Complete"))
+
+
+async def test_a_second_job_of_the_same_number_is_not_told_of(
+    server: DiracxServer, preferences: Preferences, pilot: Any
+) -> None:
+    """The node refuses it. At the server, its failure would be that of the first, which goes on."""
+    (number,) = await asked(server.submit)
+    async with pilot(preferences) as (node, _, _):
+        first = node.submit(described(number, **sh("sleep 1")))
+        await happens(PayloadStarted)(first)
+        second = await node.submit(described(number)).wait()
+        assert second.status is Status.FAILED
+        assert (await first.wait()).status is Status.DONE
+    assert told((await asked(server.histories, [number]))[number]) == DONE
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+async def test_two_hundred_jobs_while_everything_fails_now_and_then(
+    server: DiracxServer, preferences: Preferences, pilot: Any, proxy: Proxy, tmp_path: Path
+) -> None:
+    """A fifth of the answers, the server three times, and once the token."""
+    chance = random.Random(11)
+    fates = ["lost", "500", "500 after", "reset", "later"]
+    proxy.fate = lambda *asked: chance.choice(fates) if chance.random() < 0.2 else ""
+    jobs = await asked(server.submit, 200)
+    async with (
+        FileOutbox(tmp_path / "outbox.sqlite") as outbox,
+        pilot(preferences.model_copy(update={"url": proxy.url}), cores=20, outbox=outbox) as (node, reporter, _),
+    ):
+        handles = [node.submit(described(number, **sh("sleep 1"))) for number in jobs]
+        for at in (30, 90, 150):
+            await handles[at].wait()
+            await asked(server.order, "stop")
+            await anyio.sleep(2)
+            await asked(server.order, "start")
+    assert reporter.undelivered == reporter.refused == ()
+    assert await asked(server.statuses, jobs) == dict.fromkeys(jobs, ("Done", "Execution Complete"))
+    for some in (jobs[:100], jobs[100:]):
+        for history in (await asked(server.histories, some)).values():
+            once = list(dict.fromkeys(history))
+            assert is_legal(once)
+            assert told(once) == DONE
 
 
 # -- credentials ---------------------------------------------------------------------------------------------------------
@@ -511,7 +561,7 @@ async def test_one_job_is_reported_by_its_handle(
     handle = JobHandle()
     async with (
         open_diracx(preferences) as diracx,
-        open_reporter(diracx, source="JobWrapper@LCG.Test.org") as reporter,
+        open_reporter(diracx, ce=ComputingElement(site="LCG.Test.org")) as reporter,
         anyio.create_task_group() as group,
     ):
         group.start_soon(reporter.follow, handle)
@@ -519,3 +569,112 @@ async def test_one_job_is_reported_by_its_handle(
     history = (await asked(server.histories, [number]))[number]
     assert told(history) == DONE
     assert {said.source for said in history} == {"JobWrapper@LCG.Test.org"}
+
+
+# -- from the command line -----------------------------------------------------------------------------------------------
+
+
+Loadmaster = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def loadmaster_command(preferences: Preferences, tmp_path: Path) -> Iterator[Loadmaster]:
+    """The command, in a process of its own."""
+    with ExitStack() as processes:
+
+        def run(*words: object, url: str = preferences.url, **environ: str) -> subprocess.Popen[str]:
+            told = {
+                "DIRACX_URL": url,
+                "DIRACX_CREDENTIALS_PATH": str(preferences.credentials_path),
+                "LOADMASTER_OWNER_CREDENTIALS_PATH": str(preferences.owner_credentials_path),
+            }
+            process = subprocess.Popen(
+                [sys.executable, "-m", "loadmaster", *map(str, words)], cwd=tmp_path, env={**os.environ, **told, **environ},
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            processes.enter_context(process)
+            processes.callback(process.kill)
+            return process
+
+        yield run
+
+
+def test_a_job_is_run_and_reported_by_its_number(
+    server: DiracxServer, loadmaster_command: Loadmaster, tmp_path: Path
+) -> None:
+    (number,) = server.submit()
+    (tmp_path / "job.json").write_text(json.dumps({**sh("echo hello"), "output_sandbox": ["std.out"]}))
+    done = loadmaster_command("run", "job.json", "--reporter", "diracx", "--job-id", number)
+    told_there, problems = done.communicate(timeout=120)
+    assert done.returncode == 0, problems
+    assert told_there.startswith("Done\n")
+    assert server.statuses([number]) == {number: ("Done", "Execution Complete")}
+    (pfn,) = server.ask("GET", f"/api/jobs/{number}/sandbox/output")
+    assert server.content(pfn) == {"std.out": b"hello\n"}
+
+
+def test_a_node_tells_of_its_jobs_and_of_itself(
+    server: DiracxServer, loadmaster_command: Loadmaster, tmp_path: Path
+) -> None:
+    jobs, stamp = server.submit(5), f"stamp-{random.randrange(2**32)}"
+    lines = [json.dumps({"job_id": str(number), "executable": "/bin/true"}) for number in jobs]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(lines))
+    done = loadmaster_command("node", "jobs.jsonl", "--reporter", "diracx", DIRAC_PILOT_STAMP=stamp)
+    _, problems = done.communicate(timeout=120)
+    assert done.returncode == 0, problems
+    assert server.statuses(jobs) == dict.fromkeys(jobs, ("Done", "Execution Complete"))
+    words = {"search": [{"parameter": "PilotStamp", "operator": "eq", "value": stamp}]}
+    (pilot,) = server.ask("POST", "/api/pilots/search", words)
+    assert (pilot["Status"], pilot["VO"]) == ("Done", "testvo")
+
+
+def test_what_a_killed_agent_could_not_tell_is_told_by_the_next(
+    server: DiracxServer, loadmaster_command: Loadmaster, proxy: Proxy, tmp_path: Path
+) -> None:
+    """The server is away, the job ends, and the agent is killed: all it had to say is in the outbox."""
+    (number,) = server.submit()
+    (tmp_path / "job.json").write_text('{"executable": "/bin/true"}')
+    (tmp_path / "none.jsonl").touch()
+    proxy.fate = lambda *asked: "reset"
+    words = ("--reporter", "diracx", "--outbox", "outbox.sqlite")
+    agent = loadmaster_command("run", "job.json", "--job-id", number, "--events", "events", *words, url=proxy.url)
+    deadline = time.monotonic() + 60
+    while _reports_in(tmp_path / "outbox.sqlite") < len(DONE):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    agent.kill()
+    agent.communicate()
+    after = loadmaster_command("node", "none.jsonl", *words)
+    _, problems = after.communicate(timeout=120)
+    assert after.returncode == 0, problems
+    assert told(server.histories([number])[number]) == DONE
+
+
+def _reports_in(path: Path) -> int:
+    """How many statuses wait there; it has an owner, so a copy is looked at."""
+    copy = path.with_name("copy.sqlite")
+    try:
+        for end in ("", "-wal"):
+            shutil.copyfile(f"{path}{end}", f"{copy}{end}")
+        with closing(sqlite3.connect(copy)) as database:
+            return int(database.execute("SELECT count(*) FROM reports WHERE report LIKE '%status%'").fetchone()[0])
+    except (sqlite3.Error, OSError):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("words", "environ", "told"),
+    [
+        (["--reporter", "diracx"], {}, ": DiracX knows jobs by numbers: --job-id N"),
+        (["--reporter", "diracx", "--job-id", "7"], {"DIRACX_URL": ""}, "DIRACX_URL is not set"),
+        (["--outbox", "somewhere"], {}, "--outbox: there is no --reporter"),
+    ],
+)
+def test_what_is_missing_is_told_before_anything_is_begun(
+    loadmaster_command: Loadmaster, tmp_path: Path, words: list[str], environ: dict[str, str], told: str
+) -> None:
+    (tmp_path / "job.json").write_text('{"executable": "/bin/true"}')
+    done = loadmaster_command("run", "job.json", *words, **environ)
+    _, problems = done.communicate(timeout=60)
+    assert done.returncode == 1
+    assert told in problems

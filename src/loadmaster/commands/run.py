@@ -24,6 +24,7 @@ from loadmaster.commands.files import (
     read_site,
     write_whole,
 )
+from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
 from loadmaster.handle import JobHandle
 from loadmaster.names import shown
 from loadmaster.orders import Orders, told_to_stop
@@ -52,15 +53,18 @@ def add(commands: Commands, line: str) -> None:
     run.add_argument("--result", type=Path, metavar="FILE", help="write the result as JSON")
     run.add_argument("--keep-workdir", action="store_true", help="leave the work directory where it is, and say where")
     run.add_argument("--follow", action="store_true", help="show what the payload prints, as it prints it")
+    add_reporter(run)
+    add_job_id(run)
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _run(options: argparse.Namespace) -> int:
     job, ce = read_job(options)
+    job, reporting = with_id(options, job), Reporting(options, ce)
     coordinator = read_coordinator(options)
     root = (options.root or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
-    site = read_site(options, job)
+    site = reporting.site(read_site(options, job))
     heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
     check_outputs(job, site)
     check_writable(options.result)
@@ -71,7 +75,7 @@ def _run(options: argparse.Namespace) -> int:
             keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
         )  # fmt: skip
         try:
-            result = anyio.run(_fly, run, orders, display, events, options.follow)
+            result = anyio.run(_fly, run, orders, display, events, options.follow, reporting)
         finally:
             display.close()
     if result is None:
@@ -87,7 +91,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _fly(
-    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool
+    run: Callable[..., Awaitable[JobResult]],
+    orders: Orders,
+    display: Display,
+    events: TextIO | None,
+    output: bool,
+    reporting: Reporting,
 ) -> JobResult | None:
     """The job's result; None when it was abandoned."""
     handle = JobHandle()
@@ -95,7 +104,9 @@ async def _fly(
     with single_error():
         async with anyio.create_task_group() as listening:
             listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
-            async with anyio.create_task_group() as followers:
+            async with reporting.opened() as reporter, anyio.create_task_group() as followers:
+                if reporter is not None:
+                    followers.start_soon(reporter.follow, handle)
                 followers.start_soon(partial(follow, handle, display, output=output))
                 if events is not None:
                     followers.start_soon(write_events, handle, events)

@@ -7,15 +7,15 @@ import logging
 import os
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from base64 import urlsafe_b64decode
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from random import random
 from typing import Any, Final, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import anyio
 from anyio import to_thread
@@ -23,14 +23,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from loadmaster.diracx.credentials import Credentials, Tokens
 from loadmaster.diracx.errors import CredentialsRefused, DiracxError, DiracxRefused, DiracxUnavailable
+from loadmaster.diracx.exchange import ANSWER_SECONDS, Answer, exchange, httpx
+from loadmaster.diracx.pace import any_chance, wait_seconds
 from loadmaster.diracx.preferences import Preferences
-from loadmaster.errors import LoadmasterError
 from loadmaster.storage.credentials import authorities
-
-try:
-    import httpx
-except ImportError as exc:  # pragma: no cover - said once, to the person who wants it
-    raise ImportError("DiracX needs httpx: pip install 'loadmaster[diracx]'") from exc
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +36,6 @@ CLIENT_ID: Final = "myDIRACClientID"
 """What DiracX knows programs without a secret of their own by."""
 
 CONNECT_SECONDS: Final = 15.0
-ANSWER_SECONDS: Final = 60.0
-"""For the whole of one request and its answer."""
-
-MOST_BYTES: Final = 16 * 1024**2
-"""No answer of DiracX's is longer; one that is, is none."""
 
 SKEW_SECONDS: Final = 2.0
 """Clocks that differ by less may be the same: a server tells its own in whole seconds."""
@@ -53,9 +44,6 @@ MOST_DETAIL: Final = 300
 
 PATIENCE_SECONDS: Final = 120.0
 """For how long something is tried again that a job waits for: a sandbox, a pilot's registration."""
-
-FIRST_WAIT_SECONDS: Final = 0.5
-LONGEST_WAIT_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +88,6 @@ class StatusAnswer:
 
     status: Mapping[int, str | None]
     unknown: frozenset[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What came back: a status, headers by name in lower case, and the whole body."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 @asynccontextmanager
@@ -167,7 +146,7 @@ class DiracX:
         commands = _understood(_COMMANDS, await self._ask("PATCH", "/api/jobs/heartbeat", beats))
         return [Command(each.job_id, each.command, each.arguments or "") for each in commands]
 
-    async def set_parameters(self, parameters: Mapping[int, Mapping[str, str]]) -> None:
+    async def set_parameters(self, parameters: Mapping[int, Mapping[str, object]]) -> None:
         """Keep facts about jobs."""
         await self._ask("PATCH", "/api/jobs/metadata", parameters)
 
@@ -206,6 +185,15 @@ class DiracX:
             answer = await self._ask_patiently("GET", path, owner=True)  # the answer to an earlier try may be lost
             if not any(str(each).rpartition("|")[2] == bare for each in _understood(TypeAdapter(list[Any]), answer)):
                 raise
+
+    async def vo(self) -> str:
+        """The virtual organization of our own token, as it says itself; empty when it does not."""
+        token = await self._pilot.token(self._refresh)
+        try:
+            part = token.split(".")[1]
+            return str(json.loads(urlsafe_b64decode(part + "=" * (-len(part) % 4))).get("vo") or "")
+        except (ValueError, IndexError, AttributeError, RecursionError):
+            return ""
 
     # -- pilots ----------------------------------------------------------------------------------------------------------
 
@@ -280,70 +268,6 @@ class DiracX:
         self.skew = skew if abs(skew) > timedelta(seconds=SKEW_SECONDS) else timedelta(0)
 
 
-async def exchange(
-    http: httpx.AsyncClient, request: httpx.Request, what: str, *, seconds: float = ANSWER_SECONDS
-) -> Answer:
-    """Send a request, take its answer whole. Raises `DiracxUnavailable` that begins with `what`."""
-    body = bytearray()
-
-    async def take(block: bytes) -> bool:
-        body.extend(block)
-        return len(body) <= MOST_BYTES
-
-    try:
-        with anyio.fail_after(seconds):
-            async with streamed(http, request) as response:
-                await give_blocks(response.aiter_bytes(), take)
-    except TimeoutError as exc:
-        raise DiracxUnavailable(f"{what}: no answer within {seconds:.0f} s") from exc
-    except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, ssl.SSLError, OSError) as exc:
-        raise unavailable(what, exc) from exc
-    if len(body) > MOST_BYTES:
-        raise DiracxUnavailable(f"{what}: an answer without end", answered=True)
-    return Answer(response.status_code, {k.lower(): v for k, v in response.headers.items()}, bytes(body))
-
-
-async def give_blocks(blocks: AsyncIterator[bytes], take: Callable[[bytes], Awaitable[bool]]) -> None:
-    """Give blocks as they come, until `take` wants no more, or raises what is our own or the system's.
-
-    The library's generators, one in the other, only end well at their end or by a cancellation: so they get one.
-    """
-    error: Exception | None = None
-    with anyio.CancelScope() as scope:
-        async for block in blocks:
-            try:
-                more = await take(block)
-            except (LoadmasterError, OSError) as exc:
-                error, more = exc, False
-            if not more:
-                scope.cancel()
-    if error is not None:
-        raise error
-
-
-@asynccontextmanager
-async def streamed(http: httpx.AsyncClient, request: httpx.Request) -> AsyncIterator[httpx.Response]:
-    """An answer, to be read as it comes."""
-    async with AsyncExitStack() as stack:
-        response = await http.send(request, stream=True)
-
-        async def close() -> None:
-            with anyio.move_on_after(5, shield=True):
-                await response.aclose()
-
-        stack.push_async_callback(close)
-        yield response
-
-
-def without_query(http: httpx.AsyncClient, method: str, url: str, **words: Any) -> httpx.Request:
-    """A request whose URL, which is logged, has nothing of what comes after the path: that is what signs it."""
-    parts = urlsplit(url)
-    target = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-    extensions = {"target": target.encode("ascii"), "timeout": http.timeout.as_dict()}
-    bare = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path or '/'}"
-    return http.build_request(method, bare, extensions=extensions, **words)
-
-
 async def patiently(ask: Callable[[], Awaitable[T]], *, seconds: float = PATIENCE_SECONDS) -> T:
     """What a question gets, when it is asked again after each error that may pass, for that long."""
     until, tries = anyio.current_time() + seconds, 0
@@ -351,30 +275,11 @@ async def patiently(ask: Callable[[], Awaitable[T]], *, seconds: float = PATIENC
         try:
             return await ask()
         except DiracxError as exc:
-            wait = wait_seconds(tries, getattr(exc, "retry_after", None), random())  # noqa: S311 - no secret
+            wait = wait_seconds(tries, getattr(exc, "retry_after", None), any_chance())
             tries += 1
             if not exc.retryable or anyio.current_time() + wait > until:
                 raise
             await anyio.sleep(wait)
-
-
-def wait_seconds(tries: int, retry_after: float | None, chance: float) -> float:
-    """How long to wait after so many tries: twice as long each time, with chance from 0 to 1, and not less than told."""
-    longest = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0 ** min(tries, 16))
-    wait = longest * (0.5 + 0.5 * chance)
-    return wait if retry_after is None else max(wait, min(retry_after, 10 * LONGEST_WAIT_SECONDS))
-
-
-def unavailable(what: str, exc: BaseException) -> DiracxUnavailable:
-    """The library's error in our words. Its own may quote what we sent, so only those of the system go along."""
-    detail = next((str(each.strerror) for each in _causes(exc) if isinstance(each, OSError) and each.strerror), "")
-    return DiracxUnavailable(f"{what}: {type(exc).__name__}{f' ({detail})' if detail else ''}")
-
-
-def _causes(exc: BaseException | None) -> Iterable[BaseException]:
-    while exc is not None:
-        yield exc
-        exc = exc.__cause__ or exc.__context__
 
 
 def _checked(what: str, answer: Answer) -> Answer:

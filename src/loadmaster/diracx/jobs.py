@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from enum import Enum, auto
+from itertools import islice, takewhile
+from math import inf
 from typing import Final
 
-from loadmaster.dirac import JobStatus, Major, Statuses
-from loadmaster.diracx.outbox import Filed, ParameterReport, Report, RescheduleReport, StatusReport
-from loadmaster.events import Event, Heartbeat, JobAccepted, JobFinished, ParameterReported, PayloadStarted
+from loadmaster.dirac import JobStatus, Major, Parameters, Statuses, heartbeat
+from loadmaster.dirac.report import final_output
+from loadmaster.diracx.outbox import Filed, ParameterReport, Report, RescheduleReport, StatusReport, Value
+from loadmaster.diracx.pace import Pace
+from loadmaster.events import Event, Heartbeat, JobFinished, PayloadExited, PayloadStarted, SlotGranted
 from loadmaster.handle import JobHandle
 
 TICK: Final = timedelta(milliseconds=1)
@@ -26,8 +31,6 @@ ENDED_BY_OTHERS: Final = frozenset({Major.KILLED, Major.DELETED})
 SOURCE_CHARACTERS: Final = 32
 PARAMETER_CHARACTERS: Final = 8192
 
-MIB: Final = 1024**2
-
 
 @dataclass(eq=False, slots=True)
 class Attempt:
@@ -35,29 +38,52 @@ class Attempt:
 
     name: str
     """Of this attempt and no other, also after a restart."""
+    parameters: Parameters = field(default_factory=Parameters)
     statuses: Statuses = field(default_factory=Statuses)
+    cores: int = 1
     heard: int = 0
     """So many of its events have been heard."""
     reported: int = 0
     """So many of them are in reports already, of ours or of a process before us."""
     last: datetime | None = None
     """The time of its last status."""
+    over: bool = False
+    """Whether its end has been heard."""
 
     def reports(self, number: int, event: Event) -> list[Report]:
         """What is to be reported of the next event."""
         self.heard += 1
-        said = self.statuses.advance(event)
-        reports: list[Report] = [StatusReport(number, self._next_time(event.time), status) for status in said]
+        reports: list[Report] = [
+            StatusReport(number, self._next_time(event.time), said) for said in self.statuses.advance(event)
+        ]
+        if parameters := self._parameters(event):
+            reports.append(ParameterReport(number, parameters))
+        match event:
+            case SlotGranted(cores=cores):
+                self.cores = cores
+            case JobFinished(failure=failure):
+                self.over = True
+                held = failure is not None and failure.kind == "HoldJob"  # that one waits for a person
+                if self.statuses.current.status == Major.RESCHEDULED and not held:
+                    reports.append(RescheduleReport(number))
         if self.heard <= self.reported:
             return []
         self.reported = self.heard
-        if parameters := _parameters(event):
-            reports.append(ParameterReport(number, parameters))
-        if isinstance(event, JobFinished):
-            held = event.failure is not None and event.failure.kind == "HoldJob"
-            if self.statuses.current.status == Major.RESCHEDULED and not held:  # that one waits for a person
-                reports.append(RescheduleReport(number))
         return reports
+
+    def _parameters(self, event: Event) -> dict[str, Value]:
+        said = self.parameters.advance(event)
+        match event:
+            case PayloadStarted(containment=containment):
+                said["PayloadContainment"] = containment
+            case PayloadExited(last_lines=lines) if lines:
+                said |= final_output(event)
+        return {
+            clean(name)[:PARAMETER_CHARACTERS]: clean(value, "\t\n")[:PARAMETER_CHARACTERS]
+            if isinstance(value, str)
+            else value
+            for name, value in said.items()
+        }
 
     def _next_time(self, time: datetime) -> datetime:
         self.last = _later(time, self.last)
@@ -75,16 +101,12 @@ def attempt_name(accepted: Event) -> str:
     return f"{accepted.job_id}/{accepted.attempt}/{accepted.time.isoformat()}"
 
 
-def _parameters(event: Event) -> dict[str, str]:
-    match event:
-        case ParameterReported(name=name, value=value):
-            return {clean(name)[:PARAMETER_CHARACTERS]: clean(value)[:PARAMETER_CHARACTERS]}
-        case JobAccepted():
-            return {"HostName": os.uname().nodename, "JobWrapperPID": str(os.getpid())}
-        case PayloadStarted(pid=pid, containment=containment):
-            return {"PayloadPID": str(pid), "PayloadContainment": containment}
-        case _:
-            return {}
+class Kind(Enum):
+    """What is said in requests of its own."""
+
+    STATUSES = auto()
+    PARAMETERS = auto()
+    RESCHEDULE = auto()
 
 
 @dataclass(eq=False, slots=True)
@@ -102,24 +124,36 @@ class Line:
     """The last time that was sent."""
     stamps: dict[Filed, datetime] = field(default_factory=dict)
     """Under which a status was sent. The server may have it, though we do not know: then it is the same one again."""
-    attempt: Attempt | None = None
+    attempts: dict[int, Attempt] = field(default_factory=dict)
+    """By their numbers; the last is under way."""
     handle: JobHandle | None = None
     beat: Heartbeat | None = None
     """The newest."""
-    beaten_at: float = float("-inf")
+    beaten_at: float = -inf
     asked_twice: bool = False
     """Whether statuses have been said again because the server took them for old ones."""
     question: bool = False
     """Whether the server may have something to say that we have missed."""
     unknown: bool = False
     """Whether the server does not have the job, or not for us."""
-    tries: int = 0
-    not_before: float = float("-inf")
+    filing: int = 0
+    """Reports of it are on their way into the outbox."""
+    stranger: bool = False
+    """Whether another job of the same number came to the node, and is being refused there."""
+    one_by_one: bool = False
+    """Whether its parameters are said report by report, because one of them is refused."""
+    paces: dict[Kind, Pace] = field(default_factory=lambda: {kind: Pace() for kind in Kind})
 
     @property
     def lives(self) -> bool:
         """Whether there is a job here that may be killed."""
         return self.handle is not None and self.handle.result is None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it, and all is told."""
+        heard = all(attempt.over for attempt in self.attempts.values())
+        return heard and not self.lives and not self.waits and not self.filing
 
     @property
     def waits(self) -> bool:
@@ -136,14 +170,21 @@ class Line:
         """One more report."""
         (self.parameters if isinstance(filed.report, ParameterReport) else self.statuses).append(filed)
 
-    def next_statuses(self) -> list[Filed]:
-        """The statuses that can be said at once: those before an order to reschedule."""
-        found: list[Filed] = []
-        for filed in self.statuses:
-            if not isinstance(filed.report, StatusReport):
-                break
-            found.append(filed)
-        return found
+    def next(self, kind: Kind) -> list[Filed]:
+        """What can be said at once. Statuses and orders to reschedule come in their order, parameters when they like."""
+        if kind is Kind.PARAMETERS:
+            return list(islice(self.parameters, 1 if self.one_by_one else None))
+        wanted = StatusReport if kind is Kind.STATUSES else RescheduleReport
+        found = list(takewhile(lambda filed: isinstance(filed.report, wanted), self.statuses))
+        return found[:1] if kind is Kind.RESCHEDULE else found
+
+    def wants(self, kind: Kind) -> bool:
+        """Whether a request of this kind has something to do for it."""
+        if kind is Kind.PARAMETERS:
+            return bool(self.parameters)
+        if not self.statuses:
+            return kind is Kind.STATUSES and self.question
+        return isinstance(self.statuses[0].report, RescheduleReport) == (kind is Kind.RESCHEDULE)
 
     def update(self, filed: list[Filed], skew: timedelta, now: datetime, source: str) -> dict[str, dict[str, str]]:
         """Statuses by their times, which are the server's and ever later; without any, a question: what do you hold?"""
@@ -152,7 +193,7 @@ class Line:
             return {self._next_stamp(now).isoformat(): {"Source": source}}
         found = {}
         for each in filed:
-            assert isinstance(each.report, StatusReport)  # noqa: S101 - `next_statuses` has seen to it
+            assert isinstance(each.report, StatusReport)  # noqa: S101 - `next` has seen to it
             if each not in self.stamps:
                 self.stamps[each] = self._next_stamp(each.report.time + skew)
             words = each.report.said.to_dirac(source)
@@ -172,11 +213,14 @@ class Line:
         return status
 
     def delivered(self, filed: list[Filed]) -> None:
-        """The statuses are with the server."""
+        """These are with the server, or never will be."""
         self.said = self.asked(filed)
         for each in filed:
-            self.statuses.remove(each)
-            self.stamps.pop(each, None)
+            if isinstance(each.report, ParameterReport):
+                self.parameters.remove(each)
+            else:
+                self.statuses.remove(each)
+                self.stamps.pop(each, None)
 
     def say_again(self, filed: list[Filed], time: datetime) -> None:
         """The server took these for old, and has ignored them: they are to be said once more, as of that time."""
@@ -186,43 +230,33 @@ class Line:
             del self.stamps[each]
 
     def heartbeat(self) -> dict[str, object]:
-        """How the job is doing, in DiracX's words: seconds, and MB of 2**20 bytes."""
-        load = os.getloadavg()[0]
-        words: dict[str, object] = {"LoadAverage": round(load, 2)}
-        beat = self.beat
-        if beat is None:
-            return words
-        if (usage := beat.usage) is not None:
-            words["MemoryUsed"] = round(usage.memory_bytes / MIB, 3)
-            words["CPUConsumed"] = round(usage.cpu_seconds, 2)
-            words["WallClockTime"] = round(usage.wall_seconds, 2)
-            if usage.free_disk_bytes is not None:
-                words["AvailableDiskSpace"] = round(usage.free_disk_bytes / MIB, 1)
-        if beat.last_lines:
-            lines = [clean(line) for line in beat.last_lines]
-            words["StandardOutput"] = "\n".join((_banner(len(lines), beat.time), *lines))
+        """How the job is doing, in DiracX's words and units."""
+        load = round(os.getloadavg()[0], 2)
+        if self.beat is None:
+            return {"LoadAverage": load}
+        attempt = self.attempts.get(self.beat.attempt)
+        cores = 1 if attempt is None else attempt.cores
+        changing, fixed = heartbeat(self.beat, cores=cores, load_average=load)
+        words: dict[str, object] = {name: round(value, 3) for name, value in changing.items()}
+        if self.beat.last_lines:
+            words |= {name: clean(text, "\t\n") for name, text in fixed.items()}
         return words
 
 
-def _banner(lines: int, time: datetime) -> str:
-    return f"Last {lines} lines of application output from Watchdog on {time:%Y-%m-%d %H:%M:%S} [UTC]:"
-
-
-def clean(text: str) -> str:
-    """A text that any database takes: no surrogates, no control characters but tabs."""
+def clean(text: str, but: str = "\t") -> str:
+    """A text that any database takes: no surrogates, and no control characters but those."""
     if text.isprintable() and text.isascii():
         return text
     return "".join(
-        character if character.isprintable() or character == "\t" else "\ufffd"
+        character if character.isprintable() or character in but else "\ufffd"
         for character in text.encode("utf-8", "replace").decode("utf-8")
     )
 
 
-def merged(filed: Mapping[int, list[Filed]]) -> dict[int, dict[str, str]]:
-    """Parameters of jobs; of those that were told twice, the last."""
-    found: dict[int, dict[str, str]] = {}
-    for number, each in filed.items():
-        for one in each:
-            if isinstance(one.report, ParameterReport):
-                found.setdefault(number, {}).update(one.report.parameters)
+def merged(filed: Iterable[Filed]) -> dict[str, Value]:
+    """The parameters in reports; of those that were told twice, the last."""
+    found: dict[str, Value] = {}
+    for each in filed:
+        if isinstance(each.report, ParameterReport):
+            found |= each.report.parameters
     return found

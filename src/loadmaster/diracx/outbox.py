@@ -25,6 +25,8 @@ from loadmaster.errors import RuntimeFault
 
 T = TypeVar("T")
 
+Value: TypeAlias = str | int | float
+
 
 @dataclass(frozen=True, slots=True)
 class StatusReport:
@@ -40,7 +42,7 @@ class ParameterReport:
     """Facts about a job, by their names."""
 
     job: int
-    parameters: Mapping[str, str]
+    parameters: Mapping[str, Value]
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,13 +25,13 @@ from typing import Any, Final
 from urllib.parse import unquote
 
 import anyio
-import httpx
 from anyio import to_thread
 from pydantic import ValidationError
 
 from loadmaster.description import complaints
-from loadmaster.diracx.client import DiracX, exchange, give_blocks, open_diracx, streamed, unavailable, without_query
+from loadmaster.diracx.client import DiracX, open_diracx
 from loadmaster.diracx.errors import CredentialsRefused, DiracxError, DiracxRefused, DiracxUnavailable
+from loadmaster.diracx.exchange import exchange, give_blocks, httpx, streamed, unavailable, without_query
 from loadmaster.diracx.preferences import Preferences
 from loadmaster.errors import (
     AccessDenied,
