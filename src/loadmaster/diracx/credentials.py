@@ -97,8 +97,9 @@ class Credentials:
             file = await to_thread.run_sync(claim.take, abandon_on_cancel=True, limiter=self._threads)
         except OSError as exc:
             raise CredentialsRefused(f"{self._path}: {exc.strerror}") from exc
-        finally:
-            claim.decide()
+        except BaseException:
+            claim.abandon()
+            raise
         try:
             yield file
         finally:
@@ -110,27 +111,30 @@ class _Claim:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._decision = threading.Lock()
+        self._turn = threading.Lock()
         self._file: _File | None = None
-        self._taken = self._abandoned = False
+        self._abandoned = False
 
     def take(self) -> _File:
+        """The file, locked. Blocks."""
         file = _File(self._path)
         try:
             file.lock()
         except BaseException:
             file.close()
             raise
-        with self._decision:
+        with self._turn:
+            self._file = file
             if self._abandoned:
                 file.close()
-            self._file = file
-            return file
+        return file
 
-    def decide(self) -> None:
-        """Called once, when nobody waits any more: a lock that comes later is nobody's."""
-        with self._decision:
-            self._abandoned = self._file is None
+    def abandon(self) -> None:
+        """Nobody waits any more: a lock that has come, or comes later, is let go."""
+        with self._turn:
+            self._abandoned = True
+            if self._file is not None:
+                self._file.close()
 
 
 class _File:
