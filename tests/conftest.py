@@ -120,11 +120,17 @@ def _children() -> set[int]:
 
 
 SERVED = (
-    "test_curl.py", "test_objects.py", "test_xrootd.py", "test_storage.py", "test_early.py", "test_watch.py",
+    "test_curl.py",
+    "test_objects.py",
+    "test_xrootd.py",
+    "test_storage.py",
+    "test_early.py",
+    "test_watch.py",
+    "test_adopt.py",
     "test_diracx.py",
-)  # fmt: skip
+)
 """Of these files' tests uvloop's are part of the long run only: their storages have threads of their own, whichever loop
-waits for them, and the run has to be over in ten minutes on two cores."""
+waits for them, or each starts an agent of its own, or asks a server for all it wants to know, and the run has to be over in ten minutes on two cores."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
