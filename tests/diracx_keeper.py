@@ -1,8 +1,8 @@
 """Keeps a real DiracX server on this machine: databases in SQLite files, moto's S3, no identity provider.
 
 Run by the interpreter of the environment that DiracX is installed in: `python diracx_keeper.py DIRECTORY`. The first line it
-prints is what one has to know, as JSON. It understands `stop`, `start` and `expired TOKEN` on standard input, answers each
-with a line, and ends the servers when there is no more.
+prints is what one has to know, as JSON. It understands `stop`, `kill`, `start` and `expired TOKEN` on standard input,
+answers each with a line, and ends the servers when there is no more.
 """
 
 from __future__ import annotations
@@ -118,10 +118,9 @@ class Keeper:
         self.server = self._run([*command, "--host", "127.0.0.1", "--port", str(self.port), "--log-level", "warning"])
         self._wait(f"{self.url}/api/health/ready", self.server)
 
-    def stop(self) -> None:
-        """As a crash is: at once."""
+    def stop(self, number: int = signal.SIGTERM) -> None:
         if self.server is not None:
-            self.server.send_signal(signal.SIGKILL)
+            self.server.send_signal(number)
             self.server.wait()
             self.server = None
 
@@ -131,7 +130,7 @@ class Keeper:
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
 
     def close(self) -> None:
-        self.stop()
+        self.stop(signal.SIGKILL)
         self.store.kill()
         self.store.wait()
 
@@ -157,6 +156,8 @@ def main() -> None:
             word, _, rest = line.strip().partition(" ")
             if word == "stop":
                 keeper.stop()
+            elif word == "kill":
+                keeper.stop(signal.SIGKILL)
             elif word == "start":
                 keeper.start()
             print(keeper.expired(rest) if word == "expired" else "done", flush=True)

@@ -276,7 +276,7 @@ async def test_the_server_may_be_restarted_in_the_middle(
     histories = await asked(server.histories, jobs)
     for history in histories.values():
         once = list(dict.fromkeys(history))
-        assert is_legal(once), [f"{s.time.isoformat()} {s.status}: {s.minor} {s.source}" for s in history]
+        assert is_legal(once)
         assert told(once) == DONE
 
 
@@ -416,7 +416,7 @@ async def test_two_hundred_jobs_while_everything_fails_now_and_then(
         handles = [node.submit(described(number, **sh("sleep 1"))) for number in jobs]
         for at in (30, 90, 150):
             await handles[at].wait()
-            await asked(server.order, "stop")
+            await asked(server.order, "kill")
             await anyio.sleep(2)
             await asked(server.order, "start")
     assert reporter.undelivered == reporter.refused == ()
@@ -424,8 +424,11 @@ async def test_two_hundred_jobs_while_everything_fails_now_and_then(
     for some in (jobs[:100], jobs[100:]):
         for history in (await asked(server.histories, some)).values():
             once = list(dict.fromkeys(history))
-            assert is_legal(once)
-            assert told(once) == DONE
+            # It writes a job's status and its history one after the other. Killed in between, it refuses what it has
+            # not written down of what it has done; it says so.
+            if not any(said.source.endswith("(SM)") for said in once):
+                assert is_legal(once)
+                assert told(once) == DONE
 
 
 # -- credentials ---------------------------------------------------------------------------------------------------------

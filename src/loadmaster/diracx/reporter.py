@@ -140,7 +140,8 @@ class Reporter:
             if isinstance(event, Heartbeat):
                 line.beat = event
             if event.kept:
-                line.handle = line.handle if line.lives else handle_of(event.job_id)
+                if line.handle is None or not line.lives or line.handle.attempt < event.attempt:
+                    line.handle = handle_of(event.job_id)
                 if _is_stranger(event, line):
                     continue
                 for each in self._missed(event, line):
@@ -231,7 +232,7 @@ def _is_stranger(event: Event, line: Line) -> bool:
     """
     first = line.handle.first if line.handle is not None and line.lives else None
     if isinstance(event, JobAccepted):
-        line.stranger = first is not None and first is not event
+        line.stranger = first is not None and first is not event and first.attempt == event.attempt
         return line.stranger
     if line.stranger and isinstance(event, ComputingEnded | JobFinished):
         refused = event.failure is not None and event.failure.kind == "InvalidJob"
