@@ -240,7 +240,7 @@ class Node:
         return self._take(job, coordinator or self._coordinator, attempt).handle
 
     def handle(self, job_id: str) -> JobHandle | None:
-        """The handle of a job that the node has now: of its last attempt, if the one before was lost."""
+        """The handle of a job that the node has now, of its last attempt if the one before was lost; else None."""
         entry = self._entries.get(job_id)
         return None if entry is None else entry.handle
 
