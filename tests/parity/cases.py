@@ -211,10 +211,12 @@ case("coordinator PostRaises of a failed payload", "exit 3", coordinator="PostRa
 
 # DIRAC's watchdog and the thread that waits for the payload both wait for the same process: who comes first keeps its exit
 # status, and if that is the watchdog there is no postProcess and no sandbox. What is killed is a race, in the record.
-RACING: Final = (
-    "wall time", "wall time, and it ends well", "CPU time", "stalled", "disk full", "slot over", "soft stop that nobody heeds", "kill",
-    "kill, and it ends well",
-)  # fmt: skip
+RACE: Final = {
+    **dict.fromkeys(("wall time", "CPU time", "stalled", "disk full", "slot over", "soft stop that nobody heeds", "kill"), "lost"),
+    **dict.fromkeys(("wall time, and it ends well", "kill, and it ends well"), "kept"),
+}  # fmt: skip
+"""Which end of the race is compared with ours."""
+
 BRIEF: Final = {"words": {"environment": {"SECONDS_OF_SLEEP": "1.5"}}}
 """Our watchdog needs less time to be seen idle."""
 SPIN: Final = "echo begun; while :; do :; done"
@@ -255,5 +257,5 @@ case("kill, and it ends well", "trap \"echo bye; exit 0\" TERM; echo begun; slee
      OutputData=["*.root"], wrapper=EAGER, kill_at_heartbeat=2)  # fmt: skip
 case("heartbeats", "for i in 1 2 3 4 5 6 7 8; do echo line $i; sleep ${SECONDS_OF_SLEEP:-1}; done", OutputSandbox=LOGS,
      wrapper={**EAGER, "MaxJobPeekLines": 3}, ours={"words": {"environment": {"SECONDS_OF_SLEEP": "0.05"}}})  # fmt: skip
-for name in RACING:
-    CASES[name]["race"] = True
+for racing, end in RACE.items():
+    CASES[racing]["race"] = end

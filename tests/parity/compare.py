@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ def facts(answer: Mapping[str, Any]) -> dict[str, str]:
 def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "end", "/".join(answer["statuses"][-1]).rstrip("/") if answer["statuses"] else NOTHING
     yield "statuses", " > ".join("/".join(each).rstrip("/") for each in answer["statuses"]) or NOTHING
+    yield "exit code", str(answer["exit_code"])
     yield "rescheduled", str(bool(answer["rescheduled"]))
     yield "workdir left", str(answer["workdir_left"])
     yield "hooks", " ".join(each["hook"] for each in answer["hooks"]) or NOTHING
@@ -27,12 +29,12 @@ def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if name in {"job", "ce"} and isinstance(value, Mapping):
                 yield from ((f"given.{name}.{key}", repr(given)) for key, given in value.items() if key != "Diary")
             elif name == "names":
-                names = [variable for variable in value if not variable.startswith("PARITY_")]
+                names = [variable for variable in value if not variable.startswith(("PARITY_", "PYTEST_"))]
                 yield from ((f"given.environment.{variable}", "yes") for variable in names)
             elif name != "hook":
                 yield f"{each['hook']}.{name}", str(value)
     for name, value in answer["parameters"].items():
-        yield f"parameter.{name}", str(value)
+        yield f"parameter.{name}", _text(value) if name != "UploadedOutputData" else ", ".join(sorted(value.split(", ")))
     for sandbox in answer["sandboxes"]:
         if twice := sorted({name for name in sandbox["members"] if sandbox["members"].count(name) > 1}):
             yield "sandbox twice", " ".join(twice)
@@ -46,17 +48,25 @@ def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"file.{name}", content
     for name, value in answer["environment"].items():
         yield f"environment.{name}", value
-    yield from _requests(answer)
+    yield from _reports(answer)
 
 
-def _requests(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for request in answer.get("requests", ()):
-        for operation in request["Operations"]:
-            for file in operation["Files"] or [{}]:
-                where = f"{operation.get('SourceSE', '')} to {operation.get('TargetSE', '')}".strip(" to")
-                yield f"request.{operation['Type']}", f"{file.get('LFN', '')} {where}".strip()
-    for each in answer.get("failovers", ()):
-        yield "request.ReplicateAndRegister", f"{each['lfn']} {each['at']} to {each['wanted']}"
+def _reports(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What services are told besides statuses."""
+    for name, value in answer["heartbeats"].items():
+        yield f"heartbeat.{name}", " | ".join(value) if isinstance(value, list) else value
+    yield "accounting", str(len(answer["accounting"]))
+    for record in answer["accounting"]:
+        yield from ((f"accounting.{name}", _text(value)) for name, value in record.items())
+    for request in answer["requests"]:
+        for name in ("RequestName", "JobID", "SourceComponent", "Owner", "OwnerGroup", "delayed"):
+            yield f"request.{name}", str(request[name])
+        for number, operation in enumerate(request["Operations"]):
+            yield f"request.{number}", json.dumps(operation, sort_keys=True)
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, tuple[str, str]]:

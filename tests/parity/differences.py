@@ -28,12 +28,15 @@ class Difference:
     """What the value is with DIRAC: a regular expression of all of it. `-` stands for nothing."""
     mine: str = ".*"
     """The same for ours."""
+    besides: tuple[str, ...] = ()
+    """Facts that follow from these, and may differ, too."""
 
     def explains(self, case: str, fact: str, theirs: str, ours: str) -> bool:
         """Whether it is this that makes a fact differ."""
-        return (
-            any(fnmatchcase(case, pattern) for pattern in self.cases)
-            and any(fnmatchcase(fact, pattern) for pattern in self.facts)
+        if not any(fnmatchcase(case, pattern) for pattern in self.cases):
+            return False
+        return any(fnmatchcase(fact, pattern) for pattern in self.besides) or (
+            any(fnmatchcase(fact, pattern) for pattern in self.facts)
             and re.fullmatch(self.theirs, theirs, re.DOTALL) is not None
             and re.fullmatch(self.mine, ours, re.DOTALL) is not None
         )
@@ -47,6 +50,8 @@ NOTHING: Final = "-"
 ABSENT: Final = r"-"
 EMPTY: Final = r""
 END: Final = ("end", "statuses")
+FOLLOWS: Final = ("exit code", "accounting.*", "parameter.*", "heartbeat.*", "request.*")
+"""What a reporter says of an end that is another."""
 KEPT: Final = ("sandbox.std.out", "sandbox.std.err")
 COMPUTED: Final = ("preProcess.command", "hooks")
 STOPPED: Final = ("wall time", "CPU time", "stalled", "disk full", "slot over", "soft stop that nobody heeds", "kill")
@@ -102,7 +107,7 @@ DELIBERATE: Final = (
         "is given to the shell: exit code 126",
         "Application not found",
         "It is known before anything is started.",
-        ("a directory",), (*END, *COMPUTED, "sandbox.std.err", "file.std.err"),
+        ("a directory",), (*END, *COMPUTED, "sandbox.std.err", "file.std.err"), besides=FOLLOWS,
     ),
     Difference(
         "No executable in the description",
@@ -125,8 +130,7 @@ DELIBERATE: Final = (
         "is set by DIRAC for itself, and inherited",
         "is not there",
         "As above.",
-        ("environment*", "ExecutionEnvironment*", "coordinator Curious"),
-        ("environment.OPENSSL_ALLOW_PROXY_CERTS", "given.environment.OPENSSL_ALLOW_PROXY_CERTS"), r"1|yes", ABSENT,
+        ("*",), ("environment.OPENSSL_ALLOW_PROXY_CERTS", "given.environment.OPENSSL_ALLOW_PROXY_CERTS"), r"1|yes", ABSENT,
     ),
     Difference(
         "Variables that are ours",
@@ -143,7 +147,7 @@ DELIBERATE: Final = (
         "not set by the wrapper of 9.1",
         "set besides JOBID",
         "Payloads written for other versions of DIRAC look for them.",
-        ("environment*", "ExecutionEnvironment*", "coordinator Curious"),
+        ("*",),
         ("environment.DIRACJOBID", "environment.DIRAC_JOB_PROCESSORS", "given.environment.DIRACJOBID",
          "given.environment.DIRAC_JOB_PROCESSORS"),
         ABSENT,
@@ -192,7 +196,7 @@ DELIBERATE: Final = (
         "fail the step: Input Data Resolution, rescheduled",
         "A wrong checksum is a broken file. DIRAC compares those of sandboxes by LFN, not those of input data.",
         ("input data of a wrong checksum",),
-        (*END, *COMPUTED, "rescheduled", "file.input.txt", "file.std.out", "sandbox.std.out"),
+        (*END, *COMPUTED, "rescheduled", "file.input.txt", "file.std.out", "sandbox.std.out"), besides=FOLLOWS,
     ),
     Difference(
         "Input data without a GUID in the catalog",
@@ -200,7 +204,7 @@ DELIBERATE: Final = (
         "are read as any others",
         "Nothing here needs a GUID.",
         ("input data without a GUID",),
-        (*END, *COMPUTED, "rescheduled", "file.input.txt", "file.std.out", "sandbox.std.out"),
+        (*END, *COMPUTED, "rescheduled", "file.input.txt", "file.std.out", "sandbox.std.out"), besides=FOLLOWS,
     ),
     # -- outputs ----------------------------------------------------------------------------------------------------
     Difference(
@@ -215,7 +219,7 @@ DELIBERATE: Final = (
         "both are in the archive under it, and one is lost where it is unpacked",
         "the second is refused, and said to be",
         "A file that is lost is said to be.",
-        ("sandbox of two files of one name",), (*END, "rescheduled", "sandbox twice"),
+        ("sandbox of two files of one name",), (*END, "rescheduled", "sandbox twice"), besides=FOLLOWS,
     ),
     Difference(
         "The archive of a sandbox while it is made",
@@ -223,14 +227,15 @@ DELIBERATE: Final = (
         "in the work directory; it keeps its name, of its MD5",
         "Its disk is accounted for, and it is the same file wherever it ends up.",
         ("*",), ("file..<md5>.tar.bz2", "stored.*LDSB*", "registered.*LDSB*", "stored.*<md5>*", "registered.*<md5>*",
-                 "parameter.OutputSandboxLFN"),
+                 "parameter.OutputSandboxLFN", "parameter.UploadedOutputData"),
+        r"-|.*LDSB.*|archive.*|<number>.*", r"-|.*<md5>.*|archive.*|<number>.*",
     ),
     Difference(
         "A job without an owner",
         "runs, and its outputs are left behind: Done",
         "Illegal Job JDL, before anything runs, if outputs need one for their names",
         "An output that is asked for and not delivered is a failure.",
-        ("no owner",), (*END, *COMPUTED, "file.out.root", "file.job.info", "file.std.out", "file.std.err"),
+        ("no owner",), (*END, *COMPUTED, "file.out.root", "file.job.info", "file.std.out"), besides=FOLLOWS,
     ),
     Difference(
         "A pattern in an output's LFN; one in a directory; `lfn:` in lower case",
@@ -239,7 +244,8 @@ DELIBERATE: Final = (
         "is looked for in the job's directory, by its whole path and then by its last part",
         "Without it the outputs would be lost with nothing said.",
         ("data by LFN with a directory", "data by LFN pattern", "data by LFN in lower case"),
-        ("stored.SE-USER-A:/vo/prod/a.root", "registered./vo/prod/a.root"), ABSENT,
+        ("stored.SE-USER-A:/vo/prod/a.root", "registered./vo/prod/a.root", "parameter.UploadedOutputData"), ABSENT,
+        besides=("accounting.OutputDataSize",),
     ),
     Difference(
         "... of two files", "as above", "as above", "As above.",
@@ -250,7 +256,7 @@ DELIBERATE: Final = (
         "cannot be stored: the job is rescheduled",
         "is stored",
         "It may be what the payload meant, and running it again would not change it.",
-        ("data empty",), (*END, "rescheduled", "stored.*/empty.root", "registered.*/empty.root"),
+        ("data empty",), (*END, "rescheduled", "stored.*/empty.root", "registered.*/empty.root"), besides=FOLLOWS,
     ),
     Difference(
         "The sandbox of a job that is rescheduled, or whose hook failed it",
@@ -266,7 +272,7 @@ DELIBERATE: Final = (
         "count as S_OK()",
         "The oldest spelling, which the docstring of DIRAC's class still shows.",
         ("coordinator PreNothing", "coordinator PostNothing"),
-        (*END, "sandbox.std.out", "stored.*/a.root", "registered.*/a.root"),
+        (*END, "sandbox.std.out", "stored.*/a.root", "registered.*/a.root"), besides=FOLLOWS,
     ),
     Difference(
         "Hooks that return nothing, and what follows", "as above", "as above", "As above.",
@@ -279,14 +285,14 @@ DELIBERATE: Final = (
         "As above.",
         ("coordinator PreOfJob",),
         (*END, "hooks", "preProcess.job", "postProcess.job", "sandbox.std.out", "stored.*/a.root", "registered.*/a.root",
-         "file.a.root", "file.std.out"),
+         "file.a.root", "file.std.out"), besides=FOLLOWS,
     ),
     Difference(
         "postProcess that fails after a payload that failed",
         "Exception During Execution",
         "the payload's failure stays; the hook's is in the pilot's log",
         "What went wrong first is what its owner has to know.",
-        ("coordinator PostError of a failed payload", "coordinator PostRaises of a failed payload"), END,
+        ("coordinator PostError of a failed payload", "coordinator PostRaises of a failed payload"), END, besides=FOLLOWS,
     ),
     # -- limits, stops, kills ---------------------------------------------------------------------------------------
     Difference(
@@ -317,14 +323,15 @@ DELIBERATE: Final = (
         "Application Finished With Errors: its wrapper knows the rule, and does not tell itself the signal",
         "has succeeded",
         "That is the rule.",
-        SOFT, END,
+        SOFT, END, besides=FOLLOWS,
     ),
     Difference(
         "The reason when a slot's time is over",
         "Job has reached the CPU limit of the queue",
         "that of the limit: here, of wall time",
         "The case gives us a limit of wall time, where DIRAC counts down the slot.",
-        ("soft stop that nobody heeds",), END, r".*limit of the queue", r".*maximum wall clock time",
+        ("soft stop that nobody heeds",), (*END, "parameter.ApplicationError", "accounting.FinalMinorStatus"),
+        r".*limit of the queue", r".*maximum wall clock time",
     ),
     # -- statuses and requests --------------------------------------------------------------------------------------
     Difference(
@@ -332,14 +339,102 @@ DELIBERATE: Final = (
         "are put into a request",
         "are the reporter's to deliver, in their order",
         "The job does not wait for who is told of it.",
-        ("nobody hears the statuses",), (*END, "request.ForwardDISET"),
+        ("nobody hears the statuses",), (*END, "request.0"), besides=FOLLOWS,
     ),
     Difference(
         "A request that cannot be sent",
         "is tried ten times with up to twelve minutes between, and fails the job",
         "is the reporter's to deliver; the job is Completed",
         "Its outputs are safe.",
-        ("no requests can be sent",), (*END, "request.ReplicateAndRegister"),
+        ("no requests can be sent",), (*END, "request.0"), besides=FOLLOWS,
+    ),
+    Difference(
+        "A reschedule that is refused, for there have been too many",
+        "accounted for as Failed",
+        "accounted for as Rescheduled",
+        "It is the agent that asks for it, after the job's end.",
+        ("exit code 222 once too often", "input sandbox missing once too often"), ("accounting.FinalMajorStatus",),
+        "Failed", "Rescheduled",
+    ),
+    Difference(
+        "Times of a payload that was over in five seconds", "not said: the watchdog has not seen it",
+        "WallClockTime(s), ScaledCPUTime(s)", "They are known.",
+        ("*",), ("parameter.WallClockTime(s)", "parameter.ScaledCPUTime(s)"), ABSENT, "<number>",
+    ),
+    Difference(
+        "Pilot_Reference", "Unknown where nobody said", "not said then", "It would hide what the agent has said of it.",
+        ("*",), ("parameter.Pilot_Reference",), "Unknown", ABSENT,
+    ),
+    Difference(
+        "DownloadInputData", "a sentence on where the files came from", "not said", "Each file has an event of its own.",
+        ("*",), ("parameter.DownloadInputData",), r"Successfully.*", ABSENT,
+    ),
+    Difference(
+        "ApplicationError of a killed job", "Received Kill signal", "not said", "It is the minor status, and the application made none.",
+        ("kill",), ("parameter.ApplicationError",), "Received Kill signal", ABSENT,
+    ),
+    Difference(
+        "The error's message", "Python's words for an exception; nothing for inputs",
+        "a sentence that names the thing; for inputs, too", "It is read by the job's owner.",
+        ("*",), ("parameter.Error Message",), r"-|\w+Error\(.*", r".+",
+    ),
+    Difference(
+        "OutputSandboxMissingFiles and logs that nothing was printed to", "has them", "has not: they are there", "See above.",
+        ("*",), ("parameter.OutputSandboxMissingFiles",), r".*std\.(out|err).*", r"(?!.*std\.).*",
+    ),
+    Difference(
+        "OutputSandboxMissingFiles of a job that ran nothing", "not said", "has all of them", "They were asked for.",
+        ("no such *", "input *", "coordinator *"), ("parameter.OutputSandboxMissingFiles",), ABSENT, r"std\.out, std\.err",
+    ),
+    Difference(
+        "MissingLFNs", "what the catalog does not know", "what was not brought in, for whatever reason",
+        "A lost replica is a missing file.",
+        ("input data unknown", "input data lost"), ("parameter.MissingLFNs",), r"-|.*No such file.*", r".*not brought in",
+    ),
+    Difference(
+        "OutputData: MissingFiles", "with the worker node's path", "by their names in the work directory",
+        "The path is gone with the job.",
+        ("data, everything is down", "data, one of two cannot leave", "data of a name that is taken"),
+        ("parameter.OutputData",), r"MissingFiles: .*", r"MissingFiles: .*",
+    ),
+    Difference(
+        "Accounting: sizes of sandboxes", "of their files", "of their archives", "It is what was moved, and what the store has.",
+        ("*",), ("accounting.InputSandBoxSize", "accounting.OutputSandBoxSize"), r"\d+", r"\d+",
+    ),
+    Difference(
+        "Accounting: output data", "files as declared (a pattern is one), bytes that were to be uploaded",
+        "files and bytes that were uploaded", "What is accounted for is there.",
+        ("*",), ("accounting.OutputDataFiles", "accounting.OutputDataSize"), r"\d+", r"\d+",
+    ),
+    Difference(
+        "Heartbeats: Vsize", "is told", "is not", "The size of an address space says nothing of memory. DiracX does without.",
+        ("*",), ("heartbeat.dynamic",), r".*Vsize.*", r"(?!.*Vsize).+",
+    ),
+    Difference(
+        "Heartbeats of a payload that its watchdog ends at the first look, or has not seen yet", "none, or without its lines",
+        "sent, with its last lines", "Heartbeats do not wait for a watchdog.",
+        ("disk full",), ("heartbeat.dynamic", "heartbeat.from"), "|JobWrapper", r".+",
+    ),
+    Difference(
+        "... of one that uses its CPU", "as above, by chance", "as above", "As above.",
+        ("CPU time",), (), besides=("heartbeat.dynamic", "heartbeat.from"),
+    ),
+    Difference(
+        "... of one that prints nothing", "as above", "as above", "As above.",
+        ("stalled, but may be", "soft stop*"), ("heartbeat.from",), "JobWrapper", r"JobWrapper \| Watchdog",
+    ),
+    Difference(
+        "A kill, or a limit, of a payload that ends well then", "ApplicationError and Error Message are lost in the race",
+        "are said", "See above.",
+        ("wall time, and it ends well",), ("parameter.ApplicationError",), ABSENT, r".+",
+    ),
+    Difference(
+        "The last line in the last heartbeat of what was stopped", "the shell's word: Terminated", "the payload's", "See above.",
+        STOPPED, ("heartbeat.last",), r".*Terminated", r"(?!.*Terminated).*",
+    ),
+    Difference(
+        "Requests to move a file", "name the file, its size and checksum", "name its place, too", "It costs nothing.",
+        ("data to failover",), ("request.0", "request.1"), r"(?!.*PFN).*", r".*PFN.*",
     ),
     Difference(
         "One of several outputs cannot leave",
@@ -352,11 +447,9 @@ DELIBERATE: Final = (
 
 GAPS: Final = (
     Difference(
-        "Parameters of the wrapper and the watchdog",
-        "Pilot_Reference, PilotAgent, HostName, ...",
-        "what coordinators report, and those of the sandbox",
-        "They are DIRAC's words for what is in our result: the reporter's to say.",
-        ("*",), ("parameter.*",), r".+", ABSENT,
+        "The last lines of a payload that succeeded", "are in the last heartbeat", "are not kept: only those of failures",
+        "To be kept with the end of every payload that is followed.",
+        ("*",), ("heartbeat.last",), r".*Last [1-9].*", r".*Last 0 lines.*====\n",
     ),
     Difference(
         "Options for dirac-jobexec", "-o /LocalSite/... are appended", "nothing is appended", "To be done in the DIRAC door.",
@@ -373,21 +466,17 @@ GAPS: Final = (
     ),
     Difference(
         "... of a failed job", "as above", "as above", "As above.",
-        ("sandbox too large of a failed job",), ("end",),
+        ("sandbox too large of a failed job",), ("end", "accounting.FinalMinorStatus"),
     ),
     Difference(
         "An output that is stored and not registered", "RegisterFile is requested: Completed",
         "is a failure: rescheduled", "To be done with pending operations.",
-        ("data not registered",), (*END, "rescheduled", "request.RegisterFile"),
+        ("data not registered",), (*END, "rescheduled", "request.0"), besides=FOLLOWS,
     ),
     Difference(
         "Requests a payload leaves: *_request.json", "are sent with the job's own: Completed", "are not read",
         "To be done with pending operations.",
-        ("a request of the payload",), (*END, "request.RemoveFile"),
-    ),
-    Difference(
-        "The replica at the failover element", "its removal is requested", "is not asked for", "To be done with requests.",
-        ("data to failover",), ("request.RemoveReplica",),
+        ("a request of the payload",), (*END, "request.0"), besides=FOLLOWS,
     ),
 )
 
@@ -413,10 +502,25 @@ def vanished(found: dict[str, dict[str, tuple[str, str]]]) -> list[str]:
     return missing
 
 
-def rendered(rules: Sequence[Difference]) -> str:
-    """The table, for people."""
+BEGIN, END_OF_TABLE = "<!-- made by tests/parity/differences.py", "<!-- end -->"
+
+
+def document(text: str) -> str:
+    """The page with its tables made anew."""
+    for name, rules in (("deliberate", DELIBERATE), ("gaps", GAPS)):
+        begin = f"{BEGIN}: {name} -->\n"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{_table(rules)}{END_OF_TABLE}{rest.partition(END_OF_TABLE)[2]}"
+    return text
+
+
+def _table(rules: Sequence[Difference]) -> str:
     lines = ["| what | DIRAC | loadmaster | why |", "| --- | --- | --- | --- |"]
     for rule in rules:
         if not rule.what.startswith("..."):
-            lines.append(f"| {rule.what} | {rule.dirac} | {rule.ours} | {rule.why} |")
+            lines.append(f"| {rule.what} | {rule.dirac} | {rule.ours} | {rule.why} |".replace("*_", "\\*_"))
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(document(DOCUMENT.read_text()))

@@ -332,12 +332,12 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
         "parameters": services.parameters,
         "heartbeats": {
             "dynamic": sorted({name for beat in services.heartbeats for name in beat["dynamic"]}),
-            "banners": sorted({scene.banner(beat["static"]["StandardOutput"]) for beat in services.heartbeats}),
+            "from": scene.speakers(beat["static"]["StandardOutput"] for beat in services.heartbeats),
             "last": services.heartbeats[-1]["static"]["StandardOutput"] if services.heartbeats else "",
         },
         "rescheduled": services.rescheduled,
         "accounting": [dict(zip(fields, values, strict=True)) for values in services.accounting],
-        "requests": [request_of(each) for each in services.requests],
+        "requests": [scene.request_of(each) for each in services.requests],
         "sandboxes": services.sandboxes,
         "registered": services.registered,
         "stored": scene.stored(case, root),
@@ -348,21 +348,6 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
         "unanswered": services.unanswered,
     }
     return scene.steady(answer, root)
-
-
-def request_of(request: dict[str, Any]) -> dict[str, Any]:
-    """What is asked for in a request; when it was made is left out."""
-    operations = [
-        {name: value for name, value in operation.items() if value and name in {"Type", "SourceSE", "TargetSE", "Catalog"}}
-        | {"Files": [{name: value for name, value in file.items() if value and name not in {"Status", "GUID"}}
-                     for file in operation["Files"]]}
-        for operation in request["Operations"]
-    ]  # fmt: skip
-    return {
-        **{name: request[name] for name in ("RequestName", "JobID", "SourceComponent", "Owner", "OwnerGroup")},
-        "delayed": request["NotBefore"] > request["CreationTime"],
-        "Operations": operations,
-    }
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import tarfile
 import zlib
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,25 @@ from anyio import to_thread
 
 import coordinators
 import scene
-from loadmaster import Coordinator, InvalidJob, JobDescription, JobHandle, Site, World, run_job
+from loadmaster import ComputingElement, Coordinator, InvalidJob, JobDescription, JobHandle, Site, World, run_job
 from loadmaster.description import Limits
-from loadmaster.dirac import DiracCoordinator, Statuses, adapt, from_dirac
-from loadmaster.events import FailoverRequested, Heartbeat
+from loadmaster.dirac import (
+    DiracCoordinator,
+    JobStatus,
+    Parameters,
+    Statuses,
+    accounting,
+    adapt,
+    exit_code,
+    failover_operations,
+    from_dirac,
+    heartbeat,
+    node_parameters,
+    request_json,
+)
+from loadmaster.dirac.report import final_output
+from loadmaster.dirac.requests import digest
+from loadmaster.events import Event, Heartbeat, PayloadExited, PayloadStarted
 from loadmaster.result import JobResult, Phase
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
 from loadmaster.storage.catalog import SqliteCatalog
@@ -29,13 +45,15 @@ from loadmaster.storage.checksums import Checksum
 DOWN = "a file, where a directory has to be"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Told:
-    """What was said of a job while it ran."""
+    """What a reporter of DIRAC's would have said of a job while it ran."""
 
-    statuses: list[list[str]]
-    failovers: list[dict[str, Any]]
-    heartbeats: int
+    updates: list[dict[str, str]] = field(default_factory=list)
+    status: JobStatus = JobStatus()
+    parameters: dict[str, Any] = field(default_factory=dict)
+    heartbeats: list[tuple[dict[str, float], dict[str, str]]] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
 
 
 def site_of(case: Mapping[str, Any], root: Path) -> Site:
@@ -98,47 +116,59 @@ async def answer(case: Mapping[str, Any], root: Path) -> dict[str, Any]:
     name = case.get("coordinator")
     coordinator: type[Coordinator] = adapt(getattr(coordinators, name)) if name else DiracCoordinator
     await fill(root / "catalog.sqlite", case, root)
-    handle, told = JobHandle(), []
-
-    async def listen() -> None:
-        told.append(await _listen(handle, case))
-
+    handle, told = JobHandle(), Told()
     async with anyio.create_task_group() as tasks:
-        tasks.start_soon(listen)
+        tasks.start_soon(_listen, handle, case, ce, told)
         result = await run_job(
             job, ce=ce, coordinator=coordinator, site=site_of(case, root), handle=handle, root=root / "work",
             keep_workdir=case.get("wrapper", {}).get("CleanUpFlag") != "True", heartbeat_seconds=0.1,
         )  # fmt: skip
-    return scene.steady(await to_thread.run_sync(_answer, dict(case), root, job, result, told[0]), root)  # type: ignore[no-any-return]
+    return scene.steady(await to_thread.run_sync(_answer, dict(case), root, job, ce, result, told), root)  # type: ignore[no-any-return]
 
 
-async def _listen(handle: JobHandle, case: Mapping[str, Any]) -> Told:
-    fold, updates, failovers, beats = Statuses(), [], [], 0
+async def _listen(handle: JobHandle, case: Mapping[str, Any], ce: ComputingElement, told: Told) -> None:
+    statuses, parameters = Statuses(), Parameters(ce, agent="loadmaster", pid=os.getpid())
     async for event in handle.follow():
-        updates += [{k: v for k, v in said.to_dirac().items() if k != "Source"} for said in fold.advance(event)]
-        if isinstance(event, FailoverRequested):
-            failovers.append({"lfn": event.file.lfn, "at": event.file.storage_element, "wanted": event.wanted})
+        told.events.append(event)
+        told.updates += [said.to_dirac() for said in statuses.advance(event)]
+        told.status = statuses.current
+        told.parameters |= parameters.advance(event)
+        if isinstance(event, PayloadStarted):
+            told.parameters |= await to_thread.run_sync(node_parameters, {})
+        if isinstance(event, PayloadExited):
+            told.heartbeats.append(({}, final_output(event)))
         if isinstance(event, Heartbeat) and event.phase is Phase.PAYLOAD:
-            beats += 1
-            if beats == case.get("kill_at_heartbeat"):
+            told.heartbeats.append(heartbeat(event, load_average=1.0))
+            if len(told.heartbeats) == case.get("kill_at_heartbeat"):
                 handle.kill("Received Kill signal")
-    return Told(scene.folded(updates), failovers, beats)
 
 
-def _answer(case: dict[str, Any], root: Path, job: JobDescription, result: JobResult, told: Told) -> dict[str, Any]:
+def _answer(
+    case: dict[str, Any], root: Path, job: JobDescription, ce: ComputingElement, result: JobResult, told: Told
+) -> dict[str, Any]:
     workdir = root / "work" / job.job_id
     files = scene.files_below(workdir, root)
-    stored = scene.stored(case, root)
+    operations = failover_operations(told.events, site_of(case, root))
+    requests = [request_json(operations, job, now=datetime.now(UTC))] if operations else []
+    if requests:
+        told.parameters["PendingRequest"] = digest(requests[0])
     return {
-        "statuses": told.statuses,
-        "parameters": {name: value for name, value in result.parameters.items()},
-        "rescheduled": int(told.statuses[-1][0] == "Rescheduled"),
-        "failure": str(result.failure) if result.failure else "",
-        "failovers": told.failovers,
-        "missing": list(result.missing_outputs),
+        "exit_code": int(exit_code(result)),
+        "statuses": scene.folded(told.updates),
+        "parameters": told.parameters,
+        "heartbeats": {
+            "dynamic": sorted({name for dynamic, _ in told.heartbeats for name in dynamic}),
+            "from": scene.speakers(static["StandardOutput"] for _, static in told.heartbeats),
+            "last": told.heartbeats[-1][1]["StandardOutput"] if told.heartbeats else "",
+        },
+        "rescheduled": int(told.status.status == "Rescheduled"),
+        "accounting": [accounting(job, ce, result, told.status)],
+        "requests": [scene.request_of(each) for each in requests],
         "sandboxes": _sandboxes(root, job.job_id),
         "registered": _registered(root, case),
-        "stored": {place: content for place, content in stored.items() if not place.startswith("SandboxSE:")},
+        "stored": {
+            place: text for place, text in scene.stored(case, root).items() if not place.startswith("SandboxSE:")
+        },
         "environment": scene.environment(files),
         "files": files,
         "workdir_left": workdir.exists(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,12 @@ def load() -> dict[str, list[dict[str, Any]]]:
     """What DIRAC has answered, by the names of the cases: one answer, or several where it answers by chance."""
     found: dict[str, list[dict[str, Any]]] = json.loads(RECORD.read_text())
     return found
+
+
+def answer_to(case: Mapping[str, Any], answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answer that is compared with ours: of a race, the end that the case is about."""
+    choose = max if case.get("race") == "kept" else min
+    return choose(answers, key=lambda answer: len(answer["hooks"]))
 
 
 def main(part: str = "", *, asked: int = 1, asked_of_racing: int = 8) -> None:
@@ -35,7 +42,7 @@ def main(part: str = "", *, asked: int = 1, asked_of_racing: int = 8) -> None:
             sys.exit(f"answered by chance, and not declared to: {racing}")
     lines = []
     for name in CASES:
-        answers = sorted(record[name], key=lambda answer: -len(answer["hooks"]))
+        answers = sorted(record[name], key=json.dumps)
         lines.append(f"{json.dumps(name)}: [{(',' + chr(10) + '  ').join(map(json.dumps, answers))}]")
     RECORD.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print({name: len(record[name]) for name in record if len(record[name]) > 1})

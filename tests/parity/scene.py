@@ -132,7 +132,7 @@ def steady(value: Any, root: Path, *, measured: bool = False) -> Any:
         return value
     if isinstance(value, dict):
         found = {}
-        if any("LDSB" in str(name) for name in value.get("stored", ())):  # an archive with times in it: its size differs
+        if any(re.search(r"LDSB|tar\.bz2", str(name)) for name in value.get("stored", ())):  # there are times in it
             for each in (*value["registered"].values(), *value["accounting"]):
                 each |= dict.fromkeys(each.keys() & {"Size", "Checksum", "OutputDataSize"}, "<number>")
         for name, item in value.items():
@@ -158,9 +158,24 @@ def folded(updates: Iterable[dict[str, str]]) -> list[list[str]]:
     return found
 
 
-def banner(text: str) -> str:
-    """The line above the last lines of a payload in a heartbeat, however many there are."""
-    return next((re.sub(r"\d+ lines", "<n> lines", line) for line in text.splitlines() if line.startswith("Last ")), text)
+def request_of(request: dict[str, Any]) -> dict[str, Any]:
+    """What is asked for in a request; when it was made is left out."""
+    operations = [
+        {name: value for name, value in operation.items() if value and name in {"Type", "SourceSE", "TargetSE", "Catalog"}}
+        | {"Files": [{name: value for name, value in file.items() if value and name not in {"Status", "GUID"}}
+                     for file in operation["Files"]]}
+        for operation in request["Operations"]
+    ]  # fmt: skip
+    return {
+        **{name: request[name] for name in ("RequestName", "JobID", "SourceComponent", "Owner", "OwnerGroup")},
+        "delayed": request["NotBefore"] > request["CreationTime"],
+        "Operations": operations,
+    }
+
+
+def speakers(texts: Iterable[str]) -> list[str]:
+    """Who has sent last lines of a payload in a heartbeat: the wrapper, its watchdog. What comes before any is left out."""
+    return sorted({who for text in texts for who in re.findall(r"application output from (\w+) on", text)})
 
 
 def hooks(file: Path) -> list[dict[str, Any]]:
@@ -171,4 +186,4 @@ def hooks(file: Path) -> list[dict[str, Any]]:
 def environment(files: dict[str, str]) -> dict[str, str]:
     """What `env -0` has written to a file `environment`, which is taken out of the files; names of the suite left out."""
     found = re.findall(r"([^=\0]+)=([^\0]*)\0", files.pop("environment", ""))
-    return {name: value for name, value in sorted(found) if not name.startswith("PARITY_")}
+    return {name: value for name, value in sorted(found) if not name.startswith(("PARITY_", "PYTEST_"))}
