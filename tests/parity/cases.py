@@ -46,7 +46,7 @@ case(
 case("success without outputs", "echo hello")
 case("success without a coordinator of its own", "echo hello", OutputSandbox=LOGS, coordinator=None)
 case("last line without an end", "echo one; printf two; printf three >&2", OutputSandbox=LOGS)
-case("output that is not text", "printf \"\\377\\376 one\\n\"; echo two", OutputSandbox=LOGS)
+case("output that is not text", 'printf "\\377\\376 one\\n"; echo two', OutputSandbox=LOGS)
 case("silence", ":", OutputSandbox=LOGS)
 case("logs of other names", "echo one; echo two >&2", StdOutput="a.log", StdError="b.log", OutputSandbox=["*.log"])
 case("failure", "echo hello; exit 3", OutputSandbox=LOGS, OutputData=["out.root"])
@@ -59,9 +59,9 @@ case(
 )  # fmt: skip
 case("killed by signal 9", "kill -9 $$", OutputSandbox=LOGS)
 case("killed by signal 15", "kill -15 $$", OutputSandbox=LOGS)
-case("a shell's word for a signal", "sh -c \"kill -11 \\$\\$\"; exit $?", OutputSandbox=LOGS)
+case("a shell's word for a signal", 'sh -c "kill -11 \\$\\$"; exit $?', OutputSandbox=LOGS)
 case("leaves a process behind", "sleep 2 & echo main is over", OutputSandbox=LOGS)
-case("leaves a daemon behind", "setsid sh -c \"sleep 2; echo late > late.txt\" >/dev/null 2>&1 & echo main is over")
+case("leaves a daemon behind", 'setsid sh -c "sleep 2; echo late > late.txt" >/dev/null 2>&1 & echo main is over')
 
 # -- what is executed -------------------------------------------------------------------------------------------------
 
@@ -91,10 +91,11 @@ case(
 
 # -- the environment --------------------------------------------------------------------------------------------------
 
+PILOT: Final = {"PILOT_VARIABLE": "of the pilot", "LD_LIBRARY_PATH": "/opt/a", "LD_LIBRARY_PATH_SAVE": "/opt/b"}
 case("environment", "env -0 > environment; umask > umask; pwd > directory",
-     pilot_environment={"PILOT_VARIABLE": "of the pilot", "LD_LIBRARY_PATH": "/opt/a", "LD_LIBRARY_PATH_SAVE": "/opt/b"})  # fmt: skip
+     pilot_environment=PILOT)  # fmt: skip
 case("environment, inherited as DIRAC does", "env -0 > environment", world={"inherit": ["*"]},
-     pilot_environment={"PILOT_VARIABLE": "of the pilot", "LD_LIBRARY_PATH": "/opt/a", "LD_LIBRARY_PATH_SAVE": "/opt/b"})  # fmt: skip
+     pilot_environment=PILOT)  # fmt: skip
 case("environment of eight processors", "env -0 > environment", ce={"Processors": 8, "WholeNode": True},
      NumberOfProcessors=4)  # fmt: skip
 case("ExecutionEnvironment", "env -0 > environment",
@@ -174,7 +175,13 @@ case("data missing", MADE, OutputData=["a.root", "none.root"])
 case("data all missing", ":", OutputData=["none.root"])
 case("data empty", ": > empty.root", OutputData=["empty.root"])
 case("data to a place by name", MADE, OutputData=["a.root"], OutputSE="SE-USER-B")
-case("data, the first place is down", MADE, OutputData=["a.root"], OutputSE=["SE-USER-A", "SE-USER-B"], down=["SE-USER-A"])
+case(
+    "data, the first place is down",
+    MADE,
+    OutputData=["a.root"],
+    OutputSE=["SE-USER-A", "SE-USER-B"],
+    down=["SE-USER-A"],
+)
 case("data to failover", MADE, OutputData=["a.root"], OutputSE=["SE-USER-A"], down=["SE-USER-A"], failover=["FAILOVER"])
 case("data, everything is down", MADE, OutputData=["a.root"], OutputSE=["SE-USER-A"], down=["SE-USER-A", "FAILOVER"],
      failover=["FAILOVER"])  # fmt: skip
@@ -212,7 +219,8 @@ case("coordinator PostRaises of a failed payload", "exit 3", coordinator="PostRa
 # DIRAC's watchdog and the thread that waits for the payload both wait for the same process: who comes first keeps its exit
 # status, and if that is the watchdog there is no postProcess and no sandbox. What is killed is a race, in the record.
 RACE: Final = {
-    **dict.fromkeys(("wall time", "CPU time", "stalled", "disk full", "slot over", "soft stop that nobody heeds", "kill"), "lost"),
+    **dict.fromkeys(("wall time", "CPU time", "stalled", "disk full", "slot over", "kill"), "lost"),
+    "soft stop that nobody heeds": "lost",
     **dict.fromkeys(("wall time, and it ends well", "kill, and it ends well"), "kept"),
 }  # fmt: skip
 """Which end of the race is compared with ours."""
@@ -237,20 +245,26 @@ case("disk full", SLEEP, OutputSandbox=LOGS, wrapper={**EAGER, "MinDiskSpace": 1
      ours={"limits": {"free_disk_bytes": 10**18}})  # fmt: skip
 case("slot over", SLEEP, OutputSandbox=LOGS, wrapper=EAGER, local_site={"CPUTimeLeft": 40, "CPUNormalizationFactor": 10},
      ours={"deadline_seconds": 33.5})  # fmt: skip
-SOFT: Final = {
+
+
+def soft_script(text: str) -> dict[str, Any]:
+    return {"S/in.tar.bz2": {"soft-stop.sh": f"#!/bin/sh\n{text}\n"}}
+
+
+SOFT: Final[dict[str, Any]] = {
     "wrapper": EAGER, "StopSigRegex": "sh [^ ]*/soft-stop", "StopSigStartWork": 20, "StopSigFinishWork": 60,
     "local_site": {"CPUTimeLeft": 100, "CPUNormalizationFactor": 10}, "OutputSandbox": LOGS,
     "InputSandbox": ["SB:SandboxSE|/S/in.tar.bz2"],
     "ours": {"limits": {"wall_seconds": 1.0}, "words": {"stop_seconds": 0.5}},
 }  # fmt: skip
 case("soft stop", Executable="soft-stop.sh",
-     sandboxes={"S/in.tar.bz2": {"soft-stop.sh": "#!/bin/sh\ntrap 'echo wound down; exit 130' INT\nsleep 60 & wait\n"}}, **SOFT)  # fmt: skip
+     sandboxes=soft_script("trap 'echo wound down; exit 130' INT\nsleep 60 & wait"), **SOFT)  # fmt: skip
 case("soft stop that ends with 0", Executable="soft-stop.sh",
-     sandboxes={"S/in.tar.bz2": {"soft-stop.sh": "#!/bin/sh\ntrap 'echo wound down; exit 0' INT\nsleep 60 & wait\n"}}, **SOFT)  # fmt: skip
+     sandboxes=soft_script("trap 'echo wound down; exit 0' INT\nsleep 60 & wait"), **SOFT)  # fmt: skip
 case("soft stop that nobody heeds", Executable="soft-stop.sh",
-     sandboxes={"S/in.tar.bz2": {"soft-stop.sh": "#!/bin/sh\ntrap '' INT\nexec sleep 60\n"}}, **SOFT)  # fmt: skip
+     sandboxes=soft_script("trap '' INT\nexec sleep 60"), **SOFT)  # fmt: skip
 case("soft stop that meets the shell too", Executable="soft-stop.sh",
-     sandboxes={"S/in.tar.bz2": {"soft-stop.sh": "#!/bin/sh\ntrap 'echo wound down; exit 0' INT\nsleep 60 & wait\n"}},
+     sandboxes=soft_script("trap 'echo wound down; exit 0' INT\nsleep 60 & wait"),
      **{**SOFT, "StopSigRegex": "soft-stop"})  # fmt: skip
 case("kill", SLEEP, OutputSandbox=LOGS, OutputData=["*.root"], wrapper=EAGER, kill_at_heartbeat=2)
 case("kill, and it ends well", "trap \"echo bye; exit 0\" TERM; echo begun; sleep 60 & wait", OutputSandbox=LOGS,

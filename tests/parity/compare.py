@@ -34,7 +34,10 @@ def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             elif name != "hook":
                 yield f"{each['hook']}.{name}", str(value)
     for name, value in answer["parameters"].items():
-        yield f"parameter.{name}", _text(value) if name != "UploadedOutputData" else ", ".join(sorted(value.split(", ")))
+        yield (
+            f"parameter.{name}",
+            _text(value) if name != "UploadedOutputData" else ", ".join(sorted(value.split(", "))),
+        )
     for sandbox in answer["sandboxes"]:
         if twice := sorted({name for name in sandbox["members"] if sandbox["members"].count(name) > 1}):
             yield "sandbox twice", " ".join(twice)

@@ -2,8 +2,9 @@
 virtual environment that has DIRAC in it.
 
 DIRAC's `JobWrapperTemplate` is executed as a pilot would execute it. What it talks to over the network is replaced where
-it leaves the process, and nowhere else: `Client._getRPC` (all services), the transfer client of the sandbox store; its
-storage elements are its own plug-in for local files; `getProxyInfo` answers requests who owns them. Nothing of DIRAC's is in this file, and this file is never imported.
+it leaves the process, and nowhere else: `Client._getRPC` (all services), and the transfer client of the sandbox store; its
+storage elements are its own plug-in for local files, and `getProxyInfo` says who owns requests. Nothing of DIRAC's is in
+this file, and this file is never imported.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ PLACEHOLDERS = ("M2Crypto", "diracx")
 class Placeholder(types.ModuleType):
     """A module with every name in it."""
 
-    __path__: list[str] = []
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__ = []
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -80,7 +83,7 @@ class Services:
         self.sandboxes: list[dict[str, Any]] = []
         self.unanswered: list[str] = []
 
-    def call(self, service: str, method: str, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    def call(self, service: str, method: str, arguments: tuple[Any, ...]) -> Any:
         """One call of a remote method."""
         if service.rpartition("/")[2] in self.case.get("unreachable", ()):
             return S_ERROR(f"{service} is not reachable", service, method, arguments)
@@ -128,7 +131,9 @@ class Services:
 
     def ResourceStatus_ResourceStatus_select(self, table: str, wanted: Any) -> Any:
         kinds = ("ReadAccess", "WriteAccess", "CheckAccess", "RemoveAccess")
-        return S_OK([(name, "StorageElement", kind, "Active", "all") for name in scene.elements(self.case) for kind in kinds])
+        return S_OK(
+            [(name, "StorageElement", kind, "Active", "all") for name in scene.elements(self.case) for kind in kinds]
+        )
 
     # -- files ------------------------------------------------------------------------------------------------------
 
@@ -146,7 +151,7 @@ class Services:
         return self._each(files, lambda lfn: True)
 
     def DataManagement_FileCatalog_getReplicas(self, lfns: Any, *_: Any) -> Any:
-        return self._each(lfns, lambda lfn: {se: lfn for se in self._replicas[lfn]})
+        return self._each(lfns, lambda lfn: dict.fromkeys(self._replicas[lfn], lfn))
 
     def DataManagement_FileCatalog_getFileMetadata(self, lfns: Any) -> Any:
         def facts(lfn: str) -> dict[str, Any]:
@@ -162,7 +167,8 @@ class Services:
 
     @property
     def _replicas(self) -> dict[str, dict[str, str]]:
-        return self.case.get("replicas", {})
+        found: dict[str, dict[str, str]] = self.case.get("replicas", {})
+        return found
 
     def _each(self, lfns: Any, answer: Any) -> Any:
         found: dict[str, Any] = {"Successful": {}, "Failed": {}}
@@ -221,7 +227,11 @@ def configuration(case: dict[str, Any], root: Path) -> str:
     }  # fmt: skip
     tree = {
         "LocalSite": {"Site": "LCG.Example.org", "LocalSE": ", ".join(scene.LOCAL_SE), **case.get("local_site", {})},
-        "DIRAC": {"VirtualOrganization": scene.VO, "Configuration": {"Servers": ""}, "Security": {"UseServerCertificate": "no"}},
+        "DIRAC": {
+            "VirtualOrganization": scene.VO,
+            "Configuration": {"Servers": ""},
+            "Security": {"UseServerCertificate": "no"},
+        },
         "Registry": {"Groups": {"vo_user": {"VO": scene.VO, "Users": "someone"}}},
         "Systems": {"WorkloadManagement": {"JobWrapper": {"CleanUpFlag": "False", **case.get("wrapper", {})}}},
         "Resources": {
@@ -232,8 +242,14 @@ def configuration(case: dict[str, Any], root: Path) -> str:
         },
         "Operations": {
             "Defaults": {
-                "DataManagement": {"RegistrationProtocols": "file", "AccessProtocols": "file", "WriteProtocols": "file"},
-                "Services": {"Catalogs": {"FileCatalog": {"AccessType": "Read-Write", "Status": "Active", "Master": "True"}}},
+                "DataManagement": {
+                    "RegistrationProtocols": "file",
+                    "AccessProtocols": "file",
+                    "WriteProtocols": "file",
+                },
+                "Services": {
+                    "Catalogs": {"FileCatalog": {"AccessType": "Read-Write", "Status": "Active", "Master": "True"}}
+                },
                 "InputDataPolicy": {"Default": "DIRAC.WorkloadManagementSystem.Client.DownloadInputData"},
             }
         },
@@ -286,7 +302,12 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     wrapper.with_name("Wrapper.json").write_text(json.dumps({"Job": case["job"], "CE": case["ce"], "Optimizer": {}}))
 
     sys.meta_path.insert(0, Placeholders())
-    sys.argv = [str(wrapper), str(root / "pilot.cfg"), "-o", "LogLevel=ERROR" if not case.get("loud") else "LogLevel=DEBUG"]
+    sys.argv = [
+        str(wrapper),
+        str(root / "pilot.cfg"),
+        "-o",
+        "LogLevel=ERROR" if not case.get("loud") else "LogLevel=DEBUG",
+    ]
     os.chdir(root / "work")
 
     import DIRAC
@@ -302,7 +323,7 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     SandboxStoreClient.TransferClient = Transfer
     if case.get("impatient"):  # it waits for up to ten minutes between attempts
         wait = time.sleep
-        time.sleep = lambda seconds: wait(min(seconds, 0.2))
+        time.sleep = lambda seconds: wait(min(float(seconds), 0.2))
 
     Request.getProxyInfo = lambda: S_OK({"username": "someone", "group": "vo_user", "validGroup": True})
 
@@ -316,8 +337,8 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
     code: Any = None
     try:
         runpy.run_path(str(wrapper), run_name="__main__")
-    except SystemExit as exit:
-        code = exit.code
+    except SystemExit as end:
+        code = end.code
     from importlib.metadata import version
 
     from DIRAC.AccountingSystem.Client.Types.Job import Job
@@ -347,7 +368,8 @@ def run(case: dict[str, Any], root: Path) -> dict[str, Any]:
         "hooks": scene.hooks(hooks),
         "unanswered": services.unanswered,
     }
-    return scene.steady(answer, root)
+    found: dict[str, Any] = scene.steady(answer, root)
+    return found
 
 
 if __name__ == "__main__":

@@ -84,4 +84,6 @@ def ask_all(python: Path, cases: Iterable[Mapping[str, Any]], *, at_once: int = 
     """The answers to many cases, by name. They sleep most of the time: more at once than there are cores."""
     cases = list(cases)
     with ThreadPoolExecutor(at_once) as threads:
-        return dict(zip((case["name"] for case in cases), threads.map(lambda each: ask(python, each), cases), strict=True))
+        return dict(
+            zip((case["name"] for case in cases), threads.map(lambda each: ask(python, each), cases), strict=True)
+        )

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import anyio
-from anyio import to_thread
-
 import coordinators
 import scene
+from anyio import to_thread
+
 from loadmaster import ComputingElement, Coordinator, InvalidJob, JobDescription, JobHandle, Site, World, run_job
 from loadmaster.description import Limits
 from loadmaster.dirac import (
@@ -50,7 +50,7 @@ class Told:
     """What a reporter of DIRAC's would have said of a job while it ran."""
 
     updates: list[dict[str, str]] = field(default_factory=list)
-    status: JobStatus = JobStatus()
+    status: JobStatus = field(default_factory=JobStatus)
     parameters: dict[str, Any] = field(default_factory=dict)
     heartbeats: list[tuple[dict[str, float], dict[str, str]]] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
@@ -91,7 +91,9 @@ async def fill(catalog: Path, case: Mapping[str, Any], root: Path) -> None:
 
 def _refuse(catalog: Path) -> None:
     with closing(sqlite3.connect(catalog)) as connection, connection:
-        connection.execute("CREATE TRIGGER full BEFORE INSERT ON files BEGIN SELECT RAISE(ABORT, 'no more in here'); END")
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON files BEGIN SELECT RAISE(ABORT, 'no more in here'); END"
+        )
 
 
 def pilots_environment(case: Mapping[str, Any], root: Path) -> dict[str, str]:
@@ -116,12 +118,13 @@ async def answer(case: Mapping[str, Any], root: Path) -> dict[str, Any]:
     name = case.get("coordinator")
     coordinator: type[Coordinator] = adapt(getattr(coordinators, name)) if name else DiracCoordinator
     await fill(root / "catalog.sqlite", case, root)
+    watched = "PollingTime" in case.get("wrapper", {})  # elsewhere DIRAC's watchdog has no time to say anything
     handle, told = JobHandle(), Told()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_listen, handle, case, ce, told)
         result = await run_job(
             job, ce=ce, coordinator=coordinator, site=site_of(case, root), handle=handle, root=root / "work",
-            keep_workdir=case.get("wrapper", {}).get("CleanUpFlag") != "True", heartbeat_seconds=0.1,
+            keep_workdir=case.get("wrapper", {}).get("CleanUpFlag") != "True", heartbeat_seconds=0.1 if watched else 60,
         )  # fmt: skip
     return scene.steady(await to_thread.run_sync(_answer, dict(case), root, job, ce, result, told), root)  # type: ignore[no-any-return]
 

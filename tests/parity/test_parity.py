@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
-
 import differences
 import ours
+import pytest
 from cases import CASES
 from compare import differences as compared
 from environment import NotThere, ask_all, dirac_python
 from record import answer_to, load
 
+from conftest import BACKENDS
+
 RECORD = load()
+JOBS = [
+    pytest.param(
+        name, backend.values[0], id=f"{name}-{backend.id}",
+        marks=[pytest.mark.long] if (number - turn) % len(BACKENDS) else [],
+    )
+    for number, name in enumerate(CASES)
+    for turn, backend in enumerate(BACKENDS)
+]  # fmt: skip
+"""Each case on one of the backends, in turn; in the long run on all of them."""
+
 FOUND: dict[str, dict[str, tuple[str, str]]] = {}
 """What has been found to differ, by the names of the cases that have been run."""
 
@@ -31,7 +42,7 @@ def pilots_environment(request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
         yield
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "anyio_backend"), JOBS)
 async def test_a_job_ends_as_with_dirac(name: str, tmp_path: Path, pilots_environment: None) -> None:
     answer = await ours.answer(CASES[name], tmp_path / "scene")
     FOUND[name] = compared(answer_to(CASES[name], RECORD[name]), answer)
