@@ -119,9 +119,17 @@ def _children() -> set[int]:
     return found
 
 
-SERVED = ("test_curl.py", "test_objects.py", "test_xrootd.py", "test_storage.py", "test_early.py", "test_watch.py")
+SERVED = (
+    "test_curl.py",
+    "test_objects.py",
+    "test_xrootd.py",
+    "test_storage.py",
+    "test_early.py",
+    "test_watch.py",
+    "test_adopt.py",
+)
 """Of these files' tests uvloop's are part of the long run only: their storages have threads of their own, whichever loop
-waits for them, and the run has to be over in ten minutes on two cores."""
+waits for them, or each starts an agent of its own, and the run has to be over in ten minutes on two cores."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from loadmaster import ComputingElement, JobDescription, Slot
 from loadmaster.errors import PayloadNotStarted
-from loadmaster.payload.command import default_command, default_environment, slot_environment
+from loadmaster.payload.command import default_command, default_environment, program_of, slot_environment
 from loadmaster.workdir import Workdir
 from loadmaster.world import World
 
@@ -24,6 +24,24 @@ def program(path: Path, mode: int = 0o755) -> Path:
     path.write_text("#!/bin/sh\n")
     path.chmod(mode)
     return path
+
+
+@pytest.mark.parametrize(
+    ("command", "program"),
+    [
+        ("/bin/x 'two\nlines'", "/bin/x"),
+        ('/bin/x "two\nlines" > out', "/bin/x"),
+        ("/bin/x one\n/bin/y two", None),
+        ("/bin/x <<END\ntext\nEND", None),
+        ("'/bin/x\ny' z", None),
+        ("/bin/x $(one\ntwo)", None),
+        ("/bin/x \\\n one", None),
+        ("\n/bin/x", None),
+    ],
+)
+def test_a_newline_in_an_argument_does_not_keep_the_shell(command: str, program: str | None) -> None:
+    """It stood between the payload and whoever asked how it ended: a signal was an exit code."""
+    assert program_of(command) == program
 
 
 def test_the_pilots_secrets_and_python_paths_are_not_handed_on(

@@ -20,12 +20,20 @@ import pytest
 
 from loadmaster import StorageError
 from loadmaster.conformance import NAMES, LocalBytes, Place, StorageConformance, local_place
-from loadmaster.errors import AccessDenied, ChecksumMismatch, InvalidSite, NoSpace, NotFound, StorageUnavailable
+from loadmaster.errors import (
+    AccessDenied,
+    CannotCopy,
+    ChecksumMismatch,
+    InvalidSite,
+    NoSpace,
+    NotFound,
+    StorageUnavailable,
+)
 from loadmaster.storage.base import Direction, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.checksums import running
 from loadmaster.storage.http import open_http
 from loadmaster.storage.s3 import open_s3
-from servers import Fault, HostileServer, Server, http_date, make_certificates, moto, nginx
+from servers import Asked, Fault, HostileServer, Server, http_date, make_certificates, moto, nginx
 
 KEYS = {"access_key": "AK", "secret_key": "SK"}
 
@@ -203,7 +211,7 @@ async def test_what_does_not_arrive_whole_is_no_file_and_may_be_tried_again(
     assert was_discarded(local)
 
 
-@pytest.mark.parametrize("direction", Direction)
+@pytest.mark.parametrize("direction", [Direction.DOWNLOAD, Direction.UPLOAD])
 async def test_what_stalls_on_a_connection_that_was_used_before_is_given_up_too(
     hostile: HostileServer, direction: Direction
 ) -> None:
@@ -337,6 +345,42 @@ async def test_a_server_that_renames_nothing_is_sent_to_directly(hostile: Hostil
     assert all(isinstance(each.result, FileInfo) and each.result.size_bytes == 7 for each in up)
     assert hostile.files == {"/0": b"content", "/1": b"content"}
     assert [asked.method for asked in hostile.asked] == ["PUT", "MOVE", "DELETE", "PUT", "HEAD", "PUT"]
+
+
+async def test_a_server_that_copies_nothing_is_asked_once(hostile: HostileServer) -> None:
+    hostile.files["/f"] = b"content"
+    url = hostile.url.replace("http", "dav")
+    copies = [Transfer(Direction.COPY, f"{url}/{n}", LocalBytes(), source=f"{url}/f") for n in range(5)]
+    async with open_http(StorageOptions(scheme="dav", streams=1)) as storage:
+        await storage.move(copies, lambda _: None)
+    assert all(isinstance(each.result, CannotCopy) and not each.result.retryable for each in copies)
+    assert [asked.method for asked in hostile.asked] == ["HEAD", "COPY", "DELETE"]
+    assert hostile.files == {"/f": b"content"}
+
+
+async def test_nothing_is_copied_between_two_servers(hostile: HostileServer) -> None:
+    url = hostile.url.replace("http", "dav")
+    copy = Transfer(Direction.COPY, f"{url}/new", LocalBytes(), source="dav://127.0.0.1:1/f")
+    async with open_http(StorageOptions(scheme="dav")) as storage:
+        await storage.move([copy], lambda _: None)
+    assert isinstance(copy.result, CannotCopy)
+    assert hostile.asked == []
+
+
+async def test_a_copy_has_the_time_its_size_takes_and_no_more(hostile: HostileServer) -> None:
+    """A server says nothing until it has copied, and 3 MB may take 3 s; one that hangs after that is given up."""
+    hostile.files |= {"/large": bytes(3_000_000), "/small": b"content"}
+    hostile.orders = lambda asked: Fault("stall") if asked.method == "COPY" else None
+    url = hostile.url.replace("http", "dav")
+    copies = [Transfer(Direction.COPY, f"{url}/n{n}", LocalBytes(), source=f"{url}/{n}") for n in ("small", "large")]
+    begun, ends = anyio.current_time(), list[float]()
+    async with open_http(StorageOptions(scheme="dav", words={"stall_seconds": 1})) as storage:
+        with anyio.fail_after(30):
+            await storage.move(copies, lambda some: ends.extend(anyio.current_time() - begun for _ in some))
+    assert all(failure(each).retryable for each in copies)
+    assert ends[0] >= 1
+    assert ends[1] >= 4
+    assert sorted(hostile.files) == ["/large", "/small"]
 
 
 @pytest.mark.parametrize("status", ["403", "409", "502", "507"])
@@ -611,6 +655,47 @@ async def test_what_names_no_object_is_an_error_of_its_own(hostile: HostileServe
 
 def s3_error(code: str) -> bytes:
     return f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>no</Message></Error>".encode()
+
+
+async def test_a_large_object_is_copied_in_parts(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loadmaster.storage.s3.COPY_BYTES", 5 * 1024**2)
+    base, data = f"s3://bucket/{os.urandom(8).hex()}", os.urandom(12 * 1024**2)
+    words = {"endpoint": s3, **KEYS}
+    async with open_s3(StorageOptions(scheme="s3", words=words)) as storage:
+        place = Place(storage, base, lambda: objects(s3, f"{base.removeprefix('s3://bucket/')}/"))
+        await place.put("large", data)
+        copy = place.copy("large", "a copy", LocalBytes())
+        await place.move(copy)
+        assert copy.result == FileInfo(len(data), None)
+        assert copy.done_bytes == len(data)
+        assert await place.get("a copy") == data
+        assert place.names() == ["a copy", "large"]
+
+
+async def test_a_copy_in_parts_that_fails_is_abandoned(
+    s3: str, hostile: HostileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadmaster.storage.s3.COPY_BYTES", 5)
+    hostile.files["/bucket/large"] = b"twelve bytes"
+
+    def orders(asked: Asked) -> Fault | None:
+        if asked.method == "POST":
+            return Fault("200", body=b"<UploadId>a</UploadId>")
+        if asked.method != "PUT":
+            return None
+        wrong = "partNumber=2" in asked.target
+        return Fault(
+            "200", body=s3_error("InternalError") if wrong else b"<CopyPartResult><ETag>1</ETag></CopyPartResult>"
+        )
+
+    hostile.orders = orders
+    async with open_s3(StorageOptions(scheme="s3", words={"endpoint": hostile.url, **KEYS})) as storage:
+        copy = Transfer(Direction.COPY, "s3://bucket/new", LocalBytes(), source="s3://bucket/large")
+        await storage.move([copy], lambda _: None)
+    assert failure(copy).retryable
+    assert "InternalError" in str(copy.result)
+    assert [asked.target for asked in hostile.asked if asked.method == "DELETE"] == ["/bucket/new?uploadId=a"]
+    assert {asked.headers["x-amz-copy-source"] for asked in hostile.asked if asked.method == "PUT"} == {"/bucket/large"}
 
 
 async def test_an_upload_in_parts_is_abandoned_when_a_part_cannot_be_sent(s3: str, hostile: HostileServer) -> None:

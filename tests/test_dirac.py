@@ -352,3 +352,20 @@ async def test_a_thread_that_is_closed_starts_anew_when_it_is_needed() -> None:
         await thread.call("hook", math.sqrt, -1)
     await thread.aclose()
     assert not any("of a test" in each.name for each in threading.enumerate())
+
+
+async def test_a_job_that_goes_on_with_a_later_hook_has_a_coordinator_all_the_same(fly: Fly) -> None:
+    """As after a restart of the agent: what had returned before is not called again."""
+    made = []
+
+    class Counted(Base):
+        def __init__(self, jobArgs: dict[str, Any], ceArgs: dict[str, Any]) -> None:
+            super().__init__(jobArgs, ceArgs)
+            made.append(os.getcwd())
+
+    class Resumed(adapt(Counted)):  # type: ignore[misc]
+        async def stageIn(self) -> None:
+            pass
+
+    result = await fly({"coordinator": Resumed})
+    assert (result.failure, len(made)) == (None, 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -150,3 +152,21 @@ def test_an_import_from_above_is_seen_wherever_it_stands(line: str, offence: str
 def test_a_module_without_a_floor_is_told_where_to_go() -> None:
     with pytest.raises(AssertionError, match=r"add it to FLOORS in tests/test_floors\.py"):
         offences(SOURCE / "attic.py", "from loadmaster import errors")
+
+
+SLOW_TO_IMPORT = ("importlib.metadata", "rich", "sqlite3", "pycurl", "loadmaster.node", "loadmaster.machine")
+"""A pilot starts cold on each node: what not every job needs is loaded by who needs it. The first is what pydantic looks
+for plugins with as it builds a schema: a model that is built at import costs 30 ms."""
+
+
+def test_what_is_slow_to_import_is_imported_when_it_is_used() -> None:
+    script = f"import sys, loadmaster; print([name for name in {SLOW_TO_IMPORT!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there_and_is_listed() -> None:
+    assert [name for name in loadmaster.__all__ if not hasattr(loadmaster, name)] == []
+    assert set(loadmaster.__all__) <= set(dir(loadmaster))
+    with pytest.raises(AttributeError, match="has no attribute 'Nodes'"):
+        loadmaster.Nodes  # noqa: B018

@@ -6,12 +6,15 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import anyio
 import pytest
 
 from conftest import until
+from loadmaster.notices import Notices
+from loadmaster.payload import output as output_module
 from loadmaster.payload.output import BLOCK_BYTES, PEEK_BYTES, Output, last_lines
 from loadmaster.workdir import Workdir
 
@@ -180,6 +183,27 @@ async def test_what_is_printed_is_told_as_it_is_printed(output: Output) -> None:
         os.write(output.stdout, b"the last words")
         group.cancel_scope.cancel()
     assert told[-1] == ("std.out", "the last words", 0)
+
+
+async def test_without_a_queue_of_the_kernels_it_is_told_all_the_same(
+    output: Output, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whoever followed was told nothing. The user's queues are all taken by others."""
+    monkeypatch.setattr(output_module, "LOOK_SECONDS", 0.05)
+    told: list[tuple[str, str, int]] = []
+    with ExitStack() as others:
+        with suppress(OSError):
+            for _ in range(10_000):
+                others.enter_context(Notices())
+            pytest.skip("there is no end of queues here")
+        async with anyio.create_task_group() as group:
+            group.start_soon(output.follow, lambda *news: told.append(news))
+            await until(lambda: "only" in caplog.text)
+            os.write(output.stdout, b"one\n")
+            await until(lambda: told == [("std.out", "one\n", 0)])
+            os.write(output.stdout, b"two\n")
+            await until(lambda: len(told) == 2)
+            group.cancel_scope.cancel()
 
 
 async def test_of_a_flood_only_the_end_is_told(output: Output) -> None:

@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -954,7 +955,7 @@ def test_state_directory_tells_what_the_report_tells(run_sh: Start, state: tuple
     shim = run_sh("echo ready; read x; exec sleep 1000", state=descriptor)
     shim.ready()
     shim.started()
-    assert sorted(os.listdir(path)) == ["lock", "started"]
+    assert sorted(os.listdir(path)) == ["exit.new", "lock", "started"]
     shim.order(signal.SIGUSR1)
     shim.end()
     assert sorted(os.listdir(path)) == ["exit", "lock", "started"]
@@ -982,7 +983,7 @@ def test_killed_shim_leaves_a_free_lock_and_no_exit(run_sh: Start, state: tuple[
         os.kill(payload, signal.SIGKILL)  # nobody else does, without a namespace
     shim.everything_ends()
     assert not locked(path / "lock")
-    assert sorted(os.listdir(path)) == ["lock", "started"]
+    assert sorted(os.listdir(path)) == ["exit.new", "lock", "started"]
 
 
 def test_payload_does_not_hold_the_lock(run_sh: Start, run_python: Start, state: tuple[Path, int]) -> None:
@@ -999,11 +1000,179 @@ def test_directory_in_use_is_refused(run_sh: Start, state: tuple[Path, int]) -> 
     first.end()
 
 
-def test_record_that_cannot_be_written_whole_is_not_there(run_sh: Start, state: tuple[Path, int]) -> None:
+def test_without_room_for_its_record_nothing_is_started(run_sh: Start, state: tuple[Path, int]) -> None:
+    """It was started, and how it ended was not on disk then."""
     path, descriptor = state
-    shim = run_sh("exit 3", state=descriptor, before=["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
-    assert int(shim.end()["status"]) == 3 << 8
-    assert os.listdir(path) == ["lock"]
+    shim = run_sh("echo started", state=descriptor, before=["/bin/sh", "-c", 'ulimit -f 0; exec "$@"', "sh"])
+    refusal = shim.started()
+    assert (refusal["what"], int(refusal["errno"])) == ("record", errno.EFBIG)
+    assert (shim.end(), shim.popen.returncode, shim.output()) == ({}, 125, "")
+    assert mode_of(path / "lock") == 0o600
+
+
+def mode_of(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_lock_says_whether_something_was_executed(run_sh: Start, state: tuple[Path, int]) -> None:
+    path, descriptor = state
+    shim = run_sh("exit 3", state=descriptor)
+    shim.end()
+    assert mode_of(path / "lock") == 0o700
+
+
+@pytest.mark.parametrize("case", IN_NAMESPACE, indirect=True)
+def test_a_refusal_leaves_a_lock_that_says_that_nothing_was_executed(run_sh: Start, state: tuple[Path, int]) -> None:
+    forbid = 'echo 0 > /proc/sys/user/max_pid_namespaces && exec "$@"'
+    before = ["/usr/bin/unshare", "-Ur", "/bin/sh", "-c", forbid, "sh"]
+    assert run_sh("echo started", before=before, state=state[1]).started()["refused"] == "pid-namespace"
+    assert mode_of(state[0] / "lock") == 0o600
+
+
+def test_what_was_found_never_to_have_started_does_not_start_later(run_sh: Start, state: tuple[Path, int]) -> None:
+    path, descriptor = state
+    (path / "void").touch()
+    shim = run_sh("echo started", state=descriptor)
+    refusal = shim.started()
+    assert (refusal["what"], int(refusal["errno"])) == ("lock", errno.ECANCELED)
+    assert (shim.end(), shim.output()) == ({}, "")
+
+
+def test_full_disk_does_not_cost_the_record(run_sh: Start, small_disk: Path, case: tuple[str, str, str]) -> None:
+    state = small_disk / "state"
+    state.mkdir()
+    if rights(case[2]):
+        os.chown(state, NOBODY, NOBODY)
+    descriptor = os.open(state, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        shim = run_sh("echo ready; sleep 1000", state=descriptor)
+        shim.ready()
+        shim.started()
+        with pytest.raises(OSError, match="No space"), (small_disk / "full").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        shim.order(signal.SIGUSR1)
+        assert shim.end() == facts((state / "exit").read_bytes())
+    finally:
+        os.close(descriptor)
+
+
+FORGERY = """
+state = "state"
+os.chmod(state, 0o700)
+if os.path.exists(f"{state}/exit.new"):
+    os.rename(f"{state}/exit.new", f"{state}/elsewhere")
+os.mkdir(f"{state}/exit")
+for name in ("exit.new", "again"):
+    with contextlib.suppress(FileExistsError):
+        os.symlink("/dev/null", f"{state}/{name}")
+os.chmod(state, 0o500)
+os._exit(9)
+"""
+
+
+def test_what_a_payload_puts_in_the_records_place_gives_way_to_it(
+    run_python: Start, state: tuple[Path, int], case: tuple[str, str, str]
+) -> None:
+    """A payload of the same user, where it can see the directory at all."""
+    shim = run_python(FORGERY, state=state[1])
+    ended = shim.end()
+    assert (state[0] / "exit").is_file()
+    assert facts((state[0] / "exit").read_bytes()) == ended
+    if case[1] == "subreaper":
+        assert ended["status"] == str(9 << 8)
+
+
+# -- when there is no agent any more -----------------------------------------------------------------------------------
+
+
+def agent_lock(path: Path) -> int:
+    """What an agent holds that has adopted a payload; closed, it is free."""
+    lock = os.open(path / "agent.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    os.chmod(path / "agent.lock", 0o666)
+    fcntl.fcntl(lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+    return lock
+
+
+def lose_agent(shim: Shim) -> None:
+    """Its end of the report closes, as when it is killed."""
+    os.close(shim._report)
+    shim._report = os.open("/dev/null", os.O_RDONLY)
+
+
+def record_of(path: Path) -> dict[str, str]:
+    return facts((path / "exit").read_bytes())
+
+
+def test_payload_without_an_agent_is_ended_politely(run_sh: Start, state: tuple[Path, int]) -> None:
+    shim = run_sh(
+        'trap "exit 4" TERM; echo ready; while :; do sleep 0.05; done', state=state[1], settings="n,orphan=200"
+    )
+    shim.ready()
+    lose_agent(shim)
+    shim.end()
+    found = record_of(state[0])
+    assert (found["asked"], found["status"], found["synced"]) == ("O", str(4 << 8), "1")
+
+
+def test_payload_without_an_agent_has_its_grace(run_sh: Start, state: tuple[Path, int]) -> None:
+    shim = run_sh('trap "" TERM; echo ready; while :; do sleep 0.05; done', state=state[1], settings="n,orphan=50",
+                  grace_ms=200)  # fmt: skip
+    shim.ready()
+    lose_agent(shim)
+    shim.end()
+    found = record_of(state[0])
+    assert (found["asked"], found["status"], found["grace_expired"]) == ("O", "9", "1")
+
+
+def test_payload_is_left_alone_while_its_agent_lives(run_sh: Start, state: tuple[Path, int]) -> None:
+    shim = run_sh("sleep 0.6; exit 5", state=state[1], settings="n,orphan=100")
+    ended = shim.end()
+    assert (ended["asked"], ended["status"], ended["synced"]) == ("-", str(5 << 8), "0")
+
+
+def test_payload_is_left_alone_while_another_agent_has_adopted_it(run_sh: Start, state: tuple[Path, int]) -> None:
+    shim = run_sh("echo ready; exec sleep 1000", state=state[1], settings="n,orphan=200")
+    shim.ready()
+    lock = agent_lock(state[0])
+    try:
+        lose_agent(shim)
+        assert not wait_readable(shim._pidfd, 1)
+    finally:
+        os.close(lock)
+    shim.end()
+    assert record_of(state[0])["asked"] == "O"
+
+
+def test_payload_without_an_agent_runs_for_ever_if_it_may(run_sh: Start, state: tuple[Path, int]) -> None:
+    shim = run_sh("sleep 0.6; exit 6", state=state[1])
+    lose_agent(shim)
+    shim.end()
+    assert (record_of(state[0])["asked"], record_of(state[0])["status"]) == ("-", str(6 << 8))
+
+
+# -- what is hidden ----------------------------------------------------------------------------------------------------
+
+
+def test_state_directory_is_hidden_where_there_are_mounts(
+    run_sh: Start, state: tuple[Path, int], home: Path, case: tuple[str, str, str]
+) -> None:
+    (home / "others").mkdir()
+    (home / "others" / "secret").touch()
+    others = os.open(home / "others", os.O_PATH | os.O_DIRECTORY)
+    try:
+        hides = case[1] == "pid-namespace"
+        shim = run_sh(
+            "ls -A state others 2>&1; echo forged > state/exit; unshare -Urm umount state; echo; ls -A state; exit 3",
+            state=state[1], settings=f"n,hide={others}" if hides else "n", pass_fds=[others],
+        )  # fmt: skip
+        assert shim.started()["hidden"] == str(int(hides))
+        assert shim.end()["status"] == str(3 << 8)
+        assert record_of(state[0])["status"] == str(3 << 8)
+        seen = "lock" in shim.output() or "secret" in shim.output()
+        assert seen is not hides, shim.output()
+    finally:
+        os.close(others)
 
 
 # -- where it is hard ------------------------------------------------------------------------------------------------
@@ -1047,6 +1216,9 @@ BAD = [
     *({**GOOD, "settings": f"cpu={word}"} for word in ("", "1", "1:", "2:1", "-1:1", "1:2:3")),
     *({**GOOD, "settings": f"join={word}"} for word in ("", "-1", "x")),
     {**GOOD, "settings": ",".join(["join=0"] * 17)},
+    *({**GOOD, "settings": word} for word in ("orphan=100", "hide=0")),
+    *({**GOOD, "mode": "pid-namespace", "settings": f"hide={word}"} for word in ("", "-1", "x")),
+    {**GOOD, "mode": "pid-namespace", "settings": ",".join(["hide=0"] * 17)},
 ]
 
 

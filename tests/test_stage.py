@@ -22,7 +22,7 @@ import pytest
 from conftest import until
 from loadmaster import Site, open_transfers
 from loadmaster.account import Record, Report, told
-from loadmaster.errors import ChecksumMismatch, StorageUnavailable
+from loadmaster.errors import AccessDenied, CannotCopy, ChecksumMismatch, StorageUnavailable
 from loadmaster.gauge import LineGauge, Pace, SilentGauge, duration
 from loadmaster.manifest import BadManifest, Manifest
 from loadmaster.orders import Orders
@@ -285,6 +285,48 @@ async def test_files_go_from_server_to_server_through_a_spool_that_is_bounded(mo
     assert tally.attempts == 200
     assert 0 < most <= 4
     assert spools() == []
+
+
+async def test_what_a_server_can_copy_does_not_pass_through_us(move: Staging) -> None:
+    server = Faults(MemoryStorage({f"one://h/{number}": os.urandom(2000) for number in range(30)}))
+    lines = [{"source": f"one://h/{number}", "target": f"one://h/copy{number}"} for number in range(30)]
+    heard, tally = await move(*lines, storages={"one": server})
+    assert heard.of(Outcome.MOVED) == list(range(1, 31))
+    assert {operation for operation, _ in server.calls} == {"stat", "copy"}
+    assert (tally.attempts, tally.moved_bytes) == (30, 60_000)
+    assert spools() == []
+
+
+async def test_what_a_server_does_not_copy_passes_through_us_and_it_is_not_asked_again(
+    move: Staging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadmaster.staging.party.LOOK_AHEAD", 64)
+    memory = MemoryStorage({f"one://h/{number}": os.urandom(2000) for number in range(300)})
+    server = Faults(memory)
+    server.fail("copy", error=lambda url: CannotCopy(url, "no"))
+    lines = [{"source": f"one://h/{number}", "target": f"one://h/copy{number}"} for number in range(300)]
+    heard, _ = await move(*lines, storages={"one": server}, everything=True)
+    assert heard.of(Outcome.MOVED) == list(range(1, 301))
+    assert all(memory.files[f"one://h/copy{number}"] == memory.files[f"one://h/{number}"] for number in range(300))
+    tried = sum(operation == "copy" for operation, _ in server.calls)
+    assert 0 < tried < 300
+    assert sum(ended.attempts for ended in heard.all) == 600 + tried
+    assert spools() == []
+
+
+async def test_one_copy_that_is_refused_is_moved_and_the_others_are_copied(move: Staging) -> None:
+    server = Faults(MemoryStorage({f"one://h/{name}": name.encode() for name in "abc"}))
+    server.fail("copy", at=1, error=lambda url: AccessDenied(url, "not this one"))
+    server.fail("copy", at=3)
+    lines = [
+        {"source": f"one://h/{name}", "target": f"one://h/{name}2", "checksum": adler32(name.encode())}
+        for name in "abcd"
+    ]
+    heard, _ = await move(*lines, storages={"one": server}, site=Site(streams=1, retry_seconds=0.001))
+    assert heard.of(Outcome.MOVED) == [1, 2, 3]
+    assert heard.of(Outcome.FAILED) == [4]
+    assert "there is no such file" in heard.reasons[0]
+    assert [operation for operation, _ in server.calls].count("upload") == 1
 
 
 async def test_each_leg_may_fail(move: Staging) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,10 +15,11 @@ import pytest
 
 from loadmaster import StorageError
 from loadmaster.conformance import LARGE_BYTES, LocalBytes, Place, StorageConformance, local_place, under_way
-from loadmaster.errors import AccessDenied, NoSpace, NotFound, StorageUnavailable
+from loadmaster.errors import AccessDenied, ChecksumMismatch, NoSpace, NotFound, StorageUnavailable
 from loadmaster.names import file_url
 from loadmaster.staging.files import IncomingPath
 from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, open_storage, translated
 from loadmaster.storage.single import OneByOne
 from loadmaster.testing import Faults, MemoryStorage
@@ -53,7 +56,7 @@ class TestOneByOne(StorageConformance):
     @pytest.fixture
     def place(self) -> Place:
         single = Dictionary()
-        storage = OneByOne(single, streams=4, abilities=Ability.RENAME)
+        storage = OneByOne(single, streams=4, abilities=Ability.RENAME | Ability.COPY)
         return Place(storage, "memory://se", lambda: names_in(single))
 
 
@@ -94,6 +97,12 @@ class Dictionary:
             raise StorageUnavailable(url, "changed while it was copied")
         self.files[url] = bytes(content)
         return transfer.info()
+
+    async def copy(self, transfer: Transfer) -> FileInfo:
+        there = await self.stat(transfer.source)
+        transfer.is_source(there)
+        self.files[transfer.url] = self._file(transfer.source)
+        return transfer.copied(there, await self.stat(transfer.url))
 
     async def remove(self, url: str) -> None:
         await anyio.sleep(0)
@@ -195,6 +204,42 @@ async def test_a_script_stays_one_and_a_directory_made_for_it_is_made_once(tmp_p
     assert isinstance(transfer.result, FileInfo)
     assert os.access(tmp_path / "new" / "script", os.X_OK)
     assert os.listdir(tmp_path / "new") == ["script"]
+
+
+@pytest.fixture
+def sharing_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk on which files may share blocks. Takes a system administrator."""
+    image, disk = tmp_path / "image", tmp_path / "sharing disk"
+    disk.mkdir()
+    with image.open("wb") as file:
+        file.truncate(256 * 1024**2)
+    for command in (["mkfs.btrfs", "-q", str(image)], ["mount", "-o", "loop", str(image), str(disk)]):
+        if shutil.which(command[0]) is None or subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("no disk on which files share blocks can be made here")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+async def test_large_files_share_their_blocks_where_the_disk_can_and_are_verified(sharing_disk: Path) -> None:
+    data = os.urandom(64 * 1024**2)
+    (sharing_disk / "file").write_bytes(data)
+    os.sync()
+    before = os.statvfs(sharing_disk)
+    url, storage = file_url(sharing_disk), LocalStorage()
+    for number in range(8):  # 512 MB on a disk of 256
+        copy = Transfer(Direction.COPY, f"{url}/copy{number}", LocalBytes(), source=f"{url}/file")
+        await storage.move([copy], lambda _: None)
+        assert copy.result == FileInfo(len(data), Checksum("adler32", f"{zlib.adler32(data):08x}"))
+    assert (sharing_disk / "copy7").read_bytes() == data
+    incoming = IncomingPath(sharing_disk / "brought in", checksum=Checksum("adler32", "00000001"))
+    down = Transfer(Direction.DOWNLOAD, f"{url}/file", incoming)
+    await storage.move([down], lambda _: None)
+    assert isinstance(down.result, ChecksumMismatch)
+    assert not (sharing_disk / "brought in").exists()
+    os.sync()
+    assert (before.f_bfree - os.statvfs(sharing_disk).f_bfree) * before.f_bsize < len(data)
 
 
 async def test_options_of_the_site_that_are_none_are_named(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """loadmaster: run a batch job's life inside your event loop. See README.md; start with `run_job`."""
 
+import importlib
+from typing import TYPE_CHECKING, Final
+
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
 from loadmaster.description import (
     ComputingElement,
@@ -34,14 +37,16 @@ from loadmaster.errors import (
 )
 from loadmaster.handle import JobHandle, Journal
 from loadmaster.ledger import Ledger, Slot, Slots
-from loadmaster.node import Node
-from loadmaster.occupancy import NodeStatistics
 from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, StoredFile, Verdict
 from loadmaster.runner import run_job
 from loadmaster.site import Site
-from loadmaster.sources import JobSource
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.world import World
+
+if TYPE_CHECKING:
+    from loadmaster.node import Node
+    from loadmaster.occupancy import NodeStatistics
+    from loadmaster.sources import JobSource
 
 __all__ = [
     "ComputingElement",
@@ -94,3 +99,16 @@ __all__ = [
     "open_transfers",
     "run_job",
 ]
+
+_WHEN_USED: Final = {"Node": "node", "NodeStatistics": "occupancy", "JobSource": "sources"}
+"""Names that are loaded when somebody asks for them: a pilot of one job starts without them."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in _WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHEN_USED[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

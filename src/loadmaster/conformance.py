@@ -23,7 +23,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from loadmaster.errors import ChecksumMismatch, NoSpace, NotFound, StorageError
+from loadmaster.errors import CannotCopy, ChecksumMismatch, NoSpace, NotFound, StorageError
 from loadmaster.names import join_url
 from loadmaster.storage.base import Ability, Direction, FileInfo, Held, Step, Storage, Transfer
 from loadmaster.storage.checksums import Checksum
@@ -97,6 +97,9 @@ class Place:
 
     def download(self, name: str, local: LocalBytes, algorithm: str = "adler32") -> Transfer:
         return Transfer(Direction.DOWNLOAD, self.url(name), local, algorithm)
+
+    def copy(self, source: str, name: str, local: LocalBytes, algorithm: str = "adler32") -> Transfer:
+        return Transfer(Direction.COPY, self.url(name), local, algorithm, source=self.url(source))
 
     async def move(self, *transfers: Transfer) -> None:
         """Move them, and see that each is told once, in this thread, with its result."""
@@ -449,6 +452,80 @@ class StorageConformance:
         await place.move(part)
         assert isinstance(part.result, StorageError)
         assert part.result.retryable
+
+    @pytest.mark.parametrize("size", [0, 7, 3 * 1024 * 1024 + 7])
+    async def test_what_is_copied_is_there_twice(self, place: Place, size: int) -> None:
+        data = os.urandom(size)
+        await copies_or_skip(place).put("file", data)
+        transfer = place.copy("file", "d/e/copy", local := LocalBytes())
+        await place.move(transfer)
+        assert isinstance(transfer.result, FileInfo)
+        assert transfer.result.size_bytes == transfer.done_bytes == size
+        if transfer.result.checksum is not None:
+            assert str(transfer.result.checksum) == digest(transfer.result.checksum.algorithm, data)
+        assert local.calls == ["discard"]
+        assert place.names() == ["d/e/copy", "file"]
+        assert await place.get("d/e/copy") == data
+
+    async def test_a_copy_takes_the_place_of_what_was_there_and_of_nothing_else(self, place: Place) -> None:
+        await copies_or_skip(place).put("file", b"content")
+        names = [name for name in NAMES if len(name) < 90]
+        await place.move(*(place.upload(name, LocalBytes(b"before")) for name in names))
+        copies = [place.copy("file", name, LocalBytes()) for name in names]
+        back = [place.copy(name, f"back{number}", LocalBytes()) for number, name in enumerate(names)]
+        await place.move(*copies)
+        await place.move(*back)
+        for transfer in (*copies, *back):
+            assert isinstance(transfer.result, FileInfo), transfer.url
+        for number in range(len(back)):
+            assert await place.get(f"back{number}") == b"content"
+        assert place.names() == sorted(["file", *names, *(f"back{number}" for number in range(len(names)))])
+
+    async def test_what_is_not_there_is_not_copied(self, place: Place) -> None:
+        await copies_or_skip(place).put("other", b"before")
+        for name in ("other", "new"):
+            transfer = place.copy("nowhere", name, LocalBytes())
+            await place.move(transfer)
+            assert isinstance(transfer.result, NotFound)
+        assert place.names() == ["other"]
+        assert await place.get("other") == b"before"
+
+    @pytest.mark.parametrize("algorithm", ["adler32", "md5", "sha256"])
+    async def test_a_copy_has_the_checksum_that_is_wanted_or_is_none(self, place: Place, algorithm: str) -> None:
+        """Whoever cannot tell it says so, and the bytes go another way; whoever can does not copy what is other."""
+        data = os.urandom(100_000)
+        await copies_or_skip(place).put("file", data)
+        await place.put("wrong", b"before")
+        right, wrong = (place.copy("file", name, LocalBytes(), algorithm) for name in ("right", "wrong"))
+        right.checksum = Checksum.parse(digest(algorithm, data))
+        wrong.checksum = Checksum.parse(digest(algorithm, b"other"))
+        await place.move(right, wrong)
+        assert isinstance(wrong.result, CannotCopy | ChecksumMismatch)
+        if isinstance(wrong.result, CannotCopy):
+            assert isinstance(right.result, CannotCopy)
+            assert not right.result.retryable
+        else:
+            assert right.result == FileInfo(len(data), right.checksum)
+            assert await place.get("right") == data
+        assert await place.get("wrong") == b"before"
+        assert place.names() == (
+            ["file", "wrong"] if isinstance(right.result, CannotCopy) else ["file", "right", "wrong"]
+        )
+
+    async def test_a_copy_of_another_size_than_is_known_is_none(self, place: Place) -> None:
+        await copies_or_skip(place).put("file", b"content")
+        transfer = place.copy("file", "copy", LocalBytes())
+        transfer.size_bytes = 8
+        await place.move(transfer)
+        assert isinstance(transfer.result, ChecksumMismatch)
+        assert place.names() == ["file"]
+
+
+def copies_or_skip(place: Place) -> Place:
+    """For tests of what only some storages can."""
+    if not place.storage.abilities & Ability.COPY:
+        pytest.skip("this storage does not copy")
+    return place
 
 
 def holds_or_skip(place: Place) -> Place:

@@ -201,9 +201,11 @@ class Isolation(StrEnum):
 class Words(BaseModel):
     """What all descriptions share: frozen, two spellings, unknown capitalised keys kept in `extra`."""
 
+    # Built when first used, here and below: together, once, and not by who only imports the package.
     model_config = ConfigDict(
-        frozen=True, extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False, allow_inf_nan=False
-    )
+        defer_build=True, frozen=True, extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False,
+        allow_inf_nan=False,
+    )  # fmt: skip
 
     extra: dict[str, JsonValue] = Field(default_factory=dict)
     """DIRAC's keys that have no field here, as they came."""
@@ -255,7 +257,7 @@ CHECKSUM: Final = (
 class InputFile(BaseModel):
     """One file the payload needs: where it is, and what it is called in the work directory."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
 
     source: Text
     """`LFN:/vo/...`, a URL, a plain path, or `SB:<storage element>|<path>`."""
@@ -298,7 +300,7 @@ class InputFile(BaseModel):
 class OutputFile(BaseModel):
     """One output, or a pattern of them: what it is called in the work directory, and where it goes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
 
     pattern: Text
     """A name in the work directory; `*`, `?` and `[]` match as in a shell, a directory means all files in it."""
@@ -353,7 +355,7 @@ JobId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9
 class Limits(BaseModel):
     """How much a payload may use before it is stopped, all of its processes together; None means no limit."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
     wall_seconds: float | None = Field(default=None, gt=0)
     cpu_seconds: float | None = Field(default=None, gt=0)
@@ -444,7 +446,7 @@ class JobDescription(Words):
     tags: Annotated[tuple[Text, ...], BeforeValidator(_tags)] = ()
     """DIRAC's: `WholeNode` is `whole_node`, `GPU` is one GPU where no number is given; the others have served their
     purpose when the job was matched, `MultiProcessor` and `8Processors` too: the numbers say it."""
-    limits: Limits = Limits()
+    limits: Limits = Limits.model_construct()  # as `Limits()`, which would build its schema now
     stop_pattern: Annotated[str, Field(max_length=1000)] | None = None
     """Soft stop: the payload's processes whose command line this regular expression is found in get `stop_signal`, once,
     `stop_seconds` before a limit of wall time, CPU time or the deadline is reached, and first of all when the job is
@@ -561,7 +563,7 @@ class JobDescription(Words):
         words = super().to_dirac()
         numeric = self.job_id.isdecimal() and str(int(self.job_id)) == self.job_id  # 007 would come back as 7
         words["JobID"] = int(self.job_id) if numeric else self.job_id
-        if self.environment:
+        if "environment" in self.model_fields_set:
             words["ExecutionEnvironment"] = [
                 f"{name}={quote(value, safe='', errors='surrogateescape')}" for name, value in self.environment.items()
             ]
@@ -602,7 +604,7 @@ class PayloadSpec(BaseModel):
     A `str` goes to `/bin/sh -c`, as DIRAC's does; a sequence is executed as it stands.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
 
     command: str | tuple[str, ...]
     env: Environment = Field(default_factory=dict)

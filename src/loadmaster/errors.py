@@ -5,7 +5,7 @@ LoadmasterError
 │   ├── InvalidJob, StagingFailed, HookFailed, PayloadNotStarted, PayloadFailed, LimitExceeded, JobWasKilled
 │   └── HookVerdict     what a hook may say: SkipPayload, RescheduleJob, HoldJob, RetryHook
 ├── StorageError        one transfer failed; `retryable` says whether the same may succeed later
-│   └── NotFound, AccessDenied, NoSpace, AlreadyExists, ChecksumMismatch, StorageUnavailable
+│   └── NotFound, AccessDenied, NoSpace, AlreadyExists, CannotCopy, ChecksumMismatch, StorageUnavailable
 ├── InvalidSite         the site's configuration cannot be used
 └── RuntimeFault        we can no longer keep our promises; `run_job` raises it
     └── WorkdirFault, IllegalEvent, PayloadHeld, NodeClosed, NodeFull
@@ -116,6 +116,10 @@ class NoSpace(StorageError):
 
 class AlreadyExists(StorageError):
     """There is such a file with other content, and files with a logical name never change."""
+
+
+class CannotCopy(StorageError):
+    """The server does not copy this file by itself, or says too little of the copy: its bytes have to pass through us."""
 
 
 class ChecksumMismatch(StorageError):

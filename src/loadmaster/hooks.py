@@ -9,7 +9,6 @@ import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, Generator
-from importlib.metadata import entry_points
 from pathlib import Path
 from traceback import extract_tb
 from types import ModuleType
@@ -161,6 +160,8 @@ def find_coordinator(reference: str) -> type[Any]:
 
 
 def _from_entry_points(name: str) -> object:
+    from importlib.metadata import entry_points  # slow to import, and seldom needed
+
     found = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if name not in found:
         known = f"; installed: {', '.join(sorted(found))}" if found else ""

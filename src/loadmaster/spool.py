@@ -30,12 +30,14 @@ class Spool:
     def __init__(self) -> None:
         self._path: Path | None = None
         self._lock = -1
+        self._making = anyio.Lock()
         self._numbers = count(1)
 
     async def place(self) -> str:
         """The URL of a new place."""
-        if self._path is None:
-            await to_thread.run_sync(self._make)
+        async with self._making:
+            if self._path is None:
+                await to_thread.run_sync(self._make)
         return file_url(f"{self._path}/{next(self._numbers)}")
 
     async def remove(self, url: str) -> None:

@@ -1,8 +1,9 @@
 """What `loadmaster stage` does: the files of a manifest are moved, those that are there already are left alone.
 
-    manifest -> what is there already? -> the engine -> what came of each line
-                                             |  ^
-                       from server to server +--+ through a spool
+    manifest -> what is there already? -> first -> what came of each line
+                                            | `--> again    what a server does not copy by itself goes to the spool
+                                            v        v
+                                          onward  <--+      and from there to its target
 
 Nothing is remembered of a file but one byte, so that any number of them takes no more memory than a few thousand.
 """
@@ -10,7 +11,7 @@ Nothing is remembered of a file but one byte, so that any number of them takes n
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -20,7 +21,7 @@ from typing import Final, Protocol, Self
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import StorageError
+from loadmaster.errors import CannotCopy, StorageError
 from loadmaster.manifest import BadManifest, Entry, Manifest
 from loadmaster.names import shown
 from loadmaster.orders import Orders
@@ -34,6 +35,9 @@ from loadmaster.tasks import single_error
 
 SPOOLED: Final = 2
 """Files in the spool, for each stream: one comes in while the other goes out."""
+
+REFUSED: Final = 256
+"""Files that no server has copied and that wait for a place in the spool; while there are more, nothing is begun."""
 
 
 class Outcome(StrEnum):
@@ -218,14 +222,19 @@ class Stage:
             self._listener.ended(ended)
 
     async def _move(self, spool: Spool) -> None:
-        """Everything is one call of the engine; what goes from server to server goes on in a second one."""
+        """Everything is one call of the engine; what goes from server to server goes on in others."""
         onward, arriving = anyio.create_memory_object_stream[Wanted](inf)  # the spool bounds it
+        again, refused = anyio.create_memory_object_stream[_Leg](REFUSED)
         deadline = self._terms.deadline_seconds
-        places = anyio.Semaphore(SPOOLED * self._transfers.site.streams)
+        routes = _Routes(self._transfers, spool)
 
         async def arrived(moved: Moved) -> None:
             leg = moved.wanted.key
             assert isinstance(leg, _Leg)  # noqa: S101 - we put it there
+            if leg.copies and moved.error is not None and not moved.error.retryable:
+                routes.does_not_copy(leg.entry, moved.error)
+                await again.send(leg.through_us(moved))
+                return
             if moved.error is None and moved.wanted.target == leg.spooled:
                 onward.send_nowait(leg.onward(moved))
                 return
@@ -234,17 +243,21 @@ class Stage:
                     await (await self._transfers.storage(leg.entry.target)).remove(leg.entry.target)
             self._ended(leg.ended(moved))
             if leg.spooled is not None:
-                await spool.remove(leg.spooled)
-                places.release()
+                await routes.leave(leg.spooled)
+
+        async def first_legs_again() -> None:
+            async with onward:
+                await self._transfers.move(_Refused(refused, routes), arrived, deadline_seconds=deadline)
 
         async def second_legs() -> None:
             await self._transfers.move(arriving, arrived, deadline_seconds=deadline)
 
-        async with arriving, anyio.create_task_group() as legs:
+        async with arriving, refused, anyio.create_task_group() as legs:
             legs.start_soon(second_legs)
-            async with onward:
+            legs.start_soon(first_legs_again)
+            async with again:
                 await self._transfers.move(
-                    _Lines(self, spool, places), arrived, overall=self._look, files=self.tally.files,
+                    _Lines(self, routes), arrived, overall=self._look, files=self.tally.files,
                     sync=self._terms.sync, keeps=self._terms.resume, enough=self._enough, deadline_seconds=deadline,
                 )  # fmt: skip
 
@@ -282,12 +295,23 @@ class _Leg:
     entry: Entry
     spooled: str | None = None
     attempts: int = 0
+    copies: bool = False
+    """Whether the server is to copy it by itself."""
+
+    def wanted(self) -> Wanted:
+        """Straight, or the first leg."""
+        entry = self.entry
+        return Wanted(entry.source, self.spooled or entry.target, entry.size_bytes, entry.checksum, self)
+
+    def through_us(self, moved: Moved) -> _Leg:
+        """After the server has refused."""
+        return replace(self, attempts=self.attempts + moved.attempts, copies=False)
 
     def onward(self, moved: Moved) -> Wanted:
         """The second leg, after the first: with the size and checksum of what has come in."""
         assert self.spooled is not None  # noqa: S101 - it was its target
         assert moved.info is not None  # noqa: S101 - it has come in
-        leg = replace(self, attempts=moved.attempts)
+        leg = replace(self, attempts=self.attempts + moved.attempts)
         return Wanted(self.spooled, self.entry.target, moved.info.size_bytes, moved.info.checksum, leg)
 
     def is_other(self, moved: Moved) -> bool:
@@ -311,11 +335,62 @@ class _Leg:
         return Ended(self.entry, Outcome.MOVED, moved.info, attempts)
 
 
+class _Routes:
+    """Which way a line goes."""
+
+    def __init__(self, transfers: Transfers, spool: Spool) -> None:
+        self._transfers, self._spool = transfers, spool
+        self._places = anyio.Semaphore(SPOOLED * transfers.site.streams)
+        self._copies: dict[tuple[str, str], bool] = {}
+        """Whether a server copies to another, or to itself, as far as is known."""
+
+    async def leg(self, entry: Entry) -> _Leg:
+        """The first one of a line. Waits for a place in the spool if it needs one."""
+        if entry.source.startswith("file://") or entry.target.startswith("file://"):
+            return _Leg(entry)
+        servers = _server(entry.source), _server(entry.target)
+        if servers not in self._copies:
+            self._copies[servers] = await self._transfers.can_copy(entry.source, entry.target)
+        return _Leg(entry, copies=True) if self._copies[servers] else await self.to_spool(_Leg(entry))
+
+    async def to_spool(self, leg: _Leg) -> _Leg:
+        """The same, to a place in the spool."""
+        await self._places.acquire()
+        return replace(leg, spooled=await self._spool.place())
+
+    async def leave(self, place: str) -> None:
+        """A file has left its place in the spool."""
+        await self._spool.remove(place)
+        self._places.release()
+
+    def does_not_copy(self, entry: Entry, error: StorageError) -> None:
+        """Where that is said of a server, it is not asked again."""
+        if isinstance(error, CannotCopy):
+            self._copies[_server(entry.source), _server(entry.target)] = False
+
+
+def _server(url: str) -> str:
+    return "/".join(url.split("/", 3)[:3])
+
+
+class _Refused:
+    """Files that no server has copied, to be moved to the spool."""
+
+    def __init__(self, legs: AsyncIterator[_Leg], routes: _Routes) -> None:
+        self._legs, self._routes = legs, routes
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Wanted:
+        return (await self._routes.to_spool(await anext(self._legs))).wanted()
+
+
 class _Lines:
     """The files to be moved, as the engine takes them. Not a generator: one of those would want to be closed."""
 
-    def __init__(self, staging: Stage, spool: Spool, places: anyio.Semaphore) -> None:
-        self._staging, self._spool, self._places = staging, spool, places
+    def __init__(self, staging: Stage, routes: _Routes) -> None:
+        self._staging, self._routes = staging, routes
         self._look, self._entries = staging.look(), staging.entries()
         self._window: deque[Entry] = deque()
 
@@ -328,9 +403,4 @@ class _Lines:
             if window is None:
                 raise StopAsyncIteration
             self._window.extend(window)
-        entry = self._window.popleft()
-        if entry.source.startswith("file://") or entry.target.startswith("file://"):
-            return Wanted(entry.source, entry.target, entry.size_bytes, entry.checksum, _Leg(entry))
-        await self._places.acquire()
-        place = await self._spool.place()
-        return Wanted(entry.source, place, entry.size_bytes, entry.checksum, _Leg(entry, place))
+        return (await self._routes.leg(self._window.popleft())).wanted()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal, TypeAlias
@@ -23,10 +22,10 @@ from anyio import from_thread, lowlevel, to_thread
 from loadmaster.errors import NotFound, StorageError, StorageUnavailable
 from loadmaster.events import Event
 from loadmaster.storage.base import Ability, Direction, FileInfo, LocalFile, Step, Storage, Transfer
-from loadmaster.storage.checksums import Checksum
+from loadmaster.storage.checksums import running
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 
-Operation: TypeAlias = Literal["stat", "download", "upload", "publish", "abandon", "remove"]
+Operation: TypeAlias = Literal["stat", "download", "upload", "copy", "publish", "abandon", "remove"]
 """What a storage can be asked for; `publish` and `abandon` are about uploads that it was to hold."""
 
 COPY_BYTES: Final = 1024 * 1024
@@ -35,7 +34,7 @@ COPY_BYTES: Final = 1024 * 1024
 class MemoryStorage:
     """Files by URL, in a dictionary that is yours to fill and to look into: `files`."""
 
-    abilities = Ability.RANGES | Ability.CHECKSUMS | Ability.RENAME | Ability.HOLD
+    abilities = Ability.RANGES | Ability.CHECKSUMS | Ability.RENAME | Ability.HOLD | Ability.COPY
 
     def __init__(self, files: Mapping[str, bytes] | None = None) -> None:
         self.files: dict[str, bytes] = dict(files or {})
@@ -60,7 +59,7 @@ class MemoryStorage:
     def _move(self, transfers: Sequence[Transfer], done: list[Transfer]) -> None:
         for transfer in transfers:
             from_thread.check_cancelled()
-            if not transfer.step.sends:
+            if not transfer.step.sends or transfer.direction is Direction.COPY:
                 self._end(transfer)
                 done.append(transfer)
                 continue
@@ -105,17 +104,25 @@ class MemoryStorage:
             done.append(transfer)
 
     def _end(self, transfer: Transfer) -> None:
-        """Give what is held its name, or forget it."""
+        """Give what is held its name, or forget it; or copy it within."""
         try:
-            content = self.files.pop(transfer.take_held(), None)
-            if transfer.step is Step.PUBLISH:
-                if content is None:
-                    raise NotFound(transfer.url, "what was held is gone")
+            if transfer.direction is Direction.COPY:
+                content = self._file(transfer.source)
+                info = _info(content, transfer.algorithm)
+                transfer.is_source(info)
+                transfer.result = transfer.copied(info, info)
                 self.files[transfer.url] = content
+                return
+            held = self.files.pop(transfer.take_held(), None)
+            if transfer.step is Step.PUBLISH:
+                if held is None:
+                    raise NotFound(transfer.url, "what was held is gone")
+                self.files[transfer.url] = held
             transfer.result = transfer.let_go()
         except StorageError as exc:
             transfer.result = exc
-        transfer.local.discard()
+        finally:
+            transfer.local.discard()
 
     def _part(self, transfer: Transfer) -> bytes:
         last = None if transfer.last_byte is None else transfer.last_byte + 1
@@ -237,8 +244,8 @@ class Faults:
 
 
 def _operation(transfer: Transfer) -> Operation:
-    if transfer.direction is Direction.DOWNLOAD:
-        return "download"
+    if transfer.direction is not Direction.UPLOAD:
+        return "download" if transfer.direction is Direction.DOWNLOAD else "copy"
     return {Step.PUBLISH: "publish", Step.ABANDON: "abandon"}.get(transfer.step, "upload")  # type: ignore[return-value]
 
 
@@ -322,8 +329,10 @@ def _unavailable(url: str) -> StorageError:
     return StorageUnavailable(url, "out of order, as ordered")
 
 
-def _info(content: bytes) -> FileInfo:
-    return FileInfo(len(content), Checksum("adler32", f"{zlib.adler32(content):08x}"))
+def _info(content: bytes, algorithm: str = "adler32") -> FileInfo:
+    passed = running(algorithm)
+    passed.update(content)
+    return FileInfo(len(content), passed.result())
 
 
 def _lie(info: FileInfo, order: _Order | None) -> FileInfo:

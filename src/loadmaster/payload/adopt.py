@@ -60,7 +60,8 @@ async def adopt(
     `boot` is the `boot_id` under which it was to be started, and `known` what was told of its start, if it was: they are
     believed before what is in the directory. The other words are those of `start`.
 
-    Raises `PayloadHeld` when another agent has it. Cancelled, it leaves a payload that runs as it is, to be adopted.
+    Raises `PayloadHeld` when another agent has it, OSError when we lack descriptors, say; nothing was decided then, and
+    it can be tried again. Cancelled, it leaves a payload that runs as it is, to be adopted.
     """
     event = None if known is None else _started_of(known)
     boot = boot or (known.boot_id if known is not None else "")
@@ -104,15 +105,16 @@ async def end_left(known: PayloadStarted) -> bool:
     found without its shim; docs/containment.md has who can do that. Shielded, and bounded.
     """
     with anyio.CancelScope(shield=True):
-        gone = await to_thread.run_sync(is_other_boot, known.boot_id) or await _end_left(_started_of(known), None)
-    return gone  # noqa: RET504 - a scope may end early, as far as type checkers know
+        if not (gone := await to_thread.run_sync(is_other_boot, known.boot_id)):
+            gone, _ = await _end_left(_started_of(known), None)
+    return gone
 
 
 async def _without_state(path: Path, why: Exception, event: Started | None, boot: str) -> NotStarted | Lost:
     """There is no state directory, or none of ours."""
     reason = str(why) if isinstance(why, NotOurs) else f"{path}: is not there"
     if await to_thread.run_sync(is_other_boot, boot):
-        return Lost(reason, rebooted=True)
+        return Lost(reason, rebooted=True, sure=True)
     if event is None and not isinstance(why, NotOurs):
         return NotStarted("no state directory was made for it")
     return await _lost(ToEnd(reason, (event,) if event is not None else ()))
@@ -171,25 +173,28 @@ def _group_of(directory: StateDirectory, limits: Limits) -> Group | None:
 
 
 async def _lost(found: ToEnd, directory: StateDirectory | None = None, group: Group | None = None) -> Lost:
-    """End all that is known of, for certain. Bounded by some 30 s each."""
-    gone = True
+    """End all that is known of. Bounded by some 30 s each."""
+    gone, sure = True, bool(found.known)
     with anyio.CancelScope(shield=True):
         for one in found.known:
-            gone = await _end_left(one, directory) and gone
+            ended, is_all = await _end_left(one, directory)
+            gone, sure = gone and ended, sure and is_all
         if group is not None:
-            gone = await group.end(KILL_SECONDS) and gone
+            sure = await group.end(KILL_SECONDS)
+            gone = gone and sure
             if not await to_thread.run_sync(group.remove):
                 group.close()
-    return Lost(found.reason, left_behind=not gone)
+    return Lost(found.reason, left_behind=not gone, sure=gone and sure)
 
 
-async def _end_left(found: Started, directory: StateDirectory | None) -> bool:
-    ended = True
+async def _end_left(found: Started, directory: StateDirectory | None) -> tuple[bool, bool]:
+    """Whether those who were found are gone, and whether they were all: as its shim says, or its namespace has it."""
+    ended, is_all = True, found.containment is Containment.PID_NAMESPACE
     pidfd = await to_thread.run_sync(open_process, found.shim_pid, found.shim_start, directory)
     if pidfd is not None:
         tree = AdoptedTree(pidfd, found, found.containment)
         try:
-            ended = await tree.end(0)
+            ended = is_all = await tree.end(0)
         finally:
             tree.leave()
     with anyio.move_on_after(KILL_SECONDS) as killing:
@@ -200,7 +205,8 @@ async def _end_left(found: Started, directory: StateDirectory | None) -> bool:
             finally:
                 for pidfd in opened:
                     os.close(pidfd)
-    return ended and not killing.cancelled_caught
+    ended = ended and not killing.cancelled_caught
+    return ended, is_all and ended
 
 
 def _kill_left(found: Started) -> list[int]:

@@ -32,6 +32,8 @@ LONG_COMMAND: Final = 4096
 
 _PLAIN = re.compile(r"[\w@%+=:,./ '\"-]+", re.ASCII)
 _EXPANDED = frozenset("$*?[~<>{")
+_BETWEEN = ";&|()`\n"
+"""What separates commands, or makes one of several; not in quotes."""
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -103,17 +105,17 @@ def program_of(command: str) -> str | None:
     The shell can then become that program instead of waiting for it, which saves a process and keeps the kernel's word
     on how it ended: a shell turns death by a signal into an exit code that a program might have chosen itself.
     """
-    if len(command) > LONG_COMMAND or "\n" in command:
+    if len(command) > LONG_COMMAND:
         return None
-    words = shlex.shlex(command, posix=True, punctuation_chars=";&|()`")
-    words.whitespace_split, words.commenters = True, ""
+    words = shlex.shlex(command, posix=True, punctuation_chars=_BETWEEN)
+    words.whitespace_split, words.commenters, words.whitespace = True, "", " \t"
     try:
         found = list(words)
     except ValueError:  # an open quote: the shell says it better
         return None
-    if not found or "/" not in found[0] or "=" in found[0] or any(word[0] in ";&|()`" for word in found if word):
+    if not found or "/" not in found[0] or "=" in found[0] or any(word[0] in _BETWEEN for word in found if word):
         return None
-    return None if _EXPANDED & set(found[0]) else found[0]
+    return None if (_EXPANDED | {"\n"}) & set(found[0]) else found[0]
 
 
 def _plain_words(command: str) -> list[str] | None:

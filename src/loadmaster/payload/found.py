@@ -36,6 +36,9 @@ class Lost:
     """The machine was started again. What the payload had written may not be on the disk."""
     left_behind: bool = False
     """Something is still there although it was killed: it must not be started again."""
+    sure: bool = False
+    """Whether nothing of it can be left. Else there may be something that had left both its parents and its session,
+    without a shim, a namespace or a group that would have held it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def _before_this_boot(directory: StateDirectory, launch: LaunchRecord | None) ->
     started, ended = undamaged(lambda: directory.started), undamaged(lambda: directory.ended)
     if started is not None and ended is not None and ended.synced:
         return EndedTree(ended.record, started, _containment_of(started, launch), launch.shim if launch else "")
-    return Lost("the machine was started again", rebooted=True)
+    return Lost("the machine was started again", rebooted=True, sure=True)
 
 
 def _adopted(

@@ -15,11 +15,15 @@ import logging
 import os
 import stat
 from collections.abc import Callable
-from typing import Final
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Final
 
 import anyio
 
 from loadmaster.workdir import Workdir
+
+if TYPE_CHECKING:
+    from loadmaster.notices import Notices
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +35,9 @@ PEEK_BYTES: Final = 64 * 1024
 
 FOLLOW_SECONDS: Final = 0.1
 """Whoever follows is told as often as that at most: a person cannot read faster."""
+
+LOOK_SECONDS: Final = 1.0
+"""Where the kernel does not say that there is something."""
 
 BLOCK_BYTES: Final = 64 * 1024
 """The disk is given back in multiples of it: no file system has larger blocks."""
@@ -143,23 +150,34 @@ class Output:
     async def follow(self, told: Printed) -> None:
         """Tell what is printed, as it is printed; ends by cancellation, when the rest has been told.
 
-        Of more than 64 KiB at once only the end is told. Raises OSError when the user has no inotify queue left.
+        Of more than 64 KiB at once only the end is told. Where the user has no inotify queue left, it is told as often as
+        somebody looks: every second.
         """
-        from loadmaster.notices import MODIFIED, Notices  # with ctypes, loaded when used
-
         cursors = [_Cursor(name, descriptor, told) for name, descriptor in self.files.items()]
-        with Notices() as notices:
-            for cursor in cursors:
-                notices.watch(f"/proc/self/fd/{cursor.descriptor}", MODIFIED)
+        with ExitStack() as stack:
+            notices = self._notices(stack)
             try:
                 while True:
                     for cursor in cursors:
                         cursor.advance()
                     await anyio.sleep(FOLLOW_SECONDS)  # what comes meanwhile is told together
-                    await notices.next()
+                    await (notices.next() if notices is not None else anyio.sleep(LOOK_SECONDS))
             finally:
                 for cursor in cursors:
                     cursor.advance()
+
+    def _notices(self, stack: ExitStack) -> Notices | None:
+        """Told when one of them changes; None where the kernel does not tell."""
+        from loadmaster.notices import MODIFIED, Notices  # with ctypes, loaded when used
+
+        try:
+            notices = stack.enter_context(Notices())
+            for descriptor in self.files.values():
+                notices.watch(f"/proc/self/fd/{descriptor}", MODIFIED)
+        except OSError as exc:
+            log.warning("what the payload prints is shown every %.0f s only: %s", LOOK_SECONDS, exc)
+            return None
+        return notices
 
 
 class _Cursor:

@@ -53,7 +53,7 @@ class NotOurs(Exception):
 class LaunchRecord(BaseModel):
     """What the agent knew when it started the payload, and the next one needs."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
 
     version: Literal[1] = 1
     boot_id: str
@@ -67,7 +67,7 @@ class LaunchRecord(BaseModel):
 class Started(BaseModel):
     """What the shim has started."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(defer_build=True, frozen=True)
 
     shim_pid: Annotated[int, Field(ge=0)]
     shim_start: Annotated[int, Field(ge=0)]
@@ -291,5 +291,5 @@ def mark_executed(state: int) -> None:
 
 def boot_id() -> str:
     """Of the machine as it runs now; another one each time it starts."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        return file.read().strip()
+    with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+        return file.read().decode().strip()

@@ -39,7 +39,7 @@ from loadmaster.payload.launch import Launch, Refused, shim_kind
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.state import LaunchRecord, StateDirectory, boot_id, mark_executed, remove_state
-from loadmaster.payload.tree import Tree
+from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import (
     DirectoryUsage,
     TreeUsage,
@@ -82,7 +82,7 @@ DISK_FULL_BYTES: Final = 64 * 1024
 ORPHANED: Final = "O"
 """What a shim's record says when it ended its payload for want of an agent."""
 
-NO_LIMITS: Final = Limits()
+NO_LIMITS: Final = Limits.model_construct()
 
 _NOT_OF_TIME: Final = dict.fromkeys(
     ("cpu_seconds", "memory_bytes", "processes", "workdir_bytes", "free_disk_bytes", "output_bytes", "cpu_ratio")
@@ -228,7 +228,7 @@ class Payload:
         return await self._in_thread(LOOK_SECONDS, self._output.peek, lines)
 
     async def follow(self, told: Printed) -> None:
-        """Tell what it prints, until cancelled. Where the kernel does not say, nothing is told."""
+        """Tell what it prints, until cancelled."""
         try:
             await self._output.follow(told)
         except OSError as exc:
@@ -282,7 +282,10 @@ class Payload:
         if self.wall_seconds >= LAST_LOOK_SECONDS:
             with suppress(TimeoutError):
                 await self._in_thread(LAST_WORDS_SECONDS, self._last_look)
-        if left_behind := not await self.tree.end(grace_seconds):
+        left_behind = not await self.tree.end(grace_seconds)
+        if self._group is not None:  # who had lost the shim is only just being killed
+            left_behind = not await self._empty(self._group) or left_behind
+        if left_behind:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
         outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
@@ -301,6 +304,14 @@ class Payload:
             if self._state is not None:  # what it says stays, until whoever wanted it has it elsewhere
                 self._state.close()
         return outcome
+
+    async def _empty(self, group: Group) -> bool:
+        """Whether nobody is in the group any more."""
+        try:
+            return not await self._in_thread(LAST_WORDS_SECONDS, group.is_populated) or await group.end(KILL_SECONDS)
+        except OSError as exc:
+            log.warning("process %d: %r: %s", self.tree.pid, group, exc)
+            return True
 
     def _leave_group(self, group: Group, outcome: PayloadOutcome) -> PayloadOutcome:
         """What the group has counted to the end, and whether the kernel has judged in it; then it is removed."""
@@ -392,11 +403,8 @@ async def start(
     With `state`, a directory that is not there yet, the payload outlives an agent that dies, and can be adopted by the
     next one (`adopt`), for `World.orphan_seconds`; not in a session, which can only be ended. Where it has mounts of its
     own it finds that directory and those of `hidden` empty. Who has started it, or adopted it, has it alone until `end`
-    has returned; `remove_state` removes what is left on disk. None of these may have the work directory in it.
+    has returned; `remove_state` removes what is left on disk. All of these have to be apart from the work directory.
     """
-    for place in (*((state,) if state is not None else ()), *hidden):
-        if workdir.path.is_relative_to(place) or (place == state and place.is_relative_to(workdir.path)):
-            raise ValueError(f"{place}: the payload's work directory cannot be hidden from it")
 
     near = world.containment[0] is Containment.SESSION
 
@@ -404,6 +412,10 @@ async def start(
 
     def prepare() -> tuple[Output, Group | None, Tree | Launch, StateDirectory | None]:
         """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
+        own = workdir.path.resolve()
+        for place in (*((state,) if state is not None else ()), *hidden):
+            if own.is_relative_to(place.resolve()) or place.resolve().is_relative_to(own):
+                raise ValueError(f"{place}: has to be apart from the work directory {own}")
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
         asked = world.cgroup != "none" or world.containment[0] is Containment.CGROUP

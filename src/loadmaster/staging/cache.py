@@ -35,6 +35,7 @@ from loadmaster.staging.locks import Locks
 from loadmaster.staging.plan import Fetch
 from loadmaster.storage.base import FileInfo
 from loadmaster.storage.checksums import Checksum, running
+from loadmaster.storage.local import CANNOT_CLONE, clone
 from loadmaster.workdir import Workdir
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,6 @@ SMALL_BYTES: Final = 1024 * 1024
 COPY_BYTES: Final = 64 * 1024 * 1024
 """In one call of the kernel's, between two looks for a cancellation."""
 
-_CLONE: Final = 0x40049409  # FICLONE of linux/fs.h, the same on all machines that have Python's wheels
-_CANNOT: Final = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.ENOTTY, errno.EPERM, errno.EBADF}
 _OURS: Final = re.compile(r"[0-9a-f]{40}(\.part|\.lock|\.json|\.[0-9a-f]{8}\.new)?")
 _BOOT: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -436,7 +435,7 @@ class Entry:
         try:
             os.link(f"/proc/self/fd/{self._descriptor}", part, dst_dir_fd=top, follow_symlinks=True)
         except OSError as exc:
-            if exc.errno not in {*_CANNOT, errno.EMLINK, errno.ENOENT}:
+            if exc.errno not in {*CANNOT_CLONE, errno.EMLINK, errno.ENOENT}:
                 raise
             return False
         finally:
@@ -538,12 +537,7 @@ class Filling:
 
 def copy(source: int, target: int) -> None:
     """Copy a file by its blocks' numbers where the file system can, else within the kernel, else through us."""
-    try:
-        fcntl.ioctl(target, _CLONE, source)
-    except OSError as exc:
-        if exc.errno not in _CANNOT:
-            raise
-    else:
+    if clone(source, target):
         return
     size, offset = os.fstat(source).st_size, 0
     while offset < size:
@@ -551,7 +545,7 @@ def copy(source: int, target: int) -> None:
         try:
             count = os.copy_file_range(source, target, min(COPY_BYTES, size - offset), offset, offset)
         except OSError as exc:
-            if exc.errno not in _CANNOT:
+            if exc.errno not in CANNOT_CLONE:
                 raise
             count = 0
         if count == 0:

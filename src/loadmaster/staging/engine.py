@@ -17,7 +17,7 @@ from loadmaster.names import local_file, local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
 from loadmaster.staging.errand import Errand, Outcome, told
-from loadmaster.staging.files import Incoming, Outgoing, OutgoingPath
+from loadmaster.staging.files import Elsewhere, Incoming, Outgoing, OutgoingPath
 from loadmaster.staging.lanes import Lanes
 from loadmaster.staging.parts import PartOfPath
 from loadmaster.staging.party import Party
@@ -94,7 +94,8 @@ class Early(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One file that a program wants moved, between a URL and a `file://` URL of this machine, or between two of those."""
+    """One file that a program wants moved: from or to a `file://` URL of this machine, or between two URLs for which
+    `Transfers.can_copy`."""
 
     source: str
     target: str
@@ -231,6 +232,15 @@ class Transfers:
                     count, passed = found
                     errand.rest = Transfer(errand.direction, "", end, done_bytes=count, passed=passed)
         return errand
+
+    async def can_copy(self, source: str, target: str) -> bool:
+        """Whether there is a storage that may copy the one to the other by itself. If it then finds that it cannot, the
+        error is `CannotCopy`."""
+        try:
+            storage = await self._storage(target)
+            return Ability.COPY in storage.abilities and storage is await self._storage(source)
+        except StorageError:
+            return False
 
     # -- for jobs -----------------------------------------------------------------------------------------------------
 
@@ -588,18 +598,22 @@ def _inbound(fetch: Fetch, end: Incoming) -> Errand:
 
 
 def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
-    """A download if the target is a file of this machine, else an upload of one."""
-    end: PartOfPath | OutgoingPath
+    """A download if the target is a file of this machine, an upload of one if the source is, else a copy."""
+    end: PartOfPath | OutgoingPath | Elsewhere
+    within = ""
     if wanted.target.startswith("file://"):
         direction, place = Direction.DOWNLOAD, wanted.source
         end = PartOfPath(
             local_file(wanted.target), size_bytes=wanted.size_bytes, checksum=wanted.checksum, sync=sync, keeps=keeps
         )
-    else:
+    elif wanted.source.startswith("file://"):
         direction, place = Direction.UPLOAD, wanted.target
         end = OutgoingPath(local_file(wanted.source))
+    else:
+        direction, place, within = Direction.COPY, wanted.target, wanted.source
+        end = Elsewhere()
     return Errand(
-        wanted.target, direction, (Replica(place),), end,
+        wanted.target, direction, (Replica(place),), end, source=within,
         size_bytes=wanted.size_bytes, checksum=wanted.checksum, key=wanted,
     )  # fmt: skip
 

@@ -47,6 +47,8 @@ class Errand:
     places: tuple[Replica, ...]
     end: End
     failover: tuple[Replica, ...] = ()
+    source: str = ""
+    """Of a copy within a storage."""
     size_bytes: int | None = None
     checksum: Checksum | None = None
     lfn: str | None = None

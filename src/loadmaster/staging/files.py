@@ -215,6 +215,12 @@ class OutgoingPath(_Outgoing):
         return os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
+class Elsewhere(_Outgoing):
+    """No file of this machine: the end of a copy within a storage."""
+
+    __slots__ = ()
+
+
 def verify(info: FileInfo, size_bytes: int | None, checksum: Checksum | None, url: str) -> None:
     """Raise `ChecksumMismatch` when what passed is not what was promised."""
     if size_bytes is not None and info.size_bytes != size_bytes:

@@ -286,6 +286,8 @@ class Party:
             errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand
         )
         transfer.step, transfer.held = errand.step, errand.held
+        if errand.source:
+            transfer.source, transfer.checksum = errand.source, errand.checksum
         if errand.rest is not None:
             rest, errand.rest = errand.rest, None
             transfer.passed = rest.passed
@@ -395,7 +397,7 @@ class Party:
                 self._batches[number].cancel()
         elif not transfer.is_begun and self._lanes.last_heard_of(_scheme(transfer)) > transfer.mark_time:
             transfer.mark_time = now  # waits inside the storage, which is at others
-        elif seconds >= self._stall_seconds:
+        elif seconds >= self._stall_seconds + transfer.quiet_seconds:
             transfer.mark_bytes, transfer.mark_time = transfer.so_far_bytes, now
             if passed < SLOW_BYTES_PER_SECOND * seconds:
                 transfer.give_up()

@@ -24,7 +24,7 @@ from anyio.abc import TaskGroup
 from loadmaster.errors import StorageError, StorageUnavailable
 from loadmaster.storage.base import Ability, Direction, FileInfo, Transfer
 from loadmaster.storage.local import WORK_DIRECTORY, translated
-from loadmaster.storage.single import SingleStorage
+from loadmaster.storage.single import SingleStorage, copy_by
 from loadmaster.tasks import for_each
 
 T = TypeVar("T")
@@ -219,6 +219,11 @@ class Aside:
 
     async def _through_descriptor(self, transfer: Transfer) -> FileInfo:
         """Open, have it moved, keep or discard. The descriptor is closed last."""
+        if transfer.direction is Direction.COPY:
+            try:
+                return await copy_by(self.single, transfer)
+            finally:
+                transfer.local.discard()
         kept, descriptor = False, -1
         try:
             with translated(WORK_DIRECTORY):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import Enum, Flag, auto
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
-from loadmaster.errors import NotFound, StorageError
+from loadmaster.errors import CannotCopy, ChecksumMismatch, NotFound, StorageError
 from loadmaster.storage.checksums import Checksum, Running, running
 
 
@@ -34,7 +34,11 @@ class Ability(Flag):
     HOLD = auto()
     """An upload can be left one word short of its name, for as long as the caller likes: see `Step`."""
     COPY = auto()
-    """A file can be copied within the storage, without its bytes passing through us."""
+    """A file can be copied within the storage, without its bytes passing through us: see `Direction.COPY`."""
+
+
+COPY_BYTES_PER_SECOND: Final = 1_000_000
+"""A storage that copies says nothing until it has, and may take so long. Slower than this it is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,9 @@ class Direction(Enum):
 
     DOWNLOAD = "download"
     UPLOAD = "upload"
+    COPY = "copy"
+    """From one URL of a storage with `Ability.COPY` to another. It ends with `CannotCopy` where the storage finds that it
+    cannot after all: two servers, or one that does not know how, or that does not tell the checksum that is wanted."""
 
     __hash__ = object.__hash__
     """An enum's own is computed from its name, in Python, and for each file several times."""
@@ -137,6 +144,10 @@ class Transfer:
     """Of the checksum that is computed as the bytes pass."""
     size_bytes: int | None = None
     """What is known beforehand of the size of the whole file."""
+    source: str = ""
+    """Of a copy: where it is now. `url` is where it goes; the local file is not opened."""
+    checksum: Checksum | None = None
+    """Of a copy: what it has to have."""
     first_byte: int = 0
     last_byte: int | None = None
     """The last one of the part; None for the end of the file."""
@@ -169,6 +180,38 @@ class Transfer:
     def info(self) -> FileInfo:
         """What has passed so far."""
         return FileInfo(self.done_bytes, self.passed.result() if self.passed is not None else None)
+
+    def is_source(self, told: FileInfo) -> None:
+        """To be called by the storage with what is said of the source of a copy, before anything is copied.
+
+        Raises `ChecksumMismatch` when that is not what is wanted, `CannotCopy` when it is not known.
+        """
+        if self.size_bytes not in {None, told.size_bytes}:
+            raise ChecksumMismatch(self.source, f"has {told.size_bytes} bytes, expected {self.size_bytes}")
+        self.size_bytes = told.size_bytes
+        wanted = self.checksum
+        if wanted is not None and (told.checksum is None or told.checksum.algorithm != wanted.algorithm):
+            raise CannotCopy(self.source, f"nobody tells its {wanted.algorithm}")
+        if wanted is not None and told.checksum != wanted:
+            raise ChecksumMismatch(self.source, f"has {told.checksum}, expected {wanted}")
+
+    def copied(self, source: FileInfo, copy: FileInfo) -> FileInfo:
+        """To be called by the storage with what is said of the copy; the result. Raises `ChecksumMismatch`, `CannotCopy`."""
+        if copy.size_bytes != source.size_bytes:
+            raise ChecksumMismatch(self.url, f"has {copy.size_bytes} bytes, its source {source.size_bytes}")
+        known = self.checksum or source.checksum
+        if known is not None and copy.checksum is not None and copy.checksum.algorithm == known.algorithm:
+            if copy.checksum != known:
+                raise ChecksumMismatch(self.url, f"has {copy.checksum}, its source {known}")
+        elif self.checksum is not None:
+            raise CannotCopy(self.url, f"nobody tells its {self.checksum.algorithm}")
+        self.done_bytes = copy.size_bytes
+        return copy
+
+    @property
+    def quiet_seconds(self) -> float:
+        """How much longer nothing may pass than what else is a stall."""
+        return (self.size_bytes or 0) / COPY_BYTES_PER_SECOND if self.direction is Direction.COPY else 0.0
 
     def hold(self, token: Any) -> FileInfo:
         """To be called by the storage when all of an upload is there that is to be held; what has passed."""

@@ -15,22 +15,18 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 import anyio
+import pycurl
 from anyio import to_thread
 
-from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
-from loadmaster.storage.replies import Reply, curl_error, visible
-
-try:
-    import pycurl
-except ImportError as exc:  # pragma: no cover - said once, to the person who wants it
-    raise ImportError("http, dav and s3 storages need pycurl: pip install 'loadmaster[http]'") from exc
+from loadmaster.errors import StorageError, StorageUnavailable
+from loadmaster.storage.carrier import NO_REPLY, USUAL_PACE, Carrier, Kind, Pace, Request, Script, Together
+from loadmaster.storage.replies import Reply, visible
 
 CLEANUP_SECONDS: Final = 5.0
 """For each request that tidies up at the server after a transfer that was given up."""
@@ -41,9 +37,6 @@ LEAVING_SECONDS: Final = 2 * CLEANUP_SECONDS + 1
 TOLD_SECONDS: Final = 0.1
 """A file that has ended is told of after so long, or when all of its call have, or with so many others:"""
 TOLD_AT_ONCE: Final = 256
-
-BODY_BYTES: Final = 64 * 1024
-"""Of an answer that is not a file; what comes after is not looked at."""
 
 LOOK_SECONDS: Final = 1.0
 """Between two looks at how far everything has come."""
@@ -59,97 +52,6 @@ _EVENTS: Final = {
 
 class GivenUp(StorageUnavailable):
     """Thrown into a script that nobody waits for any more. It may tidy up, and should end."""
-
-
-class Sink(Protocol):
-    """Where the body of a good answer goes. May raise OSError, about this machine, or `StorageError`."""
-
-    def accept(self, status: int) -> bool:
-        """Whether an answer of this status is what the sink is for; else its body is kept in the reply."""
-        ...
-
-    def write(self, data: bytes) -> None:
-        """The next bytes."""
-        ...
-
-
-class Held(Protocol):
-    """A file so small that it is in memory until it is whole."""
-
-    size_bytes: int | None
-    done_bytes: int
-
-
-class Source(Protocol):
-    """Where the body of a request comes from. May raise OSError, about this machine, or `StorageError`."""
-
-    size_bytes: int
-
-    def read(self, count: int) -> bytes:
-        """The next bytes, at most so many."""
-        ...
-
-    def seek(self, offset: int) -> None:
-        """Go on from there: a redirect, or a connection that the server had closed meanwhile."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Signing:
-    """What libcurl signs requests with, as AWS wants it (SigV4)."""
-
-    access_key: str
-    secret_key: str = field(repr=False)
-    region: str = "us-east-1"
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """What is slower than so many bytes a second, for so many seconds, has stalled."""
-
-    bytes_per_second: float = 100.0
-    seconds: float = 60.0
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """One request. The reply is sent into the script that yields it; where none came, a `StorageError` is thrown."""
-
-    method: str
-    url: str
-    headers: Sequence[str] = ()
-    """`Name: value`. The same object again costs nothing."""
-    held: Held | None = None
-    """What the body of a good answer is; it comes in the reply. One that is longer is broken off."""
-    sink: Sink | None = None
-    source: Source | bytes | None = None
-    wants_headers: bool = False
-    """Whether the reply shall have its headers."""
-    signing: Signing | None = None
-    seconds: float = 0.0
-    """For the whole of it; 0 for as long as it is not stalled."""
-    about: str = ""
-    """The URL as the caller has it, for the words of errors."""
-    shown: object = None
-    """The credentials that go along, for whoever has to look for newer ones."""
-
-
-_NONE: Final = Request("", "")
-_NO_REPLY: Final = Reply(0)
-
-
-@dataclass(eq=False, slots=True)
-class Together:
-    """Scripts to be run beside each other, so many at once; then the script that yields this goes on.
-
-    Where one of them raises a `StorageError` the others are given up where they stand, and the error is thrown.
-    """
-
-    scripts: Iterable[Script]
-    at_once: int
-
-
-Script: TypeAlias = Generator[Request | Together, Reply, None]
 
 
 class Item(Protocol):
@@ -210,215 +112,24 @@ class _Call(Generic[I]):
             os.close(self.descriptor)
 
 
-class _Work:
+class Work:
     """A script under way, and those it waits for."""
 
     __slots__ = ("call", "carrier", "children", "item", "leaving", "parent", "rest", "steps")
 
-    def __init__(self, call: _Call[Item], item: Item, steps: Script, parent: _Work | None = None) -> None:
+    def __init__(self, call: _Call[Item], item: Item, steps: Script, parent: Work | None = None) -> None:
         self.call, self.item, self.steps, self.parent = call, item, steps, parent
-        self.carrier: _Carrier | None = None
+        self.carrier: Carrier[Work] | None = None
         self.leaving = False
         self.rest: Iterator[Script] | None = None
-        self.children: list[_Work] | None = None
-
-
-_Kind: TypeAlias = tuple[str, bool, bool, bool]
-"""Of a request: its method, whether headers are wanted, whether its body is in memory, whether that of the answer is not."""
-
-
-class _Carrier:
-    """An easy handle of libcurl's and the request it carries. It serves one kind, so that little has to be set anew."""
-
-    __slots__ = (
-        "_accepted",
-        "_body",
-        "_header_lines",
-        "_headers",
-        "_held_bytes",
-        "_paced",
-        "_passed_bytes",
-        "_signing",
-        "curl",
-        "failure",
-        "key",
-        "request",
-        "work",
-    )
-
-    def __init__(self, key: _Kind, settings: Mapping[int, object]) -> None:
-        self.key = key
-        self.curl = curl = pycurl.Curl()
-        self.work: _Work | None = None
-        self.request = _NONE
-        self.failure: OSError | StorageError | None = None
-        self._accepted: bool | None = None
-        self._body: list[bytes] = []
-        self._held_bytes = 0
-        self._headers: Sequence[str] = ()
-        self._header_lines: list[bytes] = []
-        self._signing: Signing | None = None
-        self._passed_bytes = 0
-        self._paced = 0.0
-        for option, value in settings.items():
-            curl.setopt(option, value)
-        method, wants_headers, has_bytes, has_sink = key
-        curl.setopt(pycurl.WRITEFUNCTION, self._write if has_sink else self._keep)
-        if wants_headers:
-            curl.setopt(pycurl.HEADERFUNCTION, self._header_lines.append)
-        if has_bytes:
-            curl.setopt(pycurl.POST, True)
-            curl.setopt(pycurl.POSTREDIR, pycurl.REDIR_POST_ALL)
-            if method != "POST":
-                curl.setopt(pycurl.CUSTOMREQUEST, method)
-        elif method == "HEAD":
-            curl.setopt(pycurl.NOBODY, True)
-        elif method == "PUT":
-            curl.setopt(pycurl.UPLOAD, True)
-            curl.setopt(pycurl.READFUNCTION, self._read)
-            curl.setopt(pycurl.SEEKFUNCTION, self._seek)
-        elif method != "GET":
-            curl.setopt(pycurl.CUSTOMREQUEST, method)
-            curl.setopt(pycurl.FOLLOWLOCATION, False)
-
-    def load(self, request: Request) -> None:
-        """Make ready for a request."""
-        curl = self.curl
-        self.request, self._paced = request, 0.0
-        curl.setopt(pycurl.URL, request.url)
-        if request.headers is not self._headers:
-            curl.setopt(pycurl.HTTPHEADER, request.headers)
-            self._headers = request.headers
-        source = request.source
-        if source is not None:
-            if isinstance(source, bytes):
-                curl.setopt(pycurl.POSTFIELDS, source)
-            else:
-                curl.setopt(pycurl.INFILESIZE_LARGE, source.size_bytes)
-        if request.signing is not self._signing:
-            self._sign(request.signing)
-        if request.seconds:
-            curl.setopt(pycurl.TIMEOUT_MS, int(request.seconds * 1000))
-
-    def unload(self) -> None:
-        """Forget the request: what it held is let go."""
-        if self.request.seconds:
-            self.curl.setopt(pycurl.TIMEOUT_MS, 0)
-        self.request, self.work, self.failure, self._accepted = _NONE, None, None, None
-        self._body.clear()
-        self._held_bytes = 0
-        self._header_lines.clear()
-
-    def stalls(self, now: float, seconds: float, pace: Pace) -> bool:
-        """Whether it has been too slow for too long. Asked now and then; `seconds`: since it was asked last."""
-        asks = self.curl.getinfo
-        passed = int(asks(pycurl.SIZE_DOWNLOAD_T) + asks(pycurl.SIZE_UPLOAD_T) + asks(pycurl.HEADER_SIZE))
-        begins = not self._paced or not asks(pycurl.PRETRANSFER_TIME)  # to connect has a limit of its own
-        if begins or passed - self._passed_bytes >= pace.bytes_per_second * seconds:
-            self._paced = now
-        self._passed_bytes = passed
-        return now - self._paced >= pace.seconds
-
-    def outcome(self, code: int, text: str) -> Reply | StorageError:
-        """What came of the request. Raises OSError, about this machine."""
-        request, curl = self.request, self.curl
-        status = curl.getinfo(pycurl.RESPONSE_CODE)
-        if self.failure is not None and status < 400:
-            if isinstance(self.failure, StorageError):
-                return self.failure
-            raise self.failure
-        if code and self.failure is None:
-            return curl_error(request.about or request.url, code, text)
-        sink = request.sink
-        if sink is not None and self._accepted is None and self._body and sink.accept(status):
-            try:
-                sink.write(self._body.pop())
-            except StorageError as exc:
-                return exc
-        body = self._body
-        reply = Reply(status)
-        if body:
-            reply.body = body[0] if len(body) == 1 else b"".join(body)
-        if self._header_lines:
-            reply.headers = _headers(self._header_lines)
-            reply.length = int(curl.getinfo(pycurl.CONTENT_LENGTH_DOWNLOAD_T))
-        if status >= 400:
-            reply.retry_after = curl.getinfo(pycurl.RETRY_AFTER) or None
-        return reply
-
-    def _sign(self, signing: Signing | None) -> None:
-        if signing is None:
-            self.curl.unsetopt(pycurl.AWS_SIGV4)
-            self.curl.unsetopt(pycurl.USERNAME)
-            self.curl.unsetopt(pycurl.PASSWORD)
-        else:
-            self.curl.setopt(pycurl.AWS_SIGV4, f"aws:amz:{signing.region}:s3")
-            self.curl.setopt(pycurl.USERNAME, signing.access_key)
-            self.curl.setopt(pycurl.PASSWORD, signing.secret_key)
-        self._signing = signing
-
-    # Those below are called by libcurl, which cannot pass on what they raise.
-
-    def _keep(self, data: bytes) -> int | None:
-        """Without a sink. What is too much of a good answer makes it a bad one."""
-        held = self.request.held
-        self._held_bytes = count = self._held_bytes + len(data)
-        if held is not None:
-            size = held.size_bytes or 0
-            if count > size and count > BODY_BYTES:
-                expected = f"sends more than the {size} bytes expected"
-                self.failure = ChecksumMismatch(visible(self.request.about), expected)
-                return -1
-            held.done_bytes = min(count, size)
-        elif count > BODY_BYTES + len(data):
-            return None
-        self._body.append(data)
-        return None
-
-    def _write(self, data: bytes) -> int | None:
-        """The status is in the headers, if we have them. Else the first piece waits: of a small file it is all there is."""
-        request = self.request
-        sink = request.sink
-        assert sink is not None  # noqa: S101 - else it is kept
-        try:
-            if self._accepted is None:
-                if request.wants_headers:
-                    self._accepted = sink.accept(_status(self._header_lines))
-                elif not self._body:
-                    self._body.append(data)
-                    return None
-                else:
-                    sink.write(self._body[0])
-                    self._accepted = True
-            if self._accepted:
-                sink.write(data)
-                return None
-        except (OSError, StorageError) as exc:
-            self.failure = exc
-            return -1
-        if sum(map(len, self._body)) < BODY_BYTES:
-            self._body.append(data)
-        return None
-
-    def _read(self, count: int) -> bytes | int:
-        try:
-            return self.request.source.read(count)  # type: ignore[union-attr]
-        except (OSError, StorageError) as exc:
-            self.failure = exc
-            return int(pycurl.READFUNC_ABORT)
-
-    def _seek(self, offset: int, origin: int) -> int:
-        if origin != os.SEEK_SET:
-            return int(pycurl.SEEKFUNC_CANTSEEK)
-        self.request.source.seek(offset)  # type: ignore[union-attr]
-        return int(pycurl.SEEKFUNC_OK)
+        self.children: list[Work] | None = None
 
 
 class CurlThread:
     """A thread that carries requests, from when it is first needed until `close`."""
 
     def __init__(
-        self, name: str, lanes: Mapping[str, int], settings: Mapping[int, object], pace: Pace = Pace()
+        self, name: str, lanes: Mapping[str, int], settings: Mapping[int, object], pace: Pace = USUAL_PACE
     ) -> None:
         """`lanes`: how many scripts at once, by the name of their lane. `settings`: options of every easy handle."""
         self._name = name
@@ -520,10 +231,10 @@ class _Loop:
         self._due: float | None = None
         self._look_seconds = min(LOOK_SECONDS, owner._pace.seconds / 4)
         self._looked = 0.0
-        self._free: dict[_Kind, list[_Carrier]] = {}
-        self._carriers: dict[pycurl.Curl, _Carrier] = {}
+        self._free: dict[Kind, list[Carrier[Work]]] = {}
+        self._carriers: dict[pycurl.Curl, Carrier[Work]] = {}
         self._waiting: dict[str, deque[_Call[Item]]] = {lane: deque() for lane in owner._lanes}
-        self._under_way: dict[str, set[_Work]] = {lane: set() for lane in owner._lanes}
+        self._under_way: dict[str, set[Work]] = {lane: set() for lane in owner._lanes}
         self._untold: set[_Call[Item]] = set()
 
     def run(self) -> None:
@@ -600,7 +311,7 @@ class _Loop:
                 if item is None:
                     continue
                 calls.append(call)
-                work = _Work(call, item, call.script(item))
+                work = Work(call, item, call.script(item))
                 works.add(work)
                 self._step(work, None)
 
@@ -613,7 +324,7 @@ class _Loop:
             for curl, code, text in bad:
                 self._ended(self._carriers[curl], code, text)
 
-    def _ended(self, carrier: _Carrier, code: int, text: str) -> None:
+    def _ended(self, carrier: Carrier[Work], code: int, text: str) -> None:
         work = carrier.work
         if work is None:  # given up since
             return
@@ -625,7 +336,7 @@ class _Loop:
         self._unload(carrier)
         self._step(work, outcome)
 
-    def _step(self, work: _Work, outcome: Reply | StorageError | OSError | None) -> None:
+    def _step(self, work: Work, outcome: Reply | StorageError | OSError | None) -> None:
         """Let the script go on, to its next request or its end."""
         try:
             steps = work.steps
@@ -647,7 +358,7 @@ class _Loop:
             work.call.fault = exc
             self._finish(work)
 
-    def _carry(self, request: Request, work: _Work) -> None:
+    def _carry(self, request: Request, work: Work) -> None:
         source = request.source
         key = (request.method, request.wants_headers, source.__class__ is bytes, request.sink is not None)
         free = self._free.get(key)
@@ -656,40 +367,40 @@ class _Loop:
         self._multi.add_handle(carrier.curl)
         carrier.work, work.carrier = work, carrier
 
-    def _unload(self, carrier: _Carrier) -> None:
+    def _unload(self, carrier: Carrier[Work]) -> None:
         if carrier.work is not None:
             carrier.work.carrier = None
         self._multi.remove_handle(carrier.curl)
         carrier.unload()
         self._free[carrier.key].append(carrier)
 
-    def _new_carrier(self, key: _Kind) -> _Carrier:
-        carrier = _Carrier(key, self._settings)
+    def _new_carrier(self, key: Kind) -> Carrier[Work]:
+        carrier: Carrier[Work] = Carrier(key, self._settings)
         self._carriers[carrier.curl] = carrier
         self._free.setdefault(key, [])
         return carrier
 
-    def _fork(self, together: Together, work: _Work) -> None:
+    def _fork(self, together: Together, work: Work) -> None:
         """Run scripts for a script."""
-        children: list[_Work] = []
+        children: list[Work] = []
         work.rest, work.children = iter(together.scripts), children
         while work.children is children and len(children) < together.at_once and self._begin_child(work):
             pass
         if work.children is children and not children:
             work.children = None
-            self._step(work, _NO_REPLY)
+            self._step(work, NO_REPLY)
 
-    def _begin_child(self, work: _Work) -> bool:
+    def _begin_child(self, work: Work) -> bool:
         """Whether there was another one. If it fails at once, there are none any more."""
         steps = next(work.rest, None) if work.rest is not None else None
         if steps is None or work.children is None:
             return False
-        child = _Work(work.call, work.item, steps, work)
+        child = Work(work.call, work.item, steps, work)
         work.children.append(child)
         self._step(child, None)
         return True
 
-    def _break_off(self, work: _Work, error: StorageError) -> None:
+    def _break_off(self, work: Work, error: StorageError) -> None:
         """What is under way for a script ends; it may tidy up, with requests that have little time."""
         children, work.children, work.rest = work.children, None, None
         for child in children or ():
@@ -715,14 +426,14 @@ class _Loop:
                 self._unload(carrier)
                 self._step(work, StorageUnavailable(visible(request.about or request.url), STALLED))
 
-    def _finish(self, work: _Work) -> None:
+    def _finish(self, work: Work) -> None:
         parent = work.parent
         if parent is not None:
             if parent.children is not None:
                 parent.children.remove(work)
                 if not self._begin_child(parent) and not parent.children:
                     parent.children = None
-                    self._step(parent, _NO_REPLY)
+                    self._step(parent, NO_REPLY)
             return
         call = work.call
         self._under_way[call.lane].discard(work)
@@ -803,23 +514,3 @@ class _Loop:
                 call.fault = call.fault or fault
             call.left = 0
             call.tell()
-
-
-def _status(lines: Sequence[bytes]) -> int:
-    """Of the last answer; libcurl has seen that there is a number."""
-    for line in reversed(lines):
-        if line.startswith(b"HTTP/"):
-            return int(line.split(maxsplit=2)[1])
-    return 0
-
-
-def _headers(lines: Sequence[bytes]) -> dict[str, str]:
-    """Of the last answer: the ones before it were redirects. Names in lower case; of several the last counts."""
-    found: dict[str, str] = {}
-    for line in lines:
-        if line.startswith(b"HTTP/"):
-            found.clear()
-        name, separator, value = line.decode("latin-1").partition(":")
-        if separator:
-            found[name.strip().lower()] = value.strip()
-    return found

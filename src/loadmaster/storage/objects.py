@@ -19,16 +19,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, M
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr
 
-from loadmaster.description import complaints
 from loadmaster.errors import (
     AccessDenied,
+    CannotCopy,
     ChecksumMismatch,
-    InvalidSite,
     NotFound,
     StorageError,
     StorageUnavailable,
@@ -39,6 +38,7 @@ from loadmaster.storage.checksums import Checksum, Running
 from loadmaster.storage.credentials import discovered_keys
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 from loadmaster.storage.replies import visible
+from loadmaster.storage.words import AmazonKeys, Words
 
 try:
     import obstore
@@ -58,6 +58,9 @@ MOST_PARTS: Final = 10_000
 PARTS_AT_ONCE: Final = 4
 """Of one upload. Times the size of a part, times the streams: what uploads take of memory at most."""
 
+COPY_BYTES: Final = 1024**3
+"""What a store may be expected to copy before a request counts as stalled. Amazon's limit is 5 GB."""
+
 BLOCK_BYTES: Final = 1024**2
 """Handed over at once by a download."""
 
@@ -68,10 +71,8 @@ TOKEN_SECONDS: Final = 60
 """How long a token from a file is used before the file is read again."""
 
 
-class _Words(BaseModel):
+class _Words(Words):
     """What a site may say of each of these."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     endpoint: str | None = Field(default=None, pattern=r"^https?://[^/?#@]+")
     """Of a store that is not the company's own; one that begins with http:// is talked to without TLS."""
@@ -83,14 +84,6 @@ class _Words(BaseModel):
     """Given up when nothing has come for so long. One part of an upload has to be sent, and answered, in that time."""
     part_bytes: int = Field(default=PART_BYTES, ge=5 * 1024**2, le=5 * 1024**3)
     """Of an upload; smaller files are one request."""
-
-    @classmethod
-    def of(cls, options: StorageOptions) -> Self:
-        """The words of a site. Raises `InvalidSite` that names each that is not understood."""
-        try:
-            return cls.model_validate(dict(options.words))
-        except ValidationError as exc:
-            raise InvalidSite("; ".join(f"[storage.{options.scheme}] {line}" for line in complaints(exc))) from None
 
     def bucket(self, name: str, account: str | None, common: Mapping[str, Any]) -> Any:
         """The library's store for a bucket."""
@@ -142,16 +135,9 @@ class AzureWords(_Words):
         return store.AzureStore(name, config=_given(config), credential_provider=provider, **common)
 
 
-class AmazonWords(_Words):
+class AmazonWords(AmazonKeys, _Words):
     """What a site may say of `s3`: the words of `storage.s3`, so that one table serves both."""
 
-    region: str | None = None
-    path_style: bool | None = None
-    access_key: SecretStr | None = None
-    secret_key: SecretStr | None = None
-    session_token: SecretStr | None = None
-    profile: str | None = None
-    credentials_file: Path | None = None
     stall_bytes_per_second: int = Field(default=100, ge=1)
     """Read and not used: here only silence counts as a stall."""
 
@@ -300,6 +286,19 @@ class Objects:
         finally:
             parts.closed = True
         return transfer.info()
+
+    async def copy(self, transfer: Transfer) -> FileInfo:
+        """Within a bucket; what we have put beside the content goes along."""
+        (bucket, source), (other, target) = self._place(transfer.source), self._place(transfer.url)
+        if bucket is not other:
+            raise CannotCopy(_shown(transfer.url), "in another bucket than its source")
+        there = await self.stat(transfer.source)
+        transfer.is_source(there)
+        if there.size_bytes > COPY_BYTES:
+            raise CannotCopy(_shown(transfer.url), "too large to be copied by one request")
+        with understood(transfer.url):
+            await obstore.copy_async(bucket, source, target)
+        return transfer.copied(there, await self.stat(transfer.url))
 
     def _check_answer(self, url: str, transfer: Transfer, meta: Mapping[str, Any], start: int) -> None:
         """Whether it is what was asked for. More than is expected is not let onto the disk."""
@@ -456,8 +455,8 @@ def _told(exc: Exception) -> str:
 class _Factory:
     """What a scheme stands for."""
 
-    def __init__(self, words: type[_Words]) -> None:
-        self._words = words
+    def __init__(self, words: type[_Words], abilities: Ability) -> None:
+        self._words, self._abilities = words, abilities
 
     def __call__(self, options: StorageOptions) -> AbstractAsyncContextManager[Aside]:
         """Raises `InvalidSite` that names each word that is not understood."""
@@ -466,7 +465,7 @@ class _Factory:
     @asynccontextmanager
     async def _open(self, options: StorageOptions) -> AsyncIterator[Aside]:
         objects = Objects(options.scheme, self._words.of(options))
-        storage = Aside(objects, streams=options.streams, abilities=ABILITIES)
+        storage = Aside(objects, streams=options.streams, abilities=self._abilities)
         try:
             yield storage
         finally:
@@ -476,6 +475,6 @@ class _Factory:
 
 ABILITIES: Final = Ability.RANGES | Ability.MULTIPART
 
-open_google: Final = _Factory(GoogleWords)
-open_azure: Final = _Factory(AzureWords)
-open_amazon: Final = _Factory(AmazonWords)
+open_google: Final = _Factory(GoogleWords, ABILITIES)
+open_azure: Final = _Factory(AzureWords, ABILITIES)
+open_amazon: Final = _Factory(AmazonWords, ABILITIES | Ability.COPY)

@@ -176,6 +176,11 @@ def preferred(found: Mapping[str, Checksum]) -> Checksum | None:
     return next((found[name] for name in _PREFERRED if name in found), None)
 
 
+def told_for(algorithm: str, found: Mapping[str, Checksum]) -> Checksum | None:
+    """The one by an algorithm, if there is one; else as `preferred`."""
+    return found[algorithm] if algorithm in found else preferred(found)
+
+
 def etag_md5(headers: Mapping[str, str]) -> Checksum | None:
     """S3's ETag, where it is the content's md5: not of an upload in parts, not encrypted with a key of its own."""
     etag = headers.get("etag", "").strip('"').lower()

@@ -16,22 +16,23 @@ import re
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final, cast
+from typing import Final, Unpack, cast
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import pycurl
 from anyio import to_thread
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from loadmaster.errors import AccessDenied, ChecksumMismatch, StorageError, StorageUnavailable
-from loadmaster.storage.base import Ability, FileInfo, Step, StorageOptions, Transfer
+from loadmaster.errors import AccessDenied, CannotCopy, ChecksumMismatch, StorageError, StorageUnavailable
+from loadmaster.storage.base import COPY_BYTES_PER_SECOND, Ability, FileInfo, Step, StorageOptions, Transfer
+from loadmaster.storage.carrier import Request, Script, Signing, Together
 from loadmaster.storage.checksums import COMBINABLE, Running, combined, continuing, running
 from loadmaster.storage.credentials import KeyRing, Keys, discovered_keys
-from loadmaster.storage.curl import CLEANUP_SECONDS, GivenUp, Request, Script, Signing, Together
-from loadmaster.storage.http import CommonWords, CurlStorage, Origin, Target, common_settings, origin, plain_body
+from loadmaster.storage.curl import CLEANUP_SECONDS, GivenUp
 from loadmaster.storage.local import WORK_DIRECTORY
-from loadmaster.storage.replies import Reply, checksums_told, etag_md5, http_error, preferred, s3_code, visible
+from loadmaster.storage.replies import Reply, checksums_told, etag_md5, http_error, s3_code, told_for, visible
+from loadmaster.storage.web import CommonWords, CurlStorage, Origin, Rest, common_settings, origin, plain_body
+from loadmaster.storage.words import AmazonKeys
 
 PARTS: Final = 10_000
 """S3's limit; larger files have larger parts."""
@@ -39,6 +40,9 @@ PARTS: Final = 10_000
 PART_TRIALS: Final = 3
 """Of each part, at once, before the whole upload is given back to whoever tries again later."""
 
+
+COPY_BYTES: Final = 1024**3
+"""A larger object is copied by the server in parts of this size, beside each other; it takes 5 GB by one request."""
 
 PARTS_AT_ONCE: Final = 4
 """Of one file: one connection is seldom as fast as the way is wide."""
@@ -56,19 +60,10 @@ class Piece:
     tag: str = ""
 
 
-class S3Words(CommonWords):
+class S3Words(AmazonKeys, CommonWords):
     """What a site may say of s3."""
 
     endpoint: str | None = None
-    region: str | None = None
-    path_style: bool | None = None
-    """Whether the bucket is in the path and not in the host's name; the default is yes for an endpoint of one's own."""
-    access_key: SecretStr | None = None
-    secret_key: SecretStr | None = None
-    session_token: SecretStr | None = None
-    profile: str | None = None
-    credentials_file: Path | None = None
-    anonymous: bool = False
     part_bytes: int = Field(default=16 * 1024**2, ge=5 * 1024**2, le=5 * 1024**3)
 
     @field_validator("endpoint")
@@ -106,7 +101,9 @@ class _Parts:
 class S3Storage(CurlStorage):
     """Objects by bucket and key."""
 
-    abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS | Ability.MULTIPART | Ability.HOLD
+    abilities = (
+        Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS | Ability.MULTIPART | Ability.HOLD | Ability.COPY
+    )
 
     def __init__(self, options: StorageOptions, environ: Mapping[str, str] = os.environ) -> None:
         words = S3Words.of(options)
@@ -146,11 +143,7 @@ class S3Storage(CurlStorage):
     def _upload_parts(self, transfer: Transfer, descriptor: int, size: int) -> Script:
         """Some beside each other, if the checksum of all can be had from theirs. Then the word that makes an object."""
         url = transfer.url
-        reply = yield from self._send("POST", url, query="uploads=", source=b"")
-        found = re.search(rb"<UploadId>([^<]+)</UploadId>", reply.body)
-        if reply.status != 200 or found is None:
-            raise self._refusal(url, reply, "beginning an upload in parts")
-        upload = "uploadId=" + quote(_unescaped(found[1]), safe="-._~")
+        upload = yield from self._begin_parts(url)
         try:
             length = max(self._part_bytes, -(-size // PARTS))
             beside = transfer.algorithm in COMBINABLE
@@ -169,9 +162,71 @@ class S3Storage(CurlStorage):
                 return
             yield from self._complete(url, parts)
         except StorageError:
-            with suppress(StorageError):
-                yield from self._send("DELETE", url, query=upload, seconds=CLEANUP_SECONDS)
+            yield from self._abandon(url, upload)
             raise
+
+    def _begin_parts(self, url: str) -> Generator[Request | Together, Reply, str]:
+        """An upload, as it is named in requests."""
+        reply = yield from self._send("POST", url, query="uploads=", source=b"")
+        found = re.search(rb"<UploadId>([^<]+)</UploadId>", reply.body)
+        if reply.status != 200 or found is None:
+            raise self._refusal(url, reply, "beginning an upload in parts")
+        return "uploadId=" + quote(_unescaped(found[1]), safe="-._~")
+
+    def _abandon(self, url: str, upload: str) -> Script:
+        with suppress(StorageError):
+            yield from self._send("DELETE", url, query=upload, seconds=CLEANUP_SECONDS)
+
+    def _copy(self, transfer: Transfer, there: FileInfo) -> Generator[Request | Together, Reply, FileInfo]:
+        """By one request, or by one for each part of a large object."""
+        url, size = transfer.url, there.size_bytes
+        if size > COPY_BYTES:
+            yield from self._copy_parts(transfer, size)
+        else:
+            yield from self._have_copied(transfer, "", (), size)
+        try:
+            transfer.version = None
+            return transfer.copied(there, (yield from self._told(url, transfer)))
+        except (CannotCopy, ChecksumMismatch):
+            with suppress(StorageError):
+                yield from super()._remove(url)
+            raise
+
+    def _copy_parts(self, transfer: Transfer, size: int) -> Script:
+        url, tags = transfer.url, dict[int, str]()
+        upload = yield from self._begin_parts(url)
+
+        def part(number: int, first: int) -> Script:
+            last = min(first + length, size) - 1
+            extra = (f"x-amz-copy-source-range: bytes={first}-{last}",)
+            query = f"partNumber={number}&{upload}"
+            tags[number] = yield from self._have_copied(transfer, query, extra, last + 1 - first)
+
+        length = max(COPY_BYTES, -(-size // PARTS))
+        try:
+            yield Together((part(*each) for each in enumerate(range(0, size, length), 1)), PARTS_AT_ONCE)
+            yield from self._complete(url, _Parts(upload, tuple(tags[number] for number in sorted(tags)), size))
+        except StorageError:
+            yield from self._abandon(url, upload)
+            raise
+
+    def _have_copied(
+        self, transfer: Transfer, query: str, extra: tuple[str, ...], size: int
+    ) -> Generator[Request | Together, Reply, str]:
+        """What the server calls the copy. It may begin to answer before it knows what comes of it."""
+        extra += (f"x-amz-copy-source: {self._path(transfer.source)}",)
+        if transfer.version:
+            extra += (f"x-amz-copy-source-if-match: {transfer.version}",)
+        reply = yield from self._send(
+            "PUT", transfer.url, query=query, extra=extra, source=b"", quiet_seconds=size / COPY_BYTES_PER_SECOND
+        )
+        if reply.status != 200 or s3_code(reply.body):
+            raise self._refusal(transfer.url, reply, "copying")
+        found = re.search(rb"<ETag>([^<]+)</ETag>", reply.body)
+        if found is None:
+            raise StorageUnavailable(visible(transfer.url), "the server does not say what it has copied")
+        transfer.done_bytes += size
+        return _unescaped(found[1])
 
     def _complete(self, url: str, parts: _Parts) -> Script:
         """Make an object of the parts."""
@@ -214,13 +269,20 @@ class S3Storage(CurlStorage):
                 return
 
     def _stat(self, url: str) -> Generator[Request | Together, Reply, FileInfo]:
+        return (yield from self._told(url))
+
+    def _told(self, url: str, transfer: Transfer | None = None) -> Generator[Request | Together, Reply, FileInfo]:
         reply = yield from self._send("HEAD", url, extra=_CHECKSUMS, wants_headers=True)
         if reply.status != 200:
             raise self._refusal(url, reply)
         if reply.length < 0:
             raise StorageUnavailable(visible(url), "the server does not say how large it is")
-        told = preferred(checksums_told(reply.headers)) or etag_md5(reply.headers)
-        return FileInfo(reply.length, told)
+        found = checksums_told(reply.headers)
+        if (md5 := etag_md5(reply.headers)) is not None:
+            found.setdefault("md5", md5)
+        if transfer is not None and transfer.version is None:
+            transfer.version = reply.headers.get("etag")
+        return FileInfo(reply.length, told_for(transfer.algorithm if transfer is not None else "", found))
 
     def _remove(self, url: str) -> Script:
         """S3 removes what is not there without a word, so it is asked first."""
@@ -228,17 +290,7 @@ class S3Storage(CurlStorage):
         yield from super()._remove(url)
 
     def _request(
-        self,
-        method: str,
-        url: str,
-        query: str = "",
-        extra: Sequence[str] = (),
-        held: Transfer | None = None,
-        sink: Target | None = None,
-        source: Origin | bytes | None = None,
-        wants_headers: bool = False,
-        seconds: float = 0.0,
-        about: str = "",
+        self, method: str, url: str, query: str = "", extra: Sequence[str] = (), **rest: Unpack[Rest]
     ) -> Request:
         address = self._address(url)
         if query:
@@ -246,9 +298,8 @@ class S3Storage(CurlStorage):
         keys, signing, headers = self._signed_by(look=False)
         if extra:
             headers = (*headers, *extra) if headers else tuple(extra)
-        return Request(
-            method, address, headers, held, sink, source, wants_headers, signing, seconds, about or url, (keys, extra)
-        )
+        rest.setdefault("about", url)
+        return Request(method, address, headers, signing=signing, shown=(keys, extra), **rest)
 
     def _renew(self, request: Request) -> bool:
         if self._ring is None or not self._ring.renewable:
@@ -273,15 +324,19 @@ class S3Storage(CurlStorage):
             raise StorageError(visible(url), "names no object: s3://bucket/key")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
             raise StorageError(visible(url), f"{bucket!r} is no name of a bucket")
-        key = quote(unquote_to_bytes(path), safe="/-._~")
-        if any(part in {".", ".."} for part in key.split("/")):
-            raise StorageError(visible(url), "a key with '.' or '..' as a part cannot be asked for")
+        key = _key(url, path)
         if self._path_style or "." in bucket:
             return f"{self._endpoint or f'https://s3.{self._region}.amazonaws.com'}/{bucket}/{key}"
         if self._endpoint:
             scheme, _, host = self._endpoint.partition("://")
             return f"{scheme}://{bucket}.{host}/{key}"
         return f"https://{bucket}.s3.{self._region}.amazonaws.com/{key}"
+
+    def _path(self, url: str) -> str:
+        """Bucket and key, as a source is named."""
+        self._address(url)  # or say what is wrong with it
+        bucket, _, path = url.removeprefix(f"{self._scheme}://").partition("/")
+        return f"/{bucket}/{_key(url, path)}"
 
     def _refusal(self, url: str, reply: Reply, what: str = "") -> StorageError:
         if 300 <= reply.status < 400:
@@ -292,6 +347,13 @@ class S3Storage(CurlStorage):
         if isinstance(error, AccessDenied) and (self._ring is None or not self._ring.renewable):
             error.retryable = False
         return error
+
+
+def _key(url: str, path: str) -> str:
+    key = quote(unquote_to_bytes(path), safe="/-._~")
+    if any(part in {".", ".."} for part in key.split("/")):
+        raise StorageError(visible(url), "a key with '.' or '..' as a part cannot be asked for")
+    return key
 
 
 def _of_all(algorithm: str, pieces: Sequence[Piece]) -> Running:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import StorageError, StorageUnavailable
+from loadmaster.errors import CannotCopy, StorageError, StorageUnavailable
 from loadmaster.storage.base import Ability, Direction, FileInfo, Transfer
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 from loadmaster.tasks import for_each
@@ -45,6 +45,23 @@ class SingleStorage(Protocol):
     async def remove(self, url: str) -> None:
         """Remove the file. Raises `NotFound` when there is none."""
         ...
+
+
+@runtime_checkable
+class Copying(Protocol):
+    """One that can copy, besides."""
+
+    async def copy(self, transfer: Transfer) -> FileInfo:
+        """Copy `transfer.source` to `transfer.url`; what `transfer.copied` says of it. Raises `CannotCopy`."""
+        ...
+
+
+async def copy_by(single: SingleStorage, transfer: Transfer) -> FileInfo:
+    """Have it copied, if it can."""
+    if not isinstance(single, Copying):
+        raise CannotCopy(transfer.url, "this storage does not copy")
+    transfer.begun = True
+    return await single.copy(transfer)
 
 
 class OneByOne:
@@ -93,6 +110,11 @@ class OneByOne:
 
     async def _through_descriptor(self, transfer: Transfer) -> FileInfo:
         """Open, have it moved, keep or discard. The descriptor is closed last, under a shield: it is a local one."""
+        if transfer.direction is Direction.COPY:
+            try:
+                return await copy_by(self.single, transfer)
+            finally:
+                transfer.local.discard()
         kept = False
         descriptor = None
         try:

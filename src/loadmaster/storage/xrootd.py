@@ -20,17 +20,15 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final
 from urllib.parse import quote, unquote, urlsplit
 
 import anyio
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from loadmaster.description import complaints
 from loadmaster.errors import (
     AccessDenied,
     ChecksumMismatch,
-    InvalidSite,
     NoSpace,
     NotFound,
     StorageError,
@@ -41,6 +39,7 @@ from loadmaster.storage.base import Ability, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 from loadmaster.storage.replies import visible
+from loadmaster.storage.words import Words
 
 try:
     from XRootD import client as library
@@ -57,10 +56,8 @@ AHEAD: Final = 4
 _MODE: Final = AccessMode.UR | AccessMode.UW | AccessMode.GR | AccessMode.OR
 
 
-class XrootdWords(BaseModel):
+class XrootdWords(Words):
     """What a site may say of `root`, `roots` and `xroot`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     token_file: Path | None = None
     """Only shown to a server over TLS: the library sees to that."""
@@ -69,14 +66,6 @@ class XrootdWords(BaseModel):
     """Given up when the server has not answered for so long."""
     checksums: bool = True
     """Whether `stat` asks for a checksum. A server that has not kept it reads the file for that."""
-
-    @classmethod
-    def of(cls, options: StorageOptions) -> Self:
-        """The words of a site. Raises `InvalidSite` that names each that is not understood."""
-        try:
-            return cls.model_validate(dict(options.words))
-        except ValidationError as exc:
-            raise InvalidSite("; ".join(f"[storage.{options.scheme}] {line}" for line in complaints(exc))) from None
 
 
 @dataclass(frozen=True, slots=True)
