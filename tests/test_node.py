@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -412,6 +413,31 @@ async def test_core_seconds_add_up(make_node: MakeNode) -> None:
     assert window.ended == {"Done": 6}
     assert after.busy_cores == 0
     assert after.idle == {"no job": 2}
+
+
+async def test_whoever_wants_to_know_is_told_when_a_core_falls_idle_and_why(
+    make_node: MakeNode, tmp_path: Path
+) -> None:
+    post = Signpost(tmp_path / "post")
+    seen: list[tuple[int, dict[str, int]]] = []
+
+    async def follow(node: Node) -> None:
+        async for found in node.occupations():
+            assert found.busy_cores + sum(found.idle.values()) == found.cores == 2
+            seen.append((found.busy_cores, dict(found.idle)))
+
+    async with anyio.create_task_group() as group, make_node(ledger=Ledger(2, memory_mb=100)) as node:
+        group.start_soon(follow, node)
+        await until(lambda: seen == [(0, {"no job": 2})])
+        running = node.submit(job("running", memory_mb=60, **sh(f"echo go > {post}")))
+        await started(running)
+        waits = node.submit(job("waits", memory_mb=60))
+        await until(lambda: node.statistics().jobs["ready"] == 1)
+        await until(lambda: seen[-1] == (1, {"memory": 1}))
+        await post.reached()
+        await waits.wait()
+    assert seen[-1] == (0, {"no job": 2})
+    assert all(one != other for one, other in pairwise(seen)), "only changes are told"
 
 
 # -- hostile times -----------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from heapq import heappop, heappush
 from math import inf
 from pathlib import Path
@@ -41,7 +42,7 @@ from loadmaster.handle import JobHandle
 from loadmaster.ledger import Ledger, Slot
 from loadmaster.lifecycle import Stage
 from loadmaster.machine import detect
-from loadmaster.occupancy import Meter, NodeStatistics, idle_reasons
+from loadmaster.occupancy import Meter, NodeStatistics, Occupation, idle_reasons
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.result import Failure, JobResult, Phase, Status
 from loadmaster.runner import run_job
@@ -55,7 +56,7 @@ from loadmaster.workdir import default_root
 log = logging.getLogger(__name__)
 
 BACKLOG: Final = 100_000
-"""So many jobs may wait: some 7 kB each."""
+"""So many jobs may wait: 3 kB each, beside its description (`benchmarks/node.py`)."""
 
 ASKING: Final = 8
 """So many questions to a source at once: one that takes 50 ms to answer has 64 slots filled in half a second."""
@@ -199,10 +200,32 @@ class Node:
         """Those who read `events` have what there is, then the end."""
         self._streams.close()
 
+    async def occupations(self) -> AsyncIterator[Occupation]:
+        """What the cores do, and why those that do nothing do not: now, and whenever it changes; ends with the node.
+
+        A slow reader misses what has passed meanwhile. `statistics` has it all added up.
+        """
+        told: tuple[int, Mapping[str, int]] | None = None
+        while True:
+            self._look()
+            if told != (told := (self._meter.busy, self._meter.idle)):
+                yield Occupation(datetime.now(UTC), self.ledger.cores, told[0], MappingProxyType(dict(told[1])))
+            elif self._open:
+                await self._change.wait()
+            else:
+                return
+
     async def wait_idle(self) -> None:
         """Wait until there is no job."""
         while self._entries or self._unstarted:
             await self._change.wait()
+
+    def begin_drain(self) -> None:
+        """Take no more from now on, and give back what does not compute yet. `drain` does that and waits."""
+        self._draining.set()
+        for entry in list(self._entries.values()):
+            if entry.phase in {WAITING, FOR_DISK, STAGING_IN, READY} and entry.handle.kill_reason is None:
+                entry.given_back = self._stop(entry, RescheduleJob(GIVEN_BACK))
 
     async def drain(self, *, deadline_seconds: float = inf, reason: str = "drained") -> None:
         """End in order: take no more, give back what does not compute yet, and wait until the others have ended.
@@ -210,10 +233,7 @@ class Node:
         Jobs that are given back end as Rescheduled. Payloads that still run at the deadline are killed, for that reason,
         and deliver their sandboxes; how long that takes is bounded by their own deadlines only. May be called again.
         """
-        self._draining.set()
-        for entry in list(self._entries.values()):
-            if entry.phase in {WAITING, FOR_DISK, STAGING_IN, READY} and entry.handle.kill_reason is None:
-                entry.given_back = self._stop(entry, RescheduleJob(GIVEN_BACK))
+        self.begin_drain()
         with anyio.move_on_after(deadline_seconds):
             await self.wait_idle()
             return
@@ -221,9 +241,10 @@ class Node:
         await self.wait_idle()
 
     def kill_all(self, reason: str, *, hurry: bool = False) -> None:
-        """Kill every job, for that reason. `hurry`: without the grace."""
+        """Kill every job that is not being given back already, for that reason. `hurry`: without the grace."""
         for entry in list(self._entries.values()):
-            entry.handle.kill(reason)
+            if not entry.given_back:
+                entry.handle.kill(reason)
             if hurry:
                 entry.handle.hurry()
 
@@ -250,13 +271,17 @@ class Node:
             if job is None:
                 more = False
             else:
-                followers.start_soon(see_through, job)
+                followers.start_soon(see_through, job, taken(job))
             self._wake()
 
-        async def see_through(job: JobDescription) -> None:
+        def taken(job: JobDescription) -> _Entry | None:  # at once, so that they are in the order in which they came
             try:
-                entry = self._take(job, coordinator or self._coordinator, 1)
+                return self._take(job, coordinator or self._coordinator, 1)
             except (NodeClosed, NodeFull):
+                return None
+
+        async def see_through(job: JobDescription, entry: _Entry | None) -> None:
+            if entry is None:
                 await source.give_back(job)
                 return
             await source.accepted(job)

@@ -6,6 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,15 +80,15 @@ async def work(
 async def _obey(orders: Orders, node: Node, board: Board, everything: anyio.CancelScope, shift: Shift) -> None:
     name = await orders.next()
     board.say(f"{name}: nothing new is begun; what computes may finish (once more: kill it)")
-    async with anyio.create_task_group() as draining:
-        draining.start_soon(node.drain)
-        name = await orders.next()
-        board.say(f"{name}: payloads are killed; their sandboxes are still delivered (once more: leave at once)")
-        node.kill_all(f"told to stop by {name}")
-        name = await orders.next()
-        board.say(f"{name}: leaving; nothing more is delivered")
-        shift.left = True
-        everything.cancel()
+    node.begin_drain()
+    name = await orders.next()
+    board.say(f"{name}: payloads are killed; their sandboxes are still delivered (once more: leave at once)")
+    node.kill_all(f"told to stop by {name}")
+    name = await orders.next()
+    board.say(f"{name}: leaving; nothing more is delivered")
+    node.kill_all(f"told to leave by {name}", hurry=True)  # or each payload would still have its grace
+    shift.left = True
+    everything.cancel()
 
 
 async def _show(node: Node, board: Board) -> None:
@@ -104,6 +105,9 @@ async def _write(node: Node, file: TextIO, say: Callable[[str], None]) -> None:
             await to_thread.run_sync(lambda lines: (file.write(lines), file.flush()), "".join(map(written, batch)))
     except OSError as exc:
         say(f"{file.name}: no more events are written: {exc.strerror}")
+    finally:
+        with suppress(OSError):  # what could not be written before is tried again
+            file.close()
 
 
 def _write_whole(path: Path, result: JobResult) -> None:
