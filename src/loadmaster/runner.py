@@ -409,7 +409,9 @@ class _Flight:
             return
         delivering = self.phase is Phase.STAGE_OUT
         usage = Usage(wall_seconds=0.0, outputs_bytes=0 if self._has_outputs and not delivering else None)
-        left = seconds_left(usage, Limits(deadline=self.limits.deadline), now=datetime.now(UTC))
+        only = {"deadline", "grace_seconds", "upload_bytes_per_second"}
+        limits = Limits(**self.limits.model_dump(include=only))
+        left = seconds_left(usage, limits, now=datetime.now(UTC))
         with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
             yield scope
         if scope.cancelled_caught:
