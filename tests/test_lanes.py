@@ -62,7 +62,7 @@ def test_never_more_than_there_are_and_everything_is_taken_once(
         lanes.release(held.pop(chance.randrange(len(held))))  # type: ignore[attr-defined]
     assert len(log) == sum(map(len, wishes))
     assert all(not any(job.left.values()) for job in jobs)
-    assert repr(lanes).startswith(f"<Lanes [{streams} download, {streams} upload free")
+    assert repr(lanes).startswith(f"<Lanes [{streams} download, {streams} upload, {streams} copy free")
 
 
 def test_one_with_a_thousand_files_does_not_keep_one_with_three_waiting() -> None:
