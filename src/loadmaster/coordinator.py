@@ -126,6 +126,8 @@ class JobInFlight:
         self.failure: Failure | None = None
         """Why the computing failed; None if it did not, or is not over."""
         self._delivered: dict[str, str] = {}
+        self._archives: dict[str, str] = {}
+        """Those of directories: what each is called in the work directory."""
         self._late: set[str] = set()
         self._early: EarlyOutputs | None = None
         self._files = workdir
@@ -280,7 +282,7 @@ class JobInFlight:
     ) -> None:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
         found, missing, refused = await briefly(lambda: self._expand(files, of_directory))
-        planned = [delivery(file, name) for name, file in found.items()]
+        planned = [replace(delivery(file, name), file=self._archives.get(name)) for name, file in found.items()]
         deliveries, colliding = without_collisions(planned, self._delivered)
         refused |= colliding
         for name, reason in (*missing.items(), *refused.items()):
@@ -303,7 +305,9 @@ class JobInFlight:
         problems: list[str] = []
         try:
             if found:
-                packed = await to_thread.run_sync(pack_sandbox, self._files, list(found), sandbox_format, limit)
+                packed = await to_thread.run_sync(
+                    pack_sandbox, self._files, list(found), sandbox_format, limit, self._archives
+                )
                 missing |= dict.fromkeys(packed.gone, NOT_MADE)
                 refused |= dict(packed.left_out)
                 if packed.files:
@@ -377,12 +381,17 @@ class JobInFlight:
                 yield each, name
 
     def _pack(self, directory: str) -> Iterable[str]:
-        from loadmaster.staging.sandbox import pack  # as above
+        from loadmaster.staging.parts import part_name  # as above
+        from loadmaster.staging.sandbox import pack
 
-        if self._files.matches(f"{directory}.tar"):
-            raise NotDeliverable(f"the payload has made a file {directory}.tar too")
-        left_out = pack(self._files, directory, f"{directory}.tar")
-        yield f"{directory}.tar"
+        archive = f"{directory}.tar"
+        if self._files.matches(archive):
+            raise NotDeliverable(f"the payload has made a file {archive} too")
+        folder, slash, last = archive.rpartition("/")
+        # Not under its name, which patterns would find, and which would be in the way when the step is tried again.
+        left_out = pack(self._files, directory, hidden := f"{folder}{slash}{part_name(last)}")
+        self._archives[archive] = hidden
+        yield archive
         if left_out:
             raise NotDeliverable("; ".join(f"{name}: {reason}" for name, reason in left_out))
 
