@@ -735,8 +735,7 @@ class Node:
         self._forget(entry)
 
     async def _record_beginning(self, entry: _Entry) -> None:
-        description = entry.job.model_dump(mode="json", exclude_defaults=True)
-        await entry.handle.record(JobAccepted, description, reference_of(entry.coordinator))
+        await entry.handle.record(JobAccepted, entry.job.words(), reference_of(entry.coordinator))
 
     def _begin_next_attempt(self, entry: _Entry) -> None:
         """The next one to go on with, if an attempt was lost."""

@@ -194,8 +194,7 @@ class _Flight:
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
-            description = self.job.description.model_dump(mode="json", exclude_defaults=True)
-            await self.record(JobAccepted, description, reference_of(self.coordinator_class))
+            await self.record(JobAccepted, self.job.description.words(), reference_of(self.coordinator_class))
         await self.handle.keep_order()
         async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
             self.job.outcome = self.life.outcome
