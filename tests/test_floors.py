@@ -64,7 +64,7 @@ FLOORS: dict[str, float] = {
     "node": 8,
     # the doors
     "dirac": 9,
-    "diracx": 9,
+    "diracx": 9.05,
     "testing": 9,
     "conformance": 9,
     "terminal": 9,

@@ -129,6 +129,16 @@ class JobHandle:
         return self._life
 
     @property
+    def history(self) -> tuple[Event, ...]:
+        """Every event of the job until now."""
+        return tuple(self._events)
+
+    @property
+    def first(self) -> Event | None:
+        """The job's first event: by its time one can tell two jobs of one name."""
+        return self._events[0] if self._events else None
+
+    @property
     def result(self) -> JobResult | None:
         """The job's result once it has finished, None before and when it was interrupted."""
         return self._life.result() if self._life.stage is Stage.FINISHED else None

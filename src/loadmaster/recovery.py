@@ -71,6 +71,8 @@ class Succession(KeepsState):
     def _is_lost(self, event: JobFinished) -> bool:
         if self.life is None or self.life.accepted is None or self.life.accepted.lost >= MOST_RERUNS:
             return False
+        if self.life.outcome is not None and self.life.outcome.left_behind:  # it is not to run twice at the same time
+            return False
         failure = self.life.failure or event.failure
         return failure is not None and failure.kind == "PayloadLost"
 

@@ -222,8 +222,7 @@ class _Flight:
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
-            description = self.job.description.model_dump(mode="json", exclude_defaults=True)
-            await self.record(JobAccepted, description, reference_of(self.coordinator_class))
+            await self.record(JobAccepted, self.job.description.words(), reference_of(self.coordinator_class))
         await self.handle.keep_order()
         async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
             self.job.outcome = self.life.outcome
@@ -314,13 +313,16 @@ class _Flight:
         if isinstance(found, Payload):
             return found
         log.info("job %s: its payload cannot be gone on with: %s", description.job_id, found.reason)
+        certain = not isinstance(found, Lost) or ((found.sure or found.rebooted) and not found.left_behind)
         if self.life.stage is Stage.RUNNING:
-            left = isinstance(found, Lost) and found.left_behind
-            await self.record(PayloadExited, PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=left))
-        elif isinstance(found, Lost):
+            lost = PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=not certain)
+            await self.record(PayloadExited, lost)
+        elif not isinstance(found, Lost):
+            await briefly(partial(remove_state, state))
+        elif certain:
             raise PayloadLost(f"it may have been started: {found.reason}")
         else:
-            await briefly(partial(remove_state, state))
+            raise RescheduleJob(f"it may have been started, and some of it may still be there: {found.reason}")
         return None
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
@@ -444,7 +446,9 @@ class _Flight:
             return
         delivering = self.phase is Phase.STAGE_OUT
         usage = Usage(wall_seconds=0.0, outputs_bytes=0 if self._has_outputs and not delivering else None)
-        left = seconds_left(usage, Limits(deadline=self.limits.deadline), now=datetime.now(UTC))
+        only = {"deadline", "grace_seconds", "upload_bytes_per_second"}
+        limits = Limits(**self.limits.model_dump(include=only))
+        left = seconds_left(usage, limits, now=datetime.now(UTC))
         with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
             yield scope
         if scope.cancelled_caught:

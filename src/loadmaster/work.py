@@ -6,11 +6,11 @@ import json
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final, TextIO
+from typing import Final, Protocol, TextIO
 
 import anyio
 from anyio import to_thread
@@ -24,11 +24,23 @@ from loadmaster.occupancy import NodeStatistics
 from loadmaster.orders import Orders
 from loadmaster.reporter import written
 from loadmaster.result import JobResult
-from loadmaster.sources import JobFiles, JobLines, Nothing
+from loadmaster.sources import JobFiles, JobLines, JobSource, Nothing
 from loadmaster.tasks import single_error
 
 LOOK_SECONDS: Final = 0.5
 """Between two changes of the table."""
+
+
+class Reporter(Protocol):
+    """Who is told of a node's jobs."""
+
+    async def listen(self, node: Node) -> None:
+        """Hear all events of the node, until they end."""
+        ...
+
+    def paced(self, source: JobSource) -> JobSource:
+        """The source, which waits while too much is still to be told."""
+        ...
 
 
 @dataclass(slots=True)
@@ -50,8 +62,12 @@ async def work(
     *,
     results: Path | None,
     events: TextIO | None,
+    reporter: AbstractAsyncContextManager[Reporter | None] = nullcontext(),  # noqa: B008  # it has no state
 ) -> Shift:
-    """Run the jobs of a source. The first order drains the node, the second kills what runs, the third leaves at once."""
+    """Run the jobs of a source. The first order drains the node, the second kills what runs, the third leaves at once.
+
+    `reporter`: is opened before the node, told of everything, and closed after it.
+    """
     shift = Shift()
     numbers = Counter[str]()
 
@@ -65,15 +81,17 @@ async def work(
 
     with single_error():
         async with anyio.create_task_group() as beside:
-            async with node, anyio.create_task_group() as reading:
+            async with reporter as telling, node, anyio.create_task_group() as reading:
                 beside.start_soon(_obey, orders, node, board, beside.cancel_scope, shift)
                 beside.start_soon(_show, node, board)
                 if events is not None:
                     reading.start_soon(partial(_write, node, events, board.say))
+                if telling is not None:
+                    reading.start_soon(telling.listen, node)
                 if isinstance(source, Nothing):
                     for handle in node.resumed:
                         reading.start_soon(_see_through, node, handle, ended)
-                await node.serve(source, ended=ended)
+                await node.serve(source if telling is None else telling.paced(source), ended=ended)
                 await node.wait_idle()
                 shift.figures = node.statistics()
                 node.close_events()

@@ -16,6 +16,7 @@ from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, number, size_bytes
 from loadmaster.commands.codes import NOT_PREPARED, OK, PAYLOAD_FAILED
 from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json
+from loadmaster.commands.reporting import Reporting, add_reporter
 from loadmaster.description import ComputingElement
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
@@ -60,6 +61,7 @@ def add_node(node: argparse.ArgumentParser) -> None:
     node.add_argument("--output", type=Path, metavar="DIR", help="where outputs go that have no other target (outputs)")
     node.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
     node.add_argument("--results", type=Path, metavar="DIR", help="write each job's result to a file there")
+    add_reporter(node)
     node.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
@@ -76,8 +78,9 @@ def _node(options: argparse.Namespace) -> int:
 def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing) -> int:
     """Run the jobs of a source, after those that are open in the journal; the exit code."""
     ce = ComputingElement.load(read_json(options.ce) if options.ce else {})
+    reporting = Reporting(options, ce)
     coordinator = read_coordinator(options)
-    site = Site.load(options.config) if options.config else Site()
+    site = reporting.site(Site.load(options.config) if options.config else Site())
     if not site.output_directory:
         outputs = (options.output or Path("outputs")).absolute()
         site = site.model_copy(update={"output_directory": f"{file_url(outputs)}/{{job_id}}"})
@@ -96,7 +99,10 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
             orders = opened.enter_context(told_to_stop())
             opened.enter_context(log_to(board))
             node = Node(ce, site=site, ledger=ledger, root=scratch, coordinator=coordinator, journal=options.journal)
-            shift = anyio.run(partial(work, node, source, board, orders, results=options.results, events=events))
+            reporter = reporting.opened(pilot=True)
+            shift = anyio.run(
+                partial(work, node, source, board, orders, results=options.results, events=events, reporter=reporter)
+            )
     finally:
         board.close()
     for problem in shift.refused:

@@ -24,6 +24,7 @@ from loadmaster.commands.files import (
     read_site,
     write_whole,
 )
+from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
 from loadmaster.handle import JobHandle
 from loadmaster.names import shown
 from loadmaster.orders import Orders, told_to_stop
@@ -58,15 +59,18 @@ def add(commands: Commands, line: str) -> None:
     run.add_argument("--result", type=Path, metavar="FILE", help="write the result as JSON")
     run.add_argument("--keep-workdir", action="store_true", help="leave the work directory where it is, and say where")
     run.add_argument("--follow", action="store_true", help="show what the payload prints, as it prints it")
+    add_reporter(run)
+    add_job_id(run)
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _run(options: argparse.Namespace) -> int:
     job, ce = read_job(options)
+    job, reporting = with_id(options, job), Reporting(options, ce)
     coordinator = read_coordinator(options)
     root = (options.root or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
-    site = read_site(options, job)
+    site = reporting.site(read_site(options, job))
     heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
     check_outputs(job, site)
     check_writable(options.result)
@@ -77,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
             keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
         )  # fmt: skip
         try:
-            fly = partial(_fly, run, orders, display, events, options.follow)
+            fly = partial(_fly, run, orders, display, events, options.follow, reporting)
             if options.journal is None:
                 result = anyio.run(fly, JobHandle(), 1)
             else:
@@ -110,14 +114,16 @@ async def _with_journal(
 
 async def _fly(
     run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool,
-    handle: JobHandle, attempt: int,
+    reporting: Reporting, handle: JobHandle, attempt: int,
 ) -> JobResult | None:  # fmt: skip
     """The job's result; None when it was abandoned."""
     result = None
     with single_error():
         async with anyio.create_task_group() as listening:
             listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
-            async with anyio.create_task_group() as followers:
+            async with reporting.opened() as reporter, anyio.create_task_group() as followers:
+                if reporter is not None:
+                    followers.start_soon(reporter.follow, handle)
                 followers.start_soon(partial(follow, handle, display, output=output))
                 if events is not None:
                     followers.start_soon(write_events, handle, events)
