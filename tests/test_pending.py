@@ -43,7 +43,9 @@ class Admin:
         anyio.run(self.leave_something, backend="asyncio")
 
     def node(self, backoff: Backoff) -> Node:
-        return Node(site=self.site, ledger=Ledger(1), root=self.root, journal=self.directory / "journal", backoff=backoff)
+        return Node(
+            site=self.site, ledger=Ledger(1), root=self.root, journal=self.directory / "journal", backoff=backoff
+        )
 
     async def leave_something(self) -> None:
         async with self.node(Backoff(3600, 3600)) as node:

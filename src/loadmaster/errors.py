@@ -143,6 +143,10 @@ class StorageUnavailable(StorageError):
     retryable = True
 
 
+class InvalidBundle(LoadmasterError):
+    """A bundle cannot be used, or not for this part of its job; the message says what to do instead."""
+
+
 class InvalidSite(LoadmasterError):
     """The site's configuration cannot be used; the message names the file and the field."""
 

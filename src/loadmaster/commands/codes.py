@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from loadmaster.result import JobResult, Phase, Status
+from loadmaster.description import RESCHEDULE_EXIT_CODE
+from loadmaster.result import EndedBy, JobResult, Phase, Status
+
+if TYPE_CHECKING:
+    from loadmaster.bundle import Ended  # with sqlite3, loaded when used
 
 OK: Final = 0
 NOT_PREPARED: Final = 1
@@ -15,6 +19,24 @@ RESCHEDULE: Final = 4
 TABLE: Final = """Exit codes: 0 done or completed; 1 the description is bad or the job could not be prepared; 2 the
 payload failed or was stopped by a limit; 3 outputs could not be delivered; 4 reschedule; 130 and 143 told to stop by
 SIGINT or SIGTERM."""
+
+
+def part_code(ended: Ended) -> int:
+    """The exit code of a part of a job: as that of the job, if it ended with this."""
+    if ended.result is not None:
+        return exit_code(ended.result)
+    if ended.failure is not None:
+        if ended.failure.kind in {"PayloadLost", "RescheduleJob", "HoldJob"}:
+            return RESCHEDULE
+        return NOT_PREPARED if ended.failure.kind == "PayloadNotStarted" else PAYLOAD_FAILED
+    if ended.outcome is None or ended.outcome.succeeded:
+        return OK
+    if ended.outcome.exit_code == RESCHEDULE_EXIT_CODE or ended.outcome.ended_by in {
+        EndedBy.LOST,
+        EndedBy.CANCELLATION,
+    }:
+        return RESCHEDULE
+    return PAYLOAD_FAILED
 
 
 def exit_code(result: JobResult) -> int:

@@ -94,7 +94,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.result:
         write_whole(options.result, json.dumps(result.to_json(), indent=2) + "\n")
     if not options.quiet:
-        _print_result(result, kept=root / job.job_id if options.keep_workdir else None)
+        print_result(result, kept=root / job.job_id if options.keep_workdir else None)
     elif result.failure is not None:
         display.say(f"loadmaster: job {result.job_id}: {result.failure}")
     return 128 + orders.seen[0] if result.status is Status.KILLED and orders.seen else exit_code(result)
@@ -120,7 +120,7 @@ async def _fly(
     result = None
     with single_error():
         async with anyio.create_task_group() as listening:
-            listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
+            listening.start_soon(obey, orders, handle, display, listening.cancel_scope)
             async with reporting.opened() as reporter, anyio.create_task_group() as followers:
                 if reporter is not None:
                     followers.start_soon(reporter.follow, handle)
@@ -132,7 +132,7 @@ async def _fly(
     return result
 
 
-async def _obey(orders: Orders, handle: JobHandle, display: Display, everything: anyio.CancelScope) -> None:
+async def obey(orders: Orders, handle: JobHandle, display: Display, everything: anyio.CancelScope) -> None:
     """The first order kills the job, which still delivers its sandbox; the second leaves at once."""
     name = await orders.next()
     if handle.kill(f"told to stop by {name}"):
@@ -145,7 +145,7 @@ async def _obey(orders: Orders, handle: JobHandle, display: Display, everything:
     everything.cancel()
 
 
-def _print_result(result: JobResult, kept: Path | None) -> None:
+def print_result(result: JobResult, kept: Path | None) -> None:
     """The result for people, on standard output; one that cannot be printed has still happened."""
     failure = f": {result.failure}" if result.failure is not None else ""
     lines = [f"{result.status}{failure}"]
