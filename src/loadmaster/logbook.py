@@ -79,10 +79,6 @@ UPGRADES: Final = (
         AND NOT EXISTS (SELECT 1 FROM events WHERE job = NEW.job AND kind = 'OperationDropped');
     END;
     """,
-    """
-    CREATE TABLE reports (number INTEGER PRIMARY KEY AUTOINCREMENT, report TEXT NOT NULL);
-    CREATE TABLE heard (attempt TEXT PRIMARY KEY, events INTEGER NOT NULL) WITHOUT ROWID;
-    """,
 )
 """What makes each version of the file out of the one before; the first one out of nothing. Only ever added to."""
 

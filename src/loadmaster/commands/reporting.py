@@ -18,7 +18,6 @@ from loadmaster.site import Site
 if TYPE_CHECKING:
     from loadmaster.diracx.preferences import Preferences
     from loadmaster.diracx.reporter import Reporter
-    from loadmaster.journal import NodeJournal
 
 HELP: Final = """tell a DiracX server what becomes of it, and do what that says; DIRACX_URL, DIRACX_CREDENTIALS_PATH and
 DIRACX_CA_PATH say which and with what credentials, or a file of such lines that DIRACX_DOTENV names"""
@@ -31,7 +30,7 @@ def add_reporter(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command whose jobs can be reported."""
     parser.add_argument("--reporter", choices=["diracx"], help=HELP)
     parser.add_argument(
-        "--outbox", type=Path, metavar="FILE", help="where reports wait that the server has not taken, also for later (default: the journal)"
+        "--outbox", type=Path, metavar="FILE", help="where reports wait that the server has not taken, also for later"
     )
 
 
@@ -72,16 +71,13 @@ class Reporting:
         return site.model_copy(update=words)
 
     @asynccontextmanager
-    async def opened(
-        self, *, pilot: bool = False, journal: NodeJournal | None = None
-    ) -> AsyncIterator[Reporter | None]:
-        """The reporter, if one is asked for. `pilot`: whether the pilot is told of, too, if it has a stamp. Reports wait in
-        the journal, if there is one and no other place is named."""
+    async def opened(self, *, pilot: bool = False) -> AsyncIterator[Reporter | None]:
+        """The reporter, if one is asked for. `pilot`: whether the pilot is told of, too, if it has a stamp."""
         if self._preferences is None:
             yield None
             return
         from loadmaster.diracx.client import open_diracx
-        from loadmaster.diracx.outbox import FileOutbox, JournalOutbox, Outbox
+        from loadmaster.diracx.outbox import FileOutbox
         from loadmaster.diracx.pilots import STAMP, known_pilot
         from loadmaster.diracx.reporter import open_reporter
 
@@ -89,9 +85,7 @@ class Reporting:
             diracx = await stack.enter_async_context(open_diracx(self._preferences))
             if pilot and (stamp := os.environ.get(STAMP)):
                 await stack.enter_async_context(known_pilot(diracx, stamp, self._ce))
-            outbox: Outbox | None = None if journal is None else JournalOutbox(journal)
-            if self._outbox is not None:
-                outbox = await stack.enter_async_context(FileOutbox(self._outbox))
+            outbox = None if self._outbox is None else await stack.enter_async_context(FileOutbox(self._outbox))
             yield await stack.enter_async_context(open_reporter(diracx, outbox=outbox, ce=self._ce))
 
 

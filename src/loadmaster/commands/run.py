@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import Final, TextIO
 
 import anyio
 
@@ -36,9 +36,6 @@ from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
 from loadmaster.terminal import Display, follow, printable, size, stderr_display
 from loadmaster.workdir import default_root
-
-if TYPE_CHECKING:
-    from loadmaster.journal import NodeJournal  # with sqlite3, loaded when used
 
 LIVE_SECONDS: Final = 1.0
 """Between two looks at the payload's CPU and memory while a person watches."""
@@ -104,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 async def _with_journal(
-    directory: Path, job_id: str, fly: Callable[[JobHandle, int, NodeJournal], Awaitable[JobResult | None]]
+    directory: Path, job_id: str, fly: Callable[[JobHandle, int], Awaitable[JobResult | None]]
 ) -> JobResult | None:
     """The same, going on where an earlier run has left the job; the next attempt at one that was rescheduled."""
     from loadmaster.journal import open_journal  # with sqlite3, loaded when used
@@ -112,19 +109,19 @@ async def _with_journal(
     async with open_journal(directory) as journal:
         attempt, status = (await journal.last([job_id])).get(job_id, (1, None))
         attempt += status == Status.RESCHEDULED
-        return await fly(await journal.handle(job_id, attempt), attempt, journal)
+        return await fly(await journal.handle(job_id, attempt), attempt)
 
 
 async def _fly(
     run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool,
-    reporting: Reporting, handle: JobHandle, attempt: int, journal: NodeJournal | None = None,
+    reporting: Reporting, handle: JobHandle, attempt: int,
 ) -> JobResult | None:  # fmt: skip
     """The job's result; None when it was abandoned."""
     result = None
     with single_error():
         async with anyio.create_task_group() as listening:
             listening.start_soon(obey, orders, handle, display, listening.cancel_scope)
-            async with reporting.opened(journal=journal) as reporter, anyio.create_task_group() as followers:
+            async with reporting.opened() as reporter, anyio.create_task_group() as followers:
                 if reporter is not None:
                     followers.start_soon(reporter.follow, handle)
                 followers.start_soon(partial(follow, handle, display, output=output))

@@ -1,7 +1,7 @@
 """What DiracX has to be told and has not been yet: reports, in their order, kept until they are delivered.
 
-`MemoryOutbox` forgets them with the process. `FileOutbox` has them on disk, `JournalOutbox` in a node's journal: they survive
-a kill, and the next process delivers them. An outbox also remembers how many events of each attempt it has reports of, so that a history that is read
+`MemoryOutbox` forgets them with the process. `FileOutbox` has them on disk: they survive a kill, and the next process
+delivers them. An outbox also remembers how many events of each attempt it has reports of, so that a history that is read
 again, after a restart, is not reported again.
 """
 
@@ -22,7 +22,6 @@ from anyio import CapacityLimiter, to_thread
 
 from loadmaster.dirac import JobStatus
 from loadmaster.errors import RuntimeFault
-from loadmaster.journal import NodeJournal
 
 T = TypeVar("T")
 
@@ -175,64 +174,23 @@ class FileOutbox:
         return self._connection
 
     def _load(self) -> Kept:
-        return all_kept(self._db)
+        rows = self._db.execute("SELECT number, report FROM reports ORDER BY number")
+        filed = [Filed(number, _read(text)) for number, text in rows]
+        return Kept(filed, dict(self._db.execute("SELECT attempt, events FROM heard")))
 
     def _put(self, reports: Sequence[Report], heard: Mapping[str, int]) -> list[Filed]:
         with self._db as db:
-            return _put(db, reports, heard)
+            numbers = [
+                db.execute("INSERT INTO reports (report) VALUES (?)", (_written(report),)).lastrowid
+                for report in reports
+            ]
+            db.executemany("INSERT OR REPLACE INTO heard VALUES (?, ?)", heard.items())
+        return [Filed(number or 0, report) for number, report in zip(numbers, reports, strict=True)]
 
     def _drop(self, numbers: list[tuple[int]], over: list[tuple[str]]) -> None:
         with self._db as db:
-            _drop(db, numbers, over)
-
-
-class JournalOutbox:
-    """An outbox in a node's journal: one file and one lock for what has happened and for what is to be told of it.
-
-    Raises `RuntimeFault` as `FileOutbox` does.
-    """
-
-    durable = True
-
-    def __init__(self, journal: NodeJournal) -> None:
-        self._journal = journal
-
-    def __repr__(self) -> str:
-        return f"<JournalOutbox of {self._journal!r}>"
-
-    async def load(self) -> Kept:
-        """All there is."""
-        return await self._journal.change(all_kept)
-
-    async def put(self, reports: Sequence[Report], heard: Mapping[str, int]) -> list[Filed]:
-        """They are on disk when this returns."""
-        return await self._journal.change(lambda database: _put(database, reports, heard))
-
-    async def drop(self, numbers: Iterable[int], over: Iterable[str] = ()) -> None:
-        """They are gone for good when this returns."""
-        rows, attempts = [(number,) for number in numbers], [(attempt,) for attempt in over]
-        await self._journal.change(lambda database: _drop(database, rows, attempts))
-
-
-def all_kept(database: sqlite3.Connection) -> Kept:
-    """All there is in an outbox's tables. Blocks."""
-    rows = database.execute("SELECT number, report FROM reports ORDER BY number")
-    filed = [Filed(number, _read(text)) for number, text in rows]
-    return Kept(filed, dict(database.execute("SELECT attempt, events FROM heard")))
-
-
-def _put(database: sqlite3.Connection, reports: Sequence[Report], heard: Mapping[str, int]) -> list[Filed]:
-    filed = []
-    for report in reports:
-        row = database.execute("INSERT INTO reports (report) VALUES (?)", (_written(report),))
-        filed.append(Filed(row.lastrowid or 0, report))
-    database.executemany("INSERT OR REPLACE INTO heard VALUES (?, ?)", heard.items())
-    return filed
-
-
-def _drop(database: sqlite3.Connection, numbers: list[tuple[int]], over: list[tuple[str]]) -> None:
-    database.executemany("DELETE FROM reports WHERE number = ?", numbers)
-    database.executemany("DELETE FROM heard WHERE attempt = ?", over)
+            db.executemany("DELETE FROM reports WHERE number = ?", numbers)
+            db.executemany("DELETE FROM heard WHERE attempt = ?", over)
 
 
 def _opened(path: Path) -> sqlite3.Connection:
