@@ -126,6 +126,7 @@ async def answer(case: Mapping[str, Any], root: Path) -> dict[str, Any]:
             job, ce=ce, coordinator=coordinator, site=site_of(case, root), handle=handle, root=root / "work",
             keep_workdir=case.get("wrapper", {}).get("CleanUpFlag") != "True", heartbeat_seconds=0.1 if watched else 60,
         )  # fmt: skip
+    await anyio.sleep(case.get("ours", {}).get("linger_seconds", 0))  # for what may be alive still
     return scene.steady(await to_thread.run_sync(_answer, dict(case), root, job, ce, result, told), root)  # type: ignore[no-any-return]
 
 
@@ -142,7 +143,7 @@ async def _listen(handle: JobHandle, case: Mapping[str, Any], ce: ComputingEleme
             told.heartbeats.append(({}, final_output(event)))
         if isinstance(event, Heartbeat) and event.phase is Phase.PAYLOAD:
             told.heartbeats.append(heartbeat(event, load_average=1.0))
-            if len(told.heartbeats) == case.get("kill_at_heartbeat"):
+            if "kill_at_heartbeat" in case and event.last_lines:  # it has begun
                 handle.kill("Received Kill signal")
 
 

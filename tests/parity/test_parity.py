@@ -61,6 +61,13 @@ def test_the_record_has_an_answer_to_every_case_and_no_other() -> None:
     assert [name for name, answers in RECORD.items() if len(answers) > 1 and "race" not in CASES[name]] == []
 
 
+def test_a_difference_that_nobody_has_written_down_is_seen() -> None:
+    same = compared(RECORD["success"][0], RECORD["success"][0])
+    other = compared(RECORD["success"][0], {**RECORD["success"][0], "rescheduled": 1, "exit_code": 3})
+    assert same == {}
+    assert differences.unexplained("success", other) == {"exit code": ("0", "3"), "rescheduled": ("False", "True")}
+
+
 def test_the_page_has_these_tables() -> None:
     page = differences.DOCUMENT.read_text(encoding="utf-8")
     assert page == differences.document(page)
