@@ -304,9 +304,17 @@ DELIBERATE: Final = (
         "its tar begins with the directory",
         "It is unpacked somewhere else.",
         ("sandbox of a directory",),
-        ("sandbox.d.tar", "file.d.tar"),
+        ("sandbox.d.tar",),
         r".*<root>/work/123/d/one.*",
         r".*'d/one'.*",
+    ),
+    Difference(
+        "... and where that tar is made",
+        "as above",
+        "as above",
+        "As above.",
+        ("sandbox of a directory",),
+        ("file.d.tar", "file..d.tar.part"),
     ),
     Difference(
         "Two files of one name in the output sandbox",
