@@ -215,10 +215,11 @@ async def test_a_job_that_is_killed_through_the_server_dies_with_the_reason(
     server: DiracxServer, preferences: Preferences, pilot: Any
 ) -> None:
     killed, other = await asked(server.submit, 2)
-    async with pilot(preferences) as (node, _, _):
+    async with pilot(preferences) as (node, reporter, _):
         handle = node.submit(described(killed, **sh("sleep 600")))
         spared = node.submit(described(other, **sh("sleep 3")))
         await happens(PayloadStarted)(handle)
+        await until(lambda: not reporter.waiting, 30)  # of two updates at once, the server keeps either
         await asked(server.kill, killed)
         with anyio.fail_after(30):
             result = await handle.wait()
