@@ -23,7 +23,7 @@ from loadmaster.names import file_url
 from loadmaster.node import Node
 from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
-from loadmaster.sources import JobFiles, JobLines
+from loadmaster.sources import JobFiles, JobLines, Nothing
 from loadmaster.work import work
 from loadmaster.workdir import default_root
 
@@ -41,6 +41,17 @@ def add(commands: Commands, line: str) -> None:
     node.add_argument(
         "source", type=Path, metavar="SOURCE", help="JSON Lines: a job a line; or a directory of job files"
     )
+    add_node(node)
+    node.add_argument(
+        "--journal",
+        type=Path,
+        metavar="DIR",
+        help="keep all that happens there: the next time jobs go on where they were, and payloads that still run are kept",
+    )
+
+
+def add_node(node: argparse.ArgumentParser) -> None:
+    """The arguments of a command that runs many jobs."""
     node.add_argument("--ce", type=Path, metavar="CE.json", help="the computing element")
     node.add_argument("--config", type=Path, metavar="SITE.toml", help="storage elements, catalog, sandbox store")
     node.add_argument("--coordinator", metavar="MODULE:CLASS", help="a coordinator, as for `run`")
@@ -55,6 +66,17 @@ def add(commands: Commands, line: str) -> None:
 
 
 def _node(options: argparse.Namespace) -> int:
+    with ExitStack() as opened:
+        source: JobFiles | JobLines
+        if options.source.is_dir():
+            source = JobFiles(options.source, outputs=Path.cwd())
+        else:
+            source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
+        return run_node(options, source)
+
+
+def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing) -> int:
+    """Run the jobs of a source, after those that are open in the journal; the exit code."""
     ce = ComputingElement.load(read_json(options.ce) if options.ce else {})
     reporting = Reporting(options, ce)
     coordinator = read_coordinator(options)
@@ -74,14 +96,9 @@ def _node(options: argparse.Namespace) -> int:
         with ExitStack() as opened:
             if events is not None:
                 opened.enter_context(closing(events))
-            source: JobFiles | JobLines
-            if options.source.is_dir():
-                source = JobFiles(options.source, outputs=Path.cwd())
-            else:
-                source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
             orders = opened.enter_context(told_to_stop())
             opened.enter_context(log_to(board))
-            node = Node(ce, site=site, ledger=ledger, root=scratch, coordinator=coordinator)
+            node = Node(ce, site=site, ledger=ledger, root=scratch, coordinator=coordinator, journal=options.journal)
             reporter = reporting.opened(pilot=True)
             shift = anyio.run(
                 partial(work, node, source, board, orders, results=options.results, events=events, reporter=reporter)

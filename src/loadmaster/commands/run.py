@@ -49,6 +49,12 @@ def add(commands: Commands, line: str) -> None:
     run.add_argument(
         "--root", type=Path, metavar="DIR", help="where work directories are made (default: a temporary directory)"
     )
+    run.add_argument(
+        "--journal",
+        type=Path,
+        metavar="DIR",
+        help="keep what happens there: the next time the job goes on where it was",
+    )
     run.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
     run.add_argument("--result", type=Path, metavar="FILE", help="write the result as JSON")
     run.add_argument("--keep-workdir", action="store_true", help="leave the work directory where it is, and say where")
@@ -75,7 +81,11 @@ def _run(options: argparse.Namespace) -> int:
             keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
         )  # fmt: skip
         try:
-            result = anyio.run(_fly, run, orders, display, events, options.follow, reporting)
+            fly = partial(_fly, run, orders, display, events, options.follow, reporting)
+            if options.journal is None:
+                result = anyio.run(fly, JobHandle(), 1)
+            else:
+                result = anyio.run(_with_journal, options.journal, job.job_id, fly)
         finally:
             display.close()
     if result is None:
@@ -90,16 +100,23 @@ def _run(options: argparse.Namespace) -> int:
     return 128 + orders.seen[0] if result.status is Status.KILLED and orders.seen else exit_code(result)
 
 
-async def _fly(
-    run: Callable[..., Awaitable[JobResult]],
-    orders: Orders,
-    display: Display,
-    events: TextIO | None,
-    output: bool,
-    reporting: Reporting,
+async def _with_journal(
+    directory: Path, job_id: str, fly: Callable[[JobHandle, int], Awaitable[JobResult | None]]
 ) -> JobResult | None:
+    """The same, going on where an earlier run has left the job; the next attempt at one that was rescheduled."""
+    from loadmaster.journal import open_journal  # with sqlite3, loaded when used
+
+    async with open_journal(directory) as journal:
+        attempt, status = (await journal.last([job_id])).get(job_id, (1, None))
+        attempt += status == Status.RESCHEDULED
+        return await fly(await journal.handle(job_id, attempt), attempt)
+
+
+async def _fly(
+    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool,
+    reporting: Reporting, handle: JobHandle, attempt: int,
+) -> JobResult | None:  # fmt: skip
     """The job's result; None when it was abandoned."""
-    handle = JobHandle()
     result = None
     with single_error():
         async with anyio.create_task_group() as listening:
@@ -110,7 +127,7 @@ async def _fly(
                 followers.start_soon(partial(follow, handle, display, output=output))
                 if events is not None:
                     followers.start_soon(write_events, handle, events)
-                result = await run(handle=handle)
+                result = await run(handle=handle, attempt=attempt)
             listening.cancel_scope.cancel()
     return result
 
