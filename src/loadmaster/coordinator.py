@@ -61,7 +61,6 @@ if TYPE_CHECKING:
 
 OURS: Final = "loadmaster."
 LATE: Final = f"{OURS}late"
-PACKED: Final = f"{OURS}packed"
 
 
 class Coordinator(Protocol):
@@ -137,13 +136,14 @@ class JobInFlight:
         self.failure: Failure | None = None
         """Why the computing failed; None if it did not, or is not over."""
         self._delivered: dict[str, str] = {}
+        self._archives: dict[str, str] = {}
+        """Those of directories: what each is called in the work directory."""
         self._late: set[str] = set(handle.life.memory.get(LATE, ()))
         self._early: EarlyOutputs | None = None
         self._files = workdir
         self._workdir_continued = workdir.continued
         self._sent_before = frozenset(handle.life.safe)
         """By an earlier agent."""
-        self._packed = set[str](handle.life.memory.get(PACKED, ()))
         self._transfers = transfers
         self._handle = handle
 
@@ -226,8 +226,6 @@ class JobInFlight:
             await self._take_out_packed(self._transfers.site.sandbox_format)
         elif self.description.output_sandbox:
             place = sandbox_directory(self.description, self._transfers.site)
-            if self._handle.is_journalled:
-                await self._remember_what_is_packed()
 
             def delivery(file: OutputFile, name: str) -> Delivery:
                 return Delivery(name, (Replica(join_url(place, base_name(name))),))
@@ -329,7 +327,7 @@ class JobInFlight:
     ) -> None:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
         found, missing, refused = await briefly(lambda: self._expand(files, of_directory))
-        planned = [delivery(file, name) for name, file in found.items()]
+        planned = [replace(delivery(file, name), file=self._archives.get(name)) for name, file in found.items()]
         planned = [each for each in planned if self._sent_before.isdisjoint((each.name, at.url) for at in each.targets)]
         deliveries, colliding = without_collisions(planned, self._delivered)
         refused |= colliding
@@ -353,7 +351,9 @@ class JobInFlight:
         problems: list[str] = []
         try:
             if found:
-                packed = await to_thread.run_sync(pack_sandbox, self._files, list(found), sandbox_format, limit)
+                packed = await to_thread.run_sync(
+                    pack_sandbox, self._files, list(found), sandbox_format, limit, self._archives
+                )
                 missing |= dict.fromkeys(packed.gone, NOT_MADE)
                 refused |= dict(packed.left_out)
                 if packed.files:
@@ -426,25 +426,18 @@ class JobInFlight:
             for name in names:
                 yield each, name
 
-    async def _remember_what_is_packed(self) -> None:
-        """The archives we are about to make: the next agent is not to take them for the payload's."""
-
-        def archives() -> set[str]:
-            matches = (name for file in self.description.output_sandbox for name in self._files.matches(file.pattern))
-            directories = {name for name in matches if self._files.is_directory(name)}
-            return {f"{name}.tar" for name in directories if not self._files.matches(f"{name}.tar")}
-
-        with suppress(ValueError, OSError):  # said when they are to leave
-            if new := await to_thread.run_sync(archives):
-                await self._handle.record(Remembered, PACKED, sorted(self._packed | new))
-
     def _pack(self, directory: str) -> Iterable[str]:
-        from loadmaster.staging.sandbox import pack  # as above
+        from loadmaster.staging.parts import part_name  # as above
+        from loadmaster.staging.sandbox import pack
 
-        if f"{directory}.tar" not in self._packed and self._files.matches(f"{directory}.tar"):
-            raise NotDeliverable(f"the payload has made a file {directory}.tar too")
-        left_out = pack(self._files, directory, f"{directory}.tar")
-        yield f"{directory}.tar"
+        archive = f"{directory}.tar"
+        if self._files.matches(archive):
+            raise NotDeliverable(f"the payload has made a file {archive} too")
+        folder, slash, last = archive.rpartition("/")
+        # Not under its name, which patterns would find, and which would be in the way when the step is tried again.
+        left_out = pack(self._files, directory, hidden := f"{folder}{slash}{part_name(last)}")
+        self._archives[archive] = hidden
+        yield archive
         if left_out:
             raise NotDeliverable("; ".join(f"{name}: {reason}" for name, reason in left_out))
 

@@ -529,6 +529,13 @@ class JobDescription(Words):
         """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
         return _load(cls, data, "job description")
 
+    def words(self) -> dict[str, Any]:
+        """The description as JSON's types, for `load`: what was set, also to what is the default, and what is not the
+        default. Coordinators of DIRAC's kind read what was set."""
+        words = self.model_dump(mode="json", exclude_defaults=True)
+        usual = self.model_fields_set - words.keys()
+        return self.model_dump(mode="json", include=usual) | words if usual else words
+
     def relative_to(self, directory: Path, *, outputs: Path) -> Self:
         """The same job with the relative paths of its inputs taken from one directory, and of its targets from another.
 

@@ -124,6 +124,11 @@ class JobHandle:
         return self._life.stage
 
     @property
+    def life(self) -> Lifecycle:
+        """What has been done, as the events so far have it. To be read only."""
+        return self._life
+
+    @property
     def history(self) -> tuple[Event, ...]:
         """Every event of the job until now."""
         return tuple(self._events)
@@ -132,11 +137,6 @@ class JobHandle:
     def first(self) -> Event | None:
         """The job's first event: by its time one can tell two jobs of one name."""
         return self._events[0] if self._events else None
-
-    @property
-    def life(self) -> Lifecycle:
-        """What has been done, as the events so far have it. To be read only."""
-        return self._life
 
     @property
     def result(self) -> JobResult | None:

@@ -245,7 +245,7 @@ class Node:
         return self._journal
 
     def handle(self, job_id: str) -> JobHandle | None:
-        """The handle of a job that the node has now: of its last attempt, if the one before was lost."""
+        """The handle of a job that the node has now, of its last attempt if the one before was lost; else None."""
         entry = self._entries.get(job_id)
         return None if entry is None else entry.handle
 
@@ -740,8 +740,7 @@ class Node:
         self._forget(entry)
 
     async def _record_beginning(self, entry: _Entry) -> None:
-        description = entry.job.model_dump(mode="json", exclude_defaults=True)
-        await entry.handle.record(JobAccepted, description, reference_of(entry.coordinator))
+        await entry.handle.record(JobAccepted, entry.job.words(), reference_of(entry.coordinator))
 
     def _begin_next_attempt(self, entry: _Entry) -> None:
         """The next one to go on with, if an attempt was lost."""

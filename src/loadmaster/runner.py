@@ -194,8 +194,7 @@ class _Flight:
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
-            description = self.job.description.model_dump(mode="json", exclude_defaults=True)
-            await self.record(JobAccepted, description, reference_of(self.coordinator_class))
+            await self.record(JobAccepted, self.job.description.words(), reference_of(self.coordinator_class))
         await self.handle.keep_order()
         async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
             self.job.outcome = self.life.outcome
@@ -409,7 +408,9 @@ class _Flight:
             return
         delivering = self.phase is Phase.STAGE_OUT
         usage = Usage(wall_seconds=0.0, outputs_bytes=0 if self._has_outputs and not delivering else None)
-        left = seconds_left(usage, Limits(deadline=self.limits.deadline), now=datetime.now(UTC))
+        only = {"deadline", "grace_seconds", "upload_bytes_per_second"}
+        limits = Limits(**self.limits.model_dump(include=only))
+        left = seconds_left(usage, limits, now=datetime.now(UTC))
         with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
             yield scope
         if scope.cancelled_caught:
