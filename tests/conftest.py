@@ -128,6 +128,7 @@ SERVED = (
     "test_watch.py",
     "test_adopt.py",
     "test_diracx.py",
+    "test_diracx_client.py",
 )
 """Of these files' tests uvloop's are part of the long run only: their storages have threads of their own, whichever loop
 waits for them, or each starts an agent, or needs a server's answers,
