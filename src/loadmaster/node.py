@@ -35,6 +35,7 @@ from loadmaster.errors import (
     JobWasKilled,
     NodeClosed,
     NodeFull,
+    PayloadHeld,
     PayloadNotStarted,
     RescheduleJob,
     StagingFailed,
@@ -556,7 +557,14 @@ class Node:
                         slots=_Slots(self, entry), handle=handle, attempt=handle.attempt, root=self._root,
                         heartbeat_seconds=self._heartbeat_seconds,
                     )  # fmt: skip
-        except WorkdirFault as exc:
+        except (WorkdirFault, PayloadHeld) as exc:
+            if handle.stage in {
+                Stage.GRANTED,
+                Stage.RUNNING,
+            }:  # its payload may run: it is the next start's to look again
+                log.error("job %s: is left open in the journal: %s", job.job_id, exc)  # noqa: TRY400 - a sentence
+                self._forget(entry)
+                return
             why = RescheduleJob(f"this node has no work directory for it: {exc}")
         except BaseException:
             self._forget(entry)
