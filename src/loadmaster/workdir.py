@@ -300,6 +300,16 @@ def default_root() -> Path:
     return path
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory of ours with all that a payload may have put in it, as deep as it likes. Raises OSError."""
+    descriptor = _enter(path.parent, path.name)
+    try:
+        _empty(descriptor)
+    finally:
+        os.close(descriptor)
+    path.rmdir()
+
+
 def _what(mode: int) -> str:
     kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}
     return kinds.get(stat.S_IFMT(mode), "a device")
