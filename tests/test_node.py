@@ -468,8 +468,8 @@ def mixed(number: int, chance: random.Random, directory: Path) -> JobDescription
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("ending", ["kill", "drain", "cancel"])
-@pytest.mark.parametrize("count", [60, pytest.param(500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("ending", ["kill", "drain", "cancel", "cancel the drain"])
+@pytest.mark.parametrize("count", [60, pytest.param(500, marks=(pytest.mark.long, pytest.mark.timeout(300)))])
 async def test_nothing_is_left_behind_and_every_job_has_one_result(
     make_node: MakeNode, tmp_path: Path, ending: str, count: int
 ) -> None:
@@ -486,14 +486,21 @@ async def test_nothing_is_left_behind_and_every_job_has_one_result(
                 handle.kill("at random")
             if ending == "drain":
                 await node.drain(deadline_seconds=0.2)
+            elif ending == "cancel the drain":
+                async with anyio.create_task_group() as group:
+                    group.start_soon(node.drain)
+                    await anyio.sleep(chance.random() * 0.2)
+                    host.cancel()
             elif ending == "cancel":
                 host.cancel()
     finished = [event.job_id async for event in stream if isinstance(event, JobFinished)]
     assert len(finished) == len(set(finished))
-    assert set(finished) == {handle.job_id for handle in handles if handle.result}
+    with_result = {handle.job_id for handle in handles if handle.result}
+    assert set(finished) == with_result
+    assert len(with_result) == count or ending.startswith("cancel")
     figures = node.statistics()
     assert sum(figures.ended.values()) + figures.interrupted == count
     assert repr(node.ledger) == "<Ledger [4 of 4 cores free, 0 waiting]>"
     assert node.ledger.free_disk_bytes == 1000
     assert sum(figures.jobs.values()) == 0
-    assert [pid for number in range(count) for pid in processes_of(f"mixed{number}")] == []
+    assert processes_of(*(f"mixed{number}" for number in range(count))) == []
