@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -443,6 +444,10 @@ async def test_whoever_wants_to_know_is_told_when_a_core_falls_idle_and_why(
 # -- hostile times -----------------------------------------------------------------------------------------------
 
 
+MIXED = f"mixed-{os.urandom(4).hex()}-"
+"""Nobody else's on this machine: it is searched for what was left behind."""
+
+
 def mixed(number: int, chance: random.Random, directory: Path) -> JobDescription:
     """Jobs of all kinds: short, long, failing, stubborn, with inputs, without, too large."""
     words: dict[str, Any] = chance.choice(
@@ -463,7 +468,7 @@ def mixed(number: int, chance: random.Random, directory: Path) -> JobDescription
         ]
     )
     return job(
-        f"mixed{number}", priority=chance.randrange(3), limits={"grace_seconds": 0.1, "wall_seconds": 2},
+        f"{MIXED}{number}", priority=chance.randrange(3), limits={"grace_seconds": 0.1, "wall_seconds": 2},
         output_se=[str(directory / f"out{number}")], output_sandbox=["std.out"], **words,
     )  # fmt: skip
 
@@ -503,4 +508,4 @@ async def test_nothing_is_left_behind_and_every_job_has_one_result(
     assert repr(node.ledger) == "<Ledger [4 of 4 cores free, 0 waiting]>"
     assert node.ledger.free_disk_bytes == 1000
     assert sum(figures.jobs.values()) == 0
-    assert processes_of(*(f"mixed{number}" for number in range(count))) == []
+    assert processes_of(*(f"{MIXED}{number}" for number in range(count))) == []
