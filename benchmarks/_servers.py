@@ -7,10 +7,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 START_SECONDS = 20.0
 
@@ -84,14 +86,58 @@ def nginx(home: Path, root: Path) -> Iterator[str]:
 
 @contextmanager
 def s3_server(home: Path) -> Iterator[str]:
-    """The URL of an S3 server: s3rver (npm) if it is in PATH, else moto_server (PyPI). Any keys will do."""
+    """The URL of a bucket: of s3rver (npm) if it is in PATH, else of moto_server (PyPI). Both keys are `S3RVER`."""
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     try:
         command = [program("s3rver"), "-d", str(home), "-a", "127.0.0.1", "-p", str(port), "--silent"]
     except Absent:
         command = [program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
+    else:
+        command += ["--allow-mismatched-signatures", "--configure-bucket", "bucket"]
     with _running(command, port, home):
+        url = f"http://127.0.0.1:{port}/bucket"
+        if "moto" in command[0]:
+            urlopen(Request(url, method="PUT"), timeout=30).close()
+        yield url
+
+
+SINK = """
+import asyncio, re, sys
+
+async def talk(reader, writer):
+    try:
+        while True:
+            head = await reader.readuntil(b"\\r\\n\\r\\n")
+            left = int((re.search(rb"(?i)content-length: *([0-9]+)", head) or [b"", b"0"])[1])
+            if b"100-continue" in head:
+                writer.write(b"HTTP/1.1 100 Continue\\r\\n\\r\\n")
+            while left > 0:
+                data = await reader.read(1 << 20)
+                if not data:
+                    return
+                left -= len(data)
+            writer.write(b"HTTP/1.1 204 Gone\\r\\n\\r\\n")
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        pass
+    finally:
+        writer.close()
+
+async def main():
+    server = await asyncio.start_server(talk, "127.0.0.1", int(sys.argv[1]), limit=1 << 21)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def sink(home: Path) -> Iterator[str]:
+    """The URL of a server that takes whatever is sent and keeps nothing: for files larger than the disk."""
+    home.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    with _running([sys.executable, "-c", SINK, str(port)], port, home):
         yield f"http://127.0.0.1:{port}"
 
 

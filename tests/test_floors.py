@@ -36,6 +36,8 @@ FLOORS: dict[str, float] = {
     "occupancy": 3.5,
     # mechanisms
     "handle": 4,
+    "logbook": 3.5,
+    "journal": 4.2,
     "workdir": 4,
     "world": 3,
     "site": 4,
@@ -54,11 +56,12 @@ FLOORS: dict[str, float] = {
     "runner": 7,
     "reporter": 7,
     "sources": 7,
+    "recovery": 7,
     # many jobs
     "node": 8,
     # the doors
     "dirac": 9,
-    "diracx": 9,
+    "diracx": 9.05,
     "testing": 9,
     "conformance": 9,
     "terminal": 9,

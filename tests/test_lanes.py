@@ -62,7 +62,7 @@ def test_never_more_than_there_are_and_everything_is_taken_once(
         lanes.release(held.pop(chance.randrange(len(held))))  # type: ignore[attr-defined]
     assert len(log) == sum(map(len, wishes))
     assert all(not any(job.left.values()) for job in jobs)
-    assert repr(lanes).startswith(f"<Lanes [{streams} download, {streams} upload free")
+    assert repr(lanes).startswith(f"<Lanes [{streams} download, {streams} upload, {streams} copy free")
 
 
 def test_one_with_a_thousand_files_does_not_keep_one_with_three_waiting() -> None:
@@ -108,3 +108,23 @@ def test_who_leaves_gets_nothing_any_more() -> None:
     lanes.release(road("DISK"))
     assert len(log) == 1
     assert lanes.limit("DISK") is None
+
+
+def test_a_kind_of_storage_has_no_more_lanes_than_it_may() -> None:
+    lanes = Lanes(4, scheme_streams={"file": 2})
+    near, far = (Road(Direction.DOWNLOAD, scheme, f"{scheme}://h") for scheme in ("file", "https"))
+    assert (lanes.width(near), lanes.width(far)) == (2, 4)
+    taken: list[Road] = []
+
+    class Both:
+        def wanted(self) -> list[Road]:
+            return [near, far]
+
+        def take(self, road: Road) -> None:
+            taken.append(road)
+
+    lanes.join(Both())
+    lanes.assign()
+    assert taken == [near, near, far, far]
+    lanes.release(near)
+    assert taken[4:] == [near]

@@ -149,8 +149,8 @@ async def test_everything_that_happens_is_in_one_stream(make_node: MakeNode) -> 
     for handle in handles:
         own = [event async for event in handle.events()]
         assert [event for event in heard if event.job_id == handle.job_id] == own
-    assert len(heard) == 4 * 9
-    assert repr(unread) == "<EventStream 36 to be read, 0 missed>"
+    assert len(heard) == 4 * 10
+    assert repr(unread) == "<EventStream 40 to be read, 0 missed>"
 
 
 # -- jobs that do not run ----------------------------------------------------------------------------------------
@@ -207,7 +207,8 @@ async def test_a_job_is_killed_in_the_queue_and_never_begins(make_node: MakeNode
         result = await third.wait()
         assert result.status is Status.KILLED
         assert str(result.failure) == "JobWasKilled: changed my mind"
-        assert kinds([event async for event in third.events()]) == ["JobAccepted", "ComputingEnded", "JobFinished"]
+        told = kinds([event async for event in third.events()])
+        assert told == ["JobAccepted", "KillOrdered", "ComputingEnded", "JobFinished"]
         assert not third.kill("again")
         await post.reached()
     assert node.statistics().ended == {"Done": 2, "Completed": 0, "Failed": 0, "Killed": 1, "Rescheduled": 0}

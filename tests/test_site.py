@@ -110,3 +110,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes(b'name = "\xe9"')
     with pytest.raises(InvalidSite, match=r"latin\.toml: not TOML"):
         Site.load(tmp_path / "latin.toml")
+
+
+def test_servers_have_more_streams_than_the_disk_unless_the_site_says_how_many() -> None:
+    assert [Site().streams_of(scheme) for scheme in ("file", "https", "s3")] == [8, 32, 32]
+    assert [Site(streams=4).streams_of(scheme) for scheme in ("file", "https")] == [4, 4]
+    assert (Site().most_streams, Site(streams=4).most_streams) == (32, 4)

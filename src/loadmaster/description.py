@@ -529,6 +529,13 @@ class JobDescription(Words):
         """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
         return _load(cls, data, "job description")
 
+    def words(self) -> dict[str, Any]:
+        """The description as JSON's types, for `load`: what was set, also to what is the default, and what is not the
+        default. Coordinators of DIRAC's kind read what was set."""
+        words = self.model_dump(mode="json", exclude_defaults=True)
+        usual = self.model_fields_set - words.keys()
+        return self.model_dump(mode="json", include=usual) | words if usual else words
+
     def relative_to(self, directory: Path, *, outputs: Path) -> Self:
         """The same job with the relative paths of its inputs taken from one directory, and of its targets from another.
 
@@ -565,7 +572,7 @@ class JobDescription(Words):
         words = super().to_dirac()
         numeric = self.job_id.isdecimal() and str(int(self.job_id)) == self.job_id  # 007 would come back as 7
         words["JobID"] = int(self.job_id) if numeric else self.job_id
-        if self.environment:
+        if "environment" in self.model_fields_set:
             words["ExecutionEnvironment"] = [
                 f"{name}={quote(value, safe='', errors='surrogateescape')}" for name, value in self.environment.items()
             ]

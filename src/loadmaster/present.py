@@ -28,6 +28,9 @@ from loadmaster.tasks import for_each
 WINDOW: Final = 256
 """Lines looked at in one hop: the hop costs as much as ten of them."""
 
+WIDE_WINDOW: Final = 1024
+"""The same while no server has to be asked: nothing is held up by it."""
+
 SMALL_BYTES: Final = 1024 * 1024
 """A target of up to this size is read among the others of its window, a larger one beside other large ones."""
 
@@ -67,6 +70,7 @@ class Look:
     def __init__(self, transfers: Transfers, *, nowhere: bool = False, verify: bool = False) -> None:
         """`nowhere`: take everything for absent; `verify`: what is there has to prove its content."""
         self._transfers, self._nowhere, self._verify = transfers, nowhere, verify
+        self._window = WINDOW
 
     async def at(self, entries: Iterator[Entry]) -> list[tuple[Entry, Finding]]:
         """What there is of the next lines; nothing when there are no more."""
@@ -77,11 +81,12 @@ class Look:
             asked[entry.line] = await self._ask(entry)
 
         unclear = [entry for entry, finding in window if isinstance(finding, Unclear)]
-        await for_each(unclear, ask, self._transfers.site.streams)
+        self._window = WINDOW if unclear else min(2 * self._window, WIDE_WINDOW)
+        await for_each(unclear, ask, self._transfers.site.most_streams)
         return [(entry, asked[entry.line] if isinstance(finding, Unclear) else finding) for entry, finding in window]
 
     def _at_this_machine(self, entries: Iterator[Entry]) -> list[tuple[Entry, Finding | Unclear]]:
-        return [(entry, self._at_path(entry)) for entry in islice(entries, WINDOW)]
+        return [(entry, self._at_path(entry)) for entry in islice(entries, self._window)]
 
     def _at_path(self, entry: Entry) -> Finding | Unclear:
         if not entry.target.startswith("file://"):

@@ -22,7 +22,7 @@ of nothing but a directory for outputs.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -39,6 +39,9 @@ from loadmaster.description import LocalName, MaybeComponent, Names, complaints
 from loadmaster.errors import InvalidSite
 from loadmaster.names import as_url, is_url
 from loadmaster.world import USUAL, World
+
+LOCAL_STREAMS: Final = 8
+SERVER_STREAMS: Final = 32
 
 
 def _place(value: object, info: ValidationInfo) -> object:
@@ -75,8 +78,9 @@ class Site(BaseModel):
     overwrite each other's, unless it has `{job_id}` in it."""
     payload: World = USUAL
     """What a payload is held by, sees, and may use."""
-    streams: int = Field(default=8, ge=1, le=256)
-    """Files under way at once, of all jobs that share the transfers, in each direction."""
+    streams: int | None = Field(default=None, ge=1, le=256)
+    """Files under way at once, of all jobs that share the transfers, in each direction. None for 8 between directories of
+    this machine, and 32 with servers, whose distance costs more than their work (8 are half as fast with small files)."""
     element_streams: dict[str, Annotated[int, Field(ge=1)]] = Field(default_factory=dict)
     """The same for single storage elements, by their names; or for servers, as in `https://host:443`."""
     storage: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -100,6 +104,15 @@ class Site(BaseModel):
     for all jobs, read-only: no space, but it is read through each time, for a job may have written to it)."""
 
     _file: str = PrivateAttr(default="")
+
+    @property
+    def most_streams(self) -> int:
+        """Files at once in each direction, whatever the kind of storage."""
+        return self.streams or SERVER_STREAMS
+
+    def streams_of(self, scheme: str) -> int:
+        """The same for one kind of storage."""
+        return self.streams or (LOCAL_STREAMS if scheme == "file" else SERVER_STREAMS)
 
     @property
     def file(self) -> str:

@@ -340,7 +340,7 @@ class _Routes:
 
     def __init__(self, transfers: Transfers, spool: Spool) -> None:
         self._transfers, self._spool = transfers, spool
-        self._places = anyio.Semaphore(SPOOLED * transfers.site.streams)
+        self._places = anyio.Semaphore(SPOOLED * transfers.site.most_streams)
         self._copies: dict[tuple[str, str], bool] = {}
         """Whether a server copies to another, or to itself, as far as is known."""
 

@@ -146,7 +146,7 @@ class Transfers:
         self.catalog = catalog
         self.cache = cache
         self._storages = storages
-        self._lanes = Lanes(site.streams, site.element_streams)
+        self._lanes = Lanes(site.most_streams, site.element_streams, {"file": site.streams_of("file")})
         self._patience = Patience(site.retries + 1, site.retry_seconds)
 
     def __repr__(self) -> str:
@@ -322,7 +322,9 @@ class Transfers:
                 await listener.failed_over(file, errand.places[0].url)
 
         async def move(some: Sequence[Errand]) -> None:
-            await self._run(iter(some), arrived, listener, len(some), tellers=self.site.streams if self.catalog else 1)
+            await self._run(
+                iter(some), arrived, listener, len(some), tellers=self.site.most_streams if self.catalog else 1
+            )
 
         again: list[Errand] = []
         new = await self._without_those_there(errands, failed, listener)
@@ -354,7 +356,7 @@ class Transfers:
 
         try:
             async with aclosing(sharing.errands(fetches)) as errands:
-                await self._run(errands, settled, listener, tellers=self.site.streams)
+                await self._run(errands, settled, listener, tellers=self.site.most_streams)
         finally:
             await sharing.close()
         if sharing.again:
@@ -476,7 +478,7 @@ class Transfers:
                 await listener.staged(file)
             settled.add(id(errand))
 
-        await for_each([errand for errand in errands if errand.lfn in known], one, self.site.streams)
+        await for_each([errand for errand in errands if errand.lfn in known], one, self.site.most_streams)
         return [errand for errand in errands if id(errand) not in settled]
 
     async def _already_there(self, errand: Errand, entry: CatalogEntry) -> StoredFile | None:
@@ -521,7 +523,7 @@ async def open_transfers(
         await to_thread.run_sync(_check_zstd)
     with single_error():
         async with anyio.create_task_group() as group:
-            kinds = Storages(group, storages or {}, site.storage, site.streams, site.file)
+            kinds = Storages(group, storages or {}, site.storage, site.streams_of, site.file)
             cache = await to_thread.run_sync(_open_cache, site)
             try:
                 yield Transfers(site, kinds, catalog, cache)

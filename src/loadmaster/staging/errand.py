@@ -12,9 +12,10 @@ from loadmaster.staging.retry import Course
 from loadmaster.storage.base import Direction, FileInfo, Held, LocalFile, Replica, Step, Transfer
 from loadmaster.storage.checksums import Checksum
 
-BATCH_FILES: Final = 64
+BATCH_FILES: Final = 256
 """Small files that are handed to a storage together: the cost of a thread's turn is shared by so many, and a file of
-another job waits for no more."""
+another job waits for no more (some 10 ms). With 64 the event loop and the threads took turns so often that 10,000 files took
+a fifth more CPU time, and a third more time."""
 
 BATCH_BYTES: Final = 16 * 1024**2
 """And no more bytes than this, or a single file."""

@@ -54,7 +54,7 @@ async def ask_for_inputs(job: JobDescription, transfers: Transfers, *, online: b
                 fetches += [(field, fetch) for fetch in plan_fetches([file], known, transfers.site)]
             except StagingFailed as exc:
                 problems += [f"{field}: {problem}" for problem in exc.problems]
-    await for_each(fetches, one, transfers.site.streams)
+    await for_each(fetches, one, transfers.site.most_streams)
     return Inquiry(tuple(problems), not_asked)
 
 

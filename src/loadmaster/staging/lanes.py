@@ -32,8 +32,16 @@ class Taker(Protocol):
 class Lanes:
     """The lanes of a node. Every change ends in `assign`, which grants what is free to whoever's turn it is."""
 
-    def __init__(self, streams: int, element_streams: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        streams: int,
+        element_streams: Mapping[str, int] | None = None,
+        scheme_streams: Mapping[str, int] | None = None,
+    ) -> None:
+        """The last two: of these, no more than so many for one element, or by one kind of storage."""
         self.streams = streams
+        self._scheme_limits = dict(scheme_streams or {})
+        self._used_by_scheme: dict[tuple[Direction, str], int] = {}
         self._free = dict.fromkeys(Direction, streams)
         self._limits = dict(element_streams or {})
         self._used: dict[tuple[Direction, str], int] = {}
@@ -48,6 +56,10 @@ class Lanes:
     def limit(self, element: str) -> int | None:
         """How many files may move at once to or from an element; None if there is no such limit."""
         return self._limits.get(element)
+
+    def width(self, road: Road) -> int:
+        """How many lanes a road can have at most."""
+        return min(self.streams, self._scheme_limits.get(road.scheme, self.streams))
 
     def hear_of(self, scheme: str, now: float) -> None:
         """A storage of this scheme has files under way, or has ended some, for whichever party."""
@@ -69,6 +81,7 @@ class Lanes:
         """Give a lane back."""
         self._free[road.direction] += 1
         self._used[road.direction, road.element] -= 1
+        self._used_by_scheme[road.direction, road.scheme] -= 1
         self.assign()
 
     def assign(self) -> None:
@@ -83,6 +96,7 @@ class Lanes:
                 self._takers.append(taker)  # only who was granted something goes to the end: nobody starves
                 self._free[road.direction] -= 1
                 self._used[road.direction, road.element] = self._in_use(road) + 1
+                self._used_by_scheme[road.direction, road.scheme] = self._in_use_by_scheme(road) + 1
                 taker.take(road)
         finally:
             self._assigning = False
@@ -96,7 +110,12 @@ class Lanes:
 
     def _is_free(self, road: Road) -> bool:
         limit = self._limits.get(road.element)
-        return self._free[road.direction] > 0 and (limit is None or self._in_use(road) < limit)
+        if limit is not None and self._in_use(road) >= limit:
+            return False
+        return self._free[road.direction] > 0 and self._in_use_by_scheme(road) < self.width(road)
 
     def _in_use(self, road: Road) -> int:
         return self._used.get((road.direction, road.element), 0)
+
+    def _in_use_by_scheme(self, road: Road) -> int:
+        return self._used_by_scheme.get((road.direction, road.scheme), 0)

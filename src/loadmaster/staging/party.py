@@ -5,7 +5,7 @@
                   +---------- waiting until it is due <------------+  what failed and may succeed later
 
 There is a task for each batch, not for each file, and what is queued is bounded: a hundred thousand files take no more
-memory than two thousand.
+memory than five thousand.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from loadmaster.staging.split import move_in_parts, parts_of
 from loadmaster.storage.base import Ability, Direction, FileInfo, Storage, Transfer
 from loadmaster.tasks import single_error
 
-LOOK_AHEAD: Final = 2048
+LOOK_AHEAD: Final = 4096
 """Files that are queued at once: enough to find the biggest, and to fill all lanes."""
 
-UNTOLD: Final = 1024
+UNTOLD: Final = 2048
 """Files that have arrived and are still to be told of; while there are more, nothing is begun."""
 
 SLOW_BYTES_PER_SECOND: Final = 1000.0
@@ -205,7 +205,7 @@ class Party:
     def take(self, road: Road) -> None:
         """Have a batch moved by this road: some small files, or a large one."""
         queue = self._queues[road]
-        fair_share = -(-len(queue) // self._lanes.streams)
+        fair_share = -(-len(queue) // self._lanes.width(road))
         most = 1 if self._lanes.limit(road.element) is not None else max(1, min(BATCH_FILES, fair_share))
         batch: list[Errand] = []
         size = 0

@@ -10,10 +10,11 @@ import os
 import shutil
 import stat
 import tarfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any, BinaryIO, Final, Literal, cast
 
 from anyio import from_thread
@@ -285,14 +286,15 @@ def pack_sandbox(
     names: Sequence[str],
     sandbox_format: SandboxFormat = "tar.bz2",
     limit_bytes: int | None = None,
+    called: Mapping[str, str] = MappingProxyType({}),
     *,
     algorithm: str = "md5",
 ) -> Packed:
     """Pack outputs flat, by the last parts of their names, into one archive in the work directory.
 
     In the order of their names, owned by nobody, with their times in whole seconds: the same files give the same archive.
-    `algorithm`: of the archive's checksum and so of its name. Raises `StagingFailed`, and leaves no archive, when it cannot
-    be written.
+    `called`: what a file is called in the work directory, if that is another name. `algorithm`: of the archive's checksum
+    and so of its name. Raises `StagingFailed`, and leaves no archive, when it cannot be written.
     """
     left_out: list[tuple[str, str]] = []
     gone: list[str] = []
@@ -312,7 +314,7 @@ def pack_sandbox(
             with compressed, tarfile.open(fileobj=compressed, mode="w|") as tar:
                 for last, name in flat.items():
                     try:
-                        files += _add(workdir, tar, name, last, left_out)
+                        files += _add(workdir, tar, called.get(name, name), last, left_out)
                     except FileNotFoundError:
                         gone.append(name)
         checksum = summed.running.result()

@@ -7,7 +7,7 @@ in a task of its own, and closed with the transfers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
@@ -69,14 +69,14 @@ class Storages:
         group: TaskGroup,
         given: Mapping[str, Storage],
         words: Mapping[str, Mapping[str, Any]],
-        streams: int,
+        streams: Callable[[str], int],
         file: str = "",
     ) -> None:
-        """`file`: where the words are written, if it is in one."""
+        """`streams`: how many files at once, by the scheme; `file`: where the words are written, if it is in one."""
         self._group = group
         self._given = dict(given)
         if "file" not in words:
-            self._given.setdefault("file", LocalStorage(2 * streams))
+            self._given.setdefault("file", LocalStorage(2 * streams("file")))
         self._words = words
         self._streams = streams
         self._file = file
@@ -121,7 +121,7 @@ class Storages:
             with anyio.CancelScope(shield=True):  # it is `close` that ends it
                 factory = await to_thread.run_sync(_find, scheme)
                 words = self._words.get(table, {})
-                async with factory(StorageOptions(scheme, self._streams, words)) as kind.storage:
+                async with factory(StorageOptions(scheme, self._streams(scheme), words)) as kind.storage:
                     kind.ready.set()
                     await self._closing.wait()
                     kind.storage = None
