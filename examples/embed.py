@@ -1,5 +1,5 @@
 """A pilot agent with a node inside: a heartbeat and an HTTP endpoint of its own, jobs from a stand-in of a workload system.
-python examples/embed.py        # prints what it ran, and how late its own heartbeat was at worst
+python examples/embed.py        # prints where it answers, what it ran, and how late its own heartbeat was
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 from functools import partial
 
 import anyio
-from anyio.abc import SocketStream
+from anyio.abc import SocketAttribute, SocketStream
 
 from loadmaster import ComputingElement, JobDescription, JobResult, Ledger, Node
 
@@ -59,6 +59,7 @@ async def answer(node: Node, client: SocketStream) -> None:
 async def main() -> None:
     wms, late = StandInWms(), list[float]()
     listener = await anyio.create_tcp_listener(local_host="127.0.0.1", local_port=PORT)
+    print("http://{}:{}".format(*listener.extra(SocketAttribute.local_address)), flush=True)
     async with (
         Node(ComputingElement(site="LCG.Example.org"), ledger=Ledger(2)) as node,
         listener,
@@ -70,10 +71,8 @@ async def main() -> None:
         print(node.statistics())
         own.cancel_scope.cancel()
     done = sum(state == "Done" for state in wms.states.values())
-    late.sort()
-    print(
-        f"{done} of {JOBS} jobs done; {len(late)} heartbeats, 99 of 100 less than {late[-len(late) // 100]:.3f} s late"
-    )
+    worst = sorted(late)[-len(late) // 100]
+    print(f"{done} of {JOBS} jobs done; {len(late)} heartbeats, 99 of 100 less than {worst:.3f} s late")
 
 
 if __name__ == "__main__":

@@ -127,9 +127,11 @@ SERVED = (
     "test_early.py",
     "test_watch.py",
     "test_adopt.py",
+    "test_diracx.py",
 )
 """Of these files' tests uvloop's are part of the long run only: their storages have threads of their own, whichever loop
-waits for them, or each starts an agent of its own, and the run has to be over in ten minutes on two cores."""
+waits for them, or each starts an agent, or needs a server's answers,
+and the run has to be over in ten minutes on two cores."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -301,6 +302,40 @@ async def test_a_payload_is_adopted_again_and_again(agent: Start, tmp_path: Path
     assert (await ended(await taken_on(left))).exit_code == 3
 
 
+@pytest.mark.parametrize("anyio_backend", [("asyncio", {})], ids=["asyncio"])
+@pytest.mark.parametrize("kind", SHIMS)
+@pytest.mark.parametrize("rounds", [4, pytest.param(60, marks=pytest.mark.long)])
+async def test_killed_at_any_instant_of_a_start_an_agent_leaves_what_can_be_told(
+    tmp_path: Path, kind: Containment, rounds: int
+) -> None:
+    """Each payload has run once, to its own end, or never: nothing between."""
+    names = [f"job{number}" for number in range(15)]
+    for turn in range(rounds):
+        root = tmp_path / str(turn)
+        scripts = {name: f"echo $$ >> ran; sleep 0.3; exit {7 + len(name)}" for name in names}
+        words = {"shim": "c", "world": {"containment": [kind]}, "grace": 1, "hidden": [], "scripts": scripts}
+
+        def kill_one(root: Path = root, words: dict[str, Any] = words, turn: int = turn) -> None:
+            (root / "work").mkdir(parents=True)
+            argv = [sys.executable, "-c", AGENT, str(root), json.dumps(words)]
+            with subprocess.Popen(argv, stdout=subprocess.PIPE) as agent:
+                assert agent.stdout is not None
+                agent.stdout.readline()
+                time.sleep(turn * 0.0137 % 0.08)
+                agent.kill()
+
+        await to_thread.run_sync(kill_one)
+        left = Left(root, None, {})  # type: ignore[arg-type]
+        for name in filter(lambda name: left.file(name, "").exists(), names):
+            found = await take_on(left, name)
+            if isinstance(found, Payload):
+                assert (await ended(found)).exit_code == 7 + len(name)
+                assert len(left.file(name, "ran").read_text().split()) == 1
+            else:
+                assert isinstance(found, NotStarted), found
+                assert not left.file(name, "ran").exists()
+
+
 # -- one agent at a time -----------------------------------------------------------------------------------------------
 
 
@@ -316,6 +351,24 @@ async def test_a_payload_whose_agent_lives_is_not_adopted(agent: Start) -> None:
     again = await taken_on(left)
     assert again.tree.gone
     await again.end(EndedBy.KILL, grace_seconds=0)
+
+
+async def test_a_lock_that_a_killed_agent_leaves_to_a_child_for_a_moment_is_waited_for(agent: Start) -> None:
+    """Killed while it starts another process, its locks are that one's too until it executes something."""
+    left = await agent("sleep 1000")
+    left.kill()
+    lock = os.open(left.state("job") / "agent.lock", os.O_RDWR)
+    fcntl.fcntl(lock, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 0, 0, 0))
+    found: list[Payload] = []
+
+    async def take() -> None:
+        found.append(await taken_on(left))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(take)
+        await anyio.sleep(0.2)
+        os.close(lock)
+    assert (await found[0].end(EndedBy.KILL, grace_seconds=5)).signal == signal.SIGTERM
 
 
 async def test_who_is_cancelled_while_it_adopts_leaves_the_payload_as_it_is(agent: Start) -> None:

@@ -169,7 +169,7 @@ async def test_a_journal_that_fails_under_a_companion_is_a_fault_of_the_runtime(
         await coordinator.job.report("never", "kept")
 
     journal = MemoryJournal()
-    journal.fail_at(6)
+    journal.fail_at(7)
     handle = JobHandle(journal)
     with pytest.raises(RuntimeFault, match="did not take ParameterReported"):
         await fly({"coordinator": beside(companion), "handle": handle}, **LONG)

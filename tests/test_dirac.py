@@ -272,7 +272,9 @@ async def test_where_a_directory_of_its_own_is_forbidden_a_hook_that_changes_it_
     before = os.getcwd()
     result = await fly({"coordinator": adapt(Wanders)})
     assert (result.failure.message, os.getcwd()) == ("Wanders.preProcess: lost", before)
-    assert f"Wanders.preProcess changed the directory of the whole process, to {tmp_path}: it is back" in caplog.text
+    assert (
+        f"Wanders.preProcess changed the directory of the whole process, from {before} to {tmp_path}: " in caplog.text
+    )
 
 
 @pytest.mark.parametrize("hook", ["__init__", "preProcess", "postProcess"])
@@ -297,6 +299,40 @@ async def test_a_hook_that_changes_the_environment_of_the_process_is_named_and_n
     assert said.getMessage().startswith("Pollutes.preProcess" if hook == "preProcess" else "Pollutes")
     assert "(LOADMASTER_TEST_GONE, LOADMASTER_TEST_NEW, LOADMASTER_TEST_THERE)" in said.getMessage()
     assert "secret" not in caplog.text
+
+
+async def test_a_hook_keeps_what_it_changed_while_it_runs_also_when_another_one_returns(
+    fly: Fly, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two jobs of one pilot: one sets a variable for a program it starts, the other has nothing to do with it."""
+    set_, returned, seen = threading.Event(), threading.Event(), []
+
+    class Sets(Base):
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> Any:
+            os.environ["LOADMASTER_TEST_MINE"] = "mine"
+            set_.set()
+            returned.wait(20)
+            seen.append(os.environ.get("LOADMASTER_TEST_MINE"))
+            return S_OK()
+
+    class Innocent(Base):
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> Any:
+            set_.wait(20)
+            return S_OK()
+
+    async def innocent() -> None:
+        try:
+            await fly({"coordinator": adapt(Innocent)}, job_id="2")
+        finally:
+            returned.set()
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(innocent)
+        await fly({"coordinator": adapt(Sets)}, job_id="1")
+    assert (seen, "LOADMASTER_TEST_MINE" in os.environ) == (["mine"], False)
+    [said] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert said.startswith("Innocent")
+    assert "(or Sets.preProcess, beside it) changed environment variables" in said
 
 
 async def test_a_hook_may_print_and_a_quiet_one_is_not_complained_of(
@@ -352,3 +388,20 @@ async def test_a_thread_that_is_closed_starts_anew_when_it_is_needed() -> None:
         await thread.call("hook", math.sqrt, -1)
     await thread.aclose()
     assert not any("of a test" in each.name for each in threading.enumerate())
+
+
+async def test_a_job_that_goes_on_with_a_later_hook_has_a_coordinator_all_the_same(fly: Fly) -> None:
+    """As after a restart of the agent: what had returned before is not called again."""
+    made = []
+
+    class Counted(Base):
+        def __init__(self, jobArgs: dict[str, Any], ceArgs: dict[str, Any]) -> None:
+            super().__init__(jobArgs, ceArgs)
+            made.append(os.getcwd())
+
+    class Resumed(adapt(Counted)):  # type: ignore[misc]
+        async def stageIn(self) -> None:
+            pass
+
+    result = await fly({"coordinator": Resumed})
+    assert (result.failure, len(made)) == (None, 1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import Fly, sh
 from loadmaster import ComputingElement, InputFile, InvalidJob, JobDescription, Limits, OutputFile, Status
 from loadmaster.dirac import DiracCoordinator, environment, from_dirac, job_info, split_wrapper_file, to_dirac
-from loadmaster.dirac.dictionaries import OWN_KEY
+from loadmaster.dirac.dictionaries import OWN_KEY, payload_command, payload_environment
 
 WRAPPER_FILE: dict[str, Any] = {
     "Job": {
@@ -186,6 +186,26 @@ def test_the_environment_has_diracs_variables() -> None:
     }
     pilots = ComputingElement.load({"Processors": 8, "WholeNode": True})
     assert environment(job, pilots).items() >= {"DIRAC_PROCESSORS": "8", "DIRAC_WHOLENODE": "True"}.items()
+
+
+def test_what_diracs_installation_has_put_aside_is_appended() -> None:
+    job, ce = from_dirac(WRAPPER_FILE)
+    saved = payload_environment(job, ce, {"LD_LIBRARY_PATH": "/a", "LD_LIBRARY_PATH_SAVE": "/b", "DIRACSITE": "mine"})
+    assert (saved["LD_LIBRARY_PATH"], saved["DIRACSITE"]) == ("/a:/b", "mine")
+    assert payload_environment(job, ce, {"LD_LIBRARY_PATH_SAVE": "/b"})["LD_LIBRARY_PATH"] == "/b"
+    assert "LD_LIBRARY_PATH" not in payload_environment(job, ce, {})
+
+
+def test_dirac_jobexec_is_told_where_it_is() -> None:
+    ce = ComputingElement.load({"Site": "LCG.A.org", "GridCE": "ce", "Queue": "long; q", "CPUNormalizationFactor": 10})
+    jobexec = JobDescription(executable="dirac-jobexec")
+    assert payload_command(jobexec, ce, "/x/dirac-jobexec a.xml") == (
+        "/x/dirac-jobexec a.xml -o /LocalSite/CPUNormalizationFactor=10.0 -o /LocalSite/Site=LCG.A.org "
+        "-o /LocalSite/GridCE=ce -o '/LocalSite/CEQueue=long; q' "
+    )
+    remote = ce.model_copy(update={"extra": {"SubmissionPolicy": "Application"}})
+    assert payload_command(jobexec, remote, "x").endswith(" -o /LocalSite/RemoteExecution=True ")
+    assert payload_command(JobDescription(executable="x"), ce, "x") == "x"
 
 
 def test_job_info_has_a_line_for_each_word() -> None:

@@ -178,6 +178,20 @@ async def test_an_output_elsewhere_than_asked_for_leaves_requests_pending(said: 
     assert await said({"site": site}, **words) == expected
 
 
+@pytest.mark.parametrize(("script", "failed"), [("echo much", False), ("echo much; exit 1", True)])
+async def test_a_sandbox_that_goes_to_grid_storage_is_said_to_be_data_also_of_a_failed_job(
+    said: Any, tmp_path: Path, script: str, failed: bool
+) -> None:
+    site = Site(
+        storage_elements={"SE": str(tmp_path / "se")}, default_se="SE", vo="vo",
+        sandbox_store=str(tmp_path / "sb"), sandbox_format="tar.bz2", sandbox_limit_bytes=1,
+    )  # fmt: skip
+    before = [INITIALIZED, APPLICATION, ERRORS] if failed else [INITIALIZED, APPLICATION, SUCCESS, UPLOADING]
+    assert await said({"site": site}, **sh(script), owner="alice", output_sandbox="std.out") == [
+        *before, DATA, DATA_UPLOADED, "Failed: " if failed else DONE,
+    ]  # fmt: skip
+
+
 # -- single events -----------------------------------------------------------------------------------------------
 
 WHO = ("7", 1, datetime(2024, 1, 1, tzinfo=UTC))
@@ -310,7 +324,7 @@ FIELDS: dict[str, tuple[st.SearchStrategy[Any], ...]] = {
     "SlotGranted": (st.just(1), st.none()),
     "PayloadStarted": (st.just(1), st.just(1), st.just("session")),
     "PayloadExited": (OUTCOMES,),
-    "ParameterReported": (NAMES, NAMES),
+    "ParameterReported": (NAMES | st.just("OutputSandboxLFN"), NAMES),
     "ComputingEnded": (FAILURES,),
     "FileStagedOut": (FILES,),
     "OutputMissing": (NAMES, NAMES),

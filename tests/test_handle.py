@@ -249,6 +249,67 @@ async def test_the_first_reason_is_kept() -> None:
     assert handle.kill_reason == "first"
 
 
+async def test_an_order_is_in_the_journal_before_it_is_obeyed() -> None:
+    """A workload system may deliver it only once: an agent that dies over it must not forget it."""
+    paper = Paper()
+    paper.ready.set()
+    handle = opened(JobHandle(paper))
+    await handle.record(JobAccepted, {})
+    paper.ready = anyio.Event()
+    ended = anyio.Event()
+
+    async def compute() -> None:
+        with handle.computing():
+            await anyio.sleep_forever()
+        ended.set()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(compute)
+        await anyio.wait_all_tasks_blocked()
+        with handle.obeyed_in(group):
+            assert handle.kill("enough")
+            await anyio.wait_all_tasks_blocked()
+            assert not ended.is_set()
+            assert [event.kind for event in paper.written] == ["JobAccepted"]
+            paper.ready.set()
+            with anyio.fail_after(5):
+                await ended.wait()
+    assert [event.kind for event in paper.written] == ["JobAccepted", "KillOrdered"]
+    assert handle.life.kill_reason == "enough"
+
+
+async def test_an_order_that_is_on_record_is_obeyed_after_a_restart() -> None:
+    paper = ready(Paper())
+    handle = opened(JobHandle(paper))
+    await handle.record(JobAccepted, {})
+    handle.kill("enough")
+    await handle.keep_order()
+    again = JobHandle.resumed(paper, paper.written)
+    again.open("7", 1)
+    assert again.kill_reason == "enough"
+    with anyio.fail_after(5), again.computing():
+        await anyio.sleep_forever()
+
+
+async def test_an_order_for_another_attempt_is_ignored() -> None:
+    handle = JobHandle()
+    handle.open("7", 2)
+    assert not handle.kill("stale", attempt=1)
+    assert handle.kill_reason is None
+    assert handle.kill("fresh", attempt=2)
+
+
+async def test_an_order_that_cannot_be_kept_is_a_fault_and_is_not_obeyed() -> None:
+    paper = ready(Paper())
+    handle = opened(JobHandle(paper))
+    await handle.record(JobAccepted, {})
+    paper.broken = True
+    handle.kill("enough")
+    with pytest.raises(RuntimeFault, match="did not take KillOrdered"):
+        await handle.keep_order()
+    assert handle.life.kill_reason is None
+
+
 async def test_a_kill_that_comes_too_late_says_so() -> None:
     handle = opened()
     with handle.computing():

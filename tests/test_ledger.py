@@ -418,3 +418,56 @@ async def test_nothing_waits_for_disk_that_is_not_counted_or_not_needed() -> Non
     ledger, counted = Ledger(cores=1), Ledger(cores=1, disk_bytes=10)
     async with ledger.reserve_disk(10**18), counted.reserve_disk(10), counted.reserve_disk(0):
         assert (ledger.free_disk_bytes, counted.free_disk_bytes) == (None, 0)
+
+
+# -- held all the time -------------------------------------------------------------------------------------------
+
+
+async def test_a_slot_that_was_had_before_is_had_again_exactly() -> None:
+    gpus = [Gpu("0", node=0), Gpu("1", node=1)]
+    ledger = Ledger(8, 16_000, cpus=CPUS, gpus=gpus)
+    slot = Slot(2, 4000, cpus=(1, 5), gpus=("1",))
+    with ledger.hold(job(2, 4000), slot):
+        assert (ledger.free_cores, ledger.free_memory_mb, ledger.free_gpus) == (6, 12_000, 1)
+        async with ledger.lease(job(6, number_of_gpus=1)) as other:
+            assert set(other.cpus) == {0, 2, 3, 4, 6, 7}
+            assert other.gpus == ("0",)
+    assert (ledger.free_cores, ledger.free_memory_mb, ledger.free_gpus) == (8, 16_000, 2)
+    async with ledger.lease(job(8)) as whole:
+        assert len(whole.cpus) == 8
+
+
+async def test_a_node_that_has_shrunk_grants_nothing_until_there_is_room_again() -> None:
+    ledger = Ledger(2, 1000)
+    granted = anyio.Event()
+
+    async def waits() -> None:
+        async with ledger.lease(job(1, 100)):
+            granted.set()
+
+    async with anyio.create_task_group() as group:
+        with ledger.hold(job(3), Slot(3, 500, cpus=(0, 1, 7))):
+            with ledger.hold(job(1), Slot(1, 800)):
+                assert ledger.free_cores == -2
+                assert ledger.idle_reasons() == {}
+                group.start_soon(waits)
+                await settled()
+                assert not granted.is_set()
+            await settled()
+            assert not granted.is_set()
+        await granted.wait()
+    assert repr(ledger) == "<Ledger [2 of 2 cores free, 0 waiting]>"
+
+
+async def test_disk_that_is_in_use_is_held_whether_there_is_enough_or_not() -> None:
+    ledger = Ledger(1, disk_bytes=100)
+    with ledger.hold_disk(150):
+        assert ledger.free_disk_bytes == -50
+        with anyio.move_on_after(0.02) as scope:
+            async with ledger.reserve_disk(10):
+                pass
+        assert scope.cancelled_caught
+    async with ledger.reserve_disk(100):
+        assert ledger.free_disk_bytes == 0
+    with Ledger(1).hold_disk(100):
+        pass

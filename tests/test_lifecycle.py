@@ -16,12 +16,15 @@ from loadmaster.events import (
     Heartbeat,
     JobAccepted,
     JobFinished,
+    KillOrdered,
     OutputMissing,
     ParameterReported,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
+    Remembered,
     SlotGranted,
+    StageInEnded,
     StageInStarted,
     StageOutStarted,
 )
@@ -33,6 +36,7 @@ OUTCOME = PayloadOutcome(0, None, 1.0, 0.5, 4096)
 
 ACCEPTED = JobAccepted(*WHO)
 STAGING_IN = StageInStarted(*WHO)
+STAGED_IN = StageInEnded(*WHO)
 PREPARED = PayloadPrepared(*WHO, "true", {})
 GRANTED = SlotGranted(*WHO, 1, None)
 STARTED = PayloadStarted(*WHO, 10, 20, "session")
@@ -41,7 +45,9 @@ COMPUTED = ComputingEnded(*WHO, None)
 STAGING_OUT = StageOutStarted(*WHO)
 FINISHED = JobFinished(*WHO, Status.DONE, None)
 
-STRAIGHT = [ACCEPTED, STAGING_IN, PREPARED, GRANTED, STARTED, EXITED, COMPUTED, STAGING_OUT, FINISHED]
+STRAIGHT = [
+    ACCEPTED, STAGING_IN, STAGED_IN, PREPARED, GRANTED, STARTED, EXITED, COMPUTED, STAGING_OUT, FINISHED,
+]  # fmt: skip
 """The life of a job that goes well; `STRAIGHT[:n]` brings a job to its n-th stage."""
 
 
@@ -67,12 +73,14 @@ def test_a_straight_life_passes_every_stage_in_the_order_of_the_picture() -> Non
 
 @pytest.mark.parametrize("before", range(len(STRAIGHT) + 1))
 def test_each_event_comes_only_where_the_picture_has_it(before: int) -> None:
-    early_ends = {1, 2, 3, 4, 6}  # all stages of computing but the one with a running payload
+    early_ends = {1, 2, 3, 4, 5, 7}  # all stages of computing but the one with a running payload
     for number, event in enumerate(STRAIGHT):
         life = Lifecycle.of(STRAIGHT[:before])
         ends_computing = event is COMPUTED and before in early_ends
-        finishes = event is FINISHED and before in {7, 8}
-        if number == before or ends_computing or finishes:
+        finishes = event is FINISHED and before in {8, 9}
+        after_a_restart = (event, before) in [(STAGING_IN, 2), (GRANTED, 5)]
+        without_an_end = (event, before) == (PREPARED, 2)
+        if number == before or ends_computing or finishes or after_a_restart or without_an_end:
             life.advance(event)
         else:
             with pytest.raises(IllegalEvent, match=event.kind):
@@ -82,11 +90,13 @@ def test_each_event_comes_only_where_the_picture_has_it(before: int) -> None:
 @pytest.mark.parametrize(
     ("event", "stages"),
     [
-        (FileStagedIn(*WHO, stored("a")), range(2, 7)),
-        (FileStagedOut(*WHO, stored("a")), range(5, 9)),
-        (OutputMissing(*WHO, "a", "not made"), range(5, 9)),
-        (FailoverRequested(*WHO, stored("a"), "file:///x"), range(5, 9)),
-        (ParameterReported(*WHO, "a", "b"), range(1, 9)),
+        (FileStagedIn(*WHO, stored("a")), range(2, 8)),
+        (FileStagedOut(*WHO, stored("a")), range(6, 10)),
+        (OutputMissing(*WHO, "a", "not made"), range(6, 10)),
+        (FailoverRequested(*WHO, stored("a"), "file:///x"), range(6, 10)),
+        (ParameterReported(*WHO, "a", "b"), range(1, 10)),
+        (Remembered(*WHO, "a", [1]), range(1, 10)),
+        (KillOrdered(*WHO, "enough"), range(1, 8)),
         (Heartbeat(*WHO, Phase.PAYLOAD, 1.0), range(0)),
     ],
     ids=lambda value: value.kind if isinstance(value, Event) else "",
@@ -105,7 +115,7 @@ def test_a_note_is_taken_where_it_belongs_and_moves_nothing(event: Event, stages
 
 def test_a_refused_event_is_named_with_its_job_and_the_stage() -> None:
     with pytest.raises(IllegalEvent, match="job 7: PayloadExited cannot come while the job is granted"):
-        Lifecycle.of([*STRAIGHT[:4], EXITED])
+        Lifecycle.of([*STRAIGHT[:5], EXITED])
 
 
 @pytest.mark.parametrize(("job_id", "attempt"), [("8", 1), ("7", 2)])
@@ -130,8 +140,8 @@ def test_the_result_has_what_the_events_said() -> None:
     a, b, c = stored("a"), stored("b"), stored("c")
     notes: dict[int, list[Event]] = {
         2: [FileStagedIn(*WHO, a), ParameterReported(*WHO, "k", "1")],
-        5: [FileStagedOut(*WHO, b), ParameterReported(*WHO, "k", "2")],
-        8: [FailoverRequested(*WHO, c, "file:///wanted"), OutputMissing(*WHO, "d", "not made")],
+        6: [FileStagedOut(*WHO, b), ParameterReported(*WHO, "k", "2")],
+        9: [FailoverRequested(*WHO, c, "file:///wanted"), OutputMissing(*WHO, "d", "not made")],
     }
     events = [event for n, move in enumerate(STRAIGHT) for event in (*notes.get(n, []), move)]
     result = Lifecycle.of(events).result()
@@ -152,7 +162,7 @@ def test_a_hook_that_is_called_again_does_not_double_the_files() -> None:
         OutputMissing(*WHO, "c", "not made"),
         FailoverRequested(*WHO, stored("d"), "file:///wanted"),
     ]
-    result = Lifecycle.of([*STRAIGHT[:2], *inputs, *STRAIGHT[2:8], *outputs, *outputs, FINISHED]).result()
+    result = Lifecycle.of([*STRAIGHT[:2], *inputs, *STRAIGHT[2:9], *outputs, *outputs, FINISHED]).result()
     assert [file.name for file in result.inputs] == ["a"]
     assert [file.name for file in result.outputs] == ["b", "d"]
     assert result.missing_outputs == ("c",)
@@ -161,14 +171,14 @@ def test_a_hook_that_is_called_again_does_not_double_the_files() -> None:
 
 def test_one_file_delivered_to_two_places_is_two_outputs() -> None:
     both = [FileStagedOut(*WHO, stored("a", f"file:///{place}")) for place in ("logs", "data")]
-    assert len(Lifecycle.of([*STRAIGHT[:8], *both, FINISHED]).result().outputs) == 2
+    assert len(Lifecycle.of([*STRAIGHT[:9], *both, FINISHED]).result().outputs) == 2
 
 
 def test_the_first_failure_is_the_one_that_is_kept() -> None:
     ended = [ACCEPTED, ComputingEnded(*WHO, failure("StagingFailed"))]
     late = JobFinished(*WHO, Status.FAILED, failure("HookFailed"))
     assert Lifecycle.of([*ended, late]).result().failure == failure("StagingFailed")
-    assert Lifecycle.of([*STRAIGHT[:8], late]).result().failure == failure("HookFailed")
+    assert Lifecycle.of([*STRAIGHT[:9], late]).result().failure == failure("HookFailed")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +194,7 @@ def test_the_first_failure_is_the_one_that_is_kept() -> None:
 )
 def test_the_kind_of_failure_decides_how_a_job_ends(kind: str, status: Status) -> None:
     assert Lifecycle.of([ACCEPTED, ComputingEnded(*WHO, failure(kind))]).ends_as() is status
-    assert Lifecycle.of(STRAIGHT[:8]).ends_as(failure(kind)) is status
+    assert Lifecycle.of(STRAIGHT[:9]).ends_as(failure(kind)) is status
 
 
 def test_a_kill_is_not_forgotten_when_the_delivery_fails_too() -> None:
@@ -194,6 +204,6 @@ def test_a_kill_is_not_forgotten_when_the_delivery_fails_too() -> None:
 
 def test_a_job_whose_outputs_are_safe_elsewhere_is_completed_not_done() -> None:
     safe = FailoverRequested(*WHO, stored("a"), "file:///wanted")
-    assert Lifecycle.of(STRAIGHT[:8]).ends_as() is Status.DONE
-    assert Lifecycle.of([*STRAIGHT[:8], safe]).ends_as() is Status.COMPLETED
-    assert Lifecycle.of([*STRAIGHT[:8], safe]).ends_as(failure("HookFailed")) is Status.FAILED
+    assert Lifecycle.of(STRAIGHT[:9]).ends_as() is Status.DONE
+    assert Lifecycle.of([*STRAIGHT[:9], safe]).ends_as() is Status.COMPLETED
+    assert Lifecycle.of([*STRAIGHT[:9], safe]).ends_as(failure("HookFailed")) is Status.FAILED

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -147,8 +148,8 @@ async def test_everything_that_happens_is_in_one_stream(make_node: MakeNode) -> 
     for handle in handles:
         own = [event async for event in handle.events()]
         assert [event for event in heard if event.job_id == handle.job_id] == own
-    assert len(heard) == 4 * 9
-    assert repr(unread) == "<EventStream 36 to be read, 0 missed>"
+    assert len(heard) == 4 * 10
+    assert repr(unread) == "<EventStream 40 to be read, 0 missed>"
 
 
 # -- jobs that do not run ----------------------------------------------------------------------------------------
@@ -205,7 +206,8 @@ async def test_a_job_is_killed_in_the_queue_and_never_begins(make_node: MakeNode
         result = await third.wait()
         assert result.status is Status.KILLED
         assert str(result.failure) == "JobWasKilled: changed my mind"
-        assert kinds([event async for event in third.events()]) == ["JobAccepted", "ComputingEnded", "JobFinished"]
+        told = kinds([event async for event in third.events()])
+        assert told == ["JobAccepted", "KillOrdered", "ComputingEnded", "JobFinished"]
         assert not third.kill("again")
         await post.reached()
     assert node.statistics().ended == {"Done": 2, "Completed": 0, "Failed": 0, "Killed": 1, "Rescheduled": 0}
@@ -412,6 +414,31 @@ async def test_core_seconds_add_up(make_node: MakeNode) -> None:
     assert window.ended == {"Done": 6}
     assert after.busy_cores == 0
     assert after.idle == {"no job": 2}
+
+
+async def test_whoever_wants_to_know_is_told_when_a_core_falls_idle_and_why(
+    make_node: MakeNode, tmp_path: Path
+) -> None:
+    post = Signpost(tmp_path / "post")
+    seen: list[tuple[int, dict[str, int]]] = []
+
+    async def follow(node: Node) -> None:
+        async for found in node.occupations():
+            assert found.busy_cores + sum(found.idle.values()) == found.cores == 2
+            seen.append((found.busy_cores, dict(found.idle)))
+
+    async with anyio.create_task_group() as group, make_node(ledger=Ledger(2, memory_mb=100)) as node:
+        group.start_soon(follow, node)
+        await until(lambda: seen == [(0, {"no job": 2})])
+        running = node.submit(job("running", memory_mb=60, **sh(f"echo go > {post}")))
+        await started(running)
+        waits = node.submit(job("waits", memory_mb=60))
+        await until(lambda: node.statistics().jobs["ready"] == 1)
+        await until(lambda: seen[-1] == (1, {"memory": 1}))
+        await post.reached()
+        await waits.wait()
+    assert seen[-1] == (0, {"no job": 2})
+    assert all(one != other for one, other in pairwise(seen)), "only changes are told"
 
 
 # -- hostile times -----------------------------------------------------------------------------------------------

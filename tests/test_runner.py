@@ -92,8 +92,8 @@ async def test_a_job_that_succeeds_tells_its_life_in_this_order(fly: Fly, out: P
     )
     assert result.status is Status.DONE
     assert kinds(await history(handle)) == [
-        "JobAccepted", "StageInStarted", "FileStagedIn", "PayloadPrepared", "SlotGranted", "PayloadStarted",
-        "PayloadExited", "ComputingEnded", "StageOutStarted", "FileStagedOut", "JobFinished",
+        "JobAccepted", "StageInStarted", "FileStagedIn", "StageInEnded", "PayloadPrepared", "SlotGranted",
+        "PayloadStarted", "PayloadExited", "ComputingEnded", "StageOutStarted", "FileStagedOut", "JobFinished",
     ]  # fmt: skip
     assert (out / "copy").read_text() == "cargo"
 

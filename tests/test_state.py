@@ -75,6 +75,22 @@ def test_what_is_removed_is_not_what_a_link_leads_to(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_what_a_payload_has_put_there_is_removed_however_deep(tmp_path: Path) -> None:
+    """A recursion went as deep as it."""
+    made = StateDirectory.make(tmp_path / "state", LAUNCH)
+    here = os.dup(made.descriptor)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    made.close()
+    (tmp_path / "state").chmod(0)
+    remove_state(tmp_path / "state")
+    assert os.listdir(tmp_path) == []
+
+
 def test_the_boot_has_a_name() -> None:
     assert len(boot_id()) == 36
 

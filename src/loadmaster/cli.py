@@ -22,6 +22,9 @@ COMMANDS: Final[Mapping[str, str]] = {
     "check": "say what a job description means, what is wrong with it, what inputs are missing",
     "node": "run many jobs",
     "stage": "move many files",
+    "jobs": "list the jobs of a journal",
+    "show": "tell the life of a job in a journal",
+    "resume": "go on with the jobs that are open in a journal",
 }
 
 

@@ -4,15 +4,20 @@ Subclass `JobExecutionCoordinator` and override what you need. Four hooks, calle
 `stageIn`, `preProcess`, (the payload), `postProcess`, `stageOut`. A hook goes on by returning; what else it may say it
 raises: `SkipPayload`, `RescheduleJob`, `HoldJob`, `RetryHook(after)`, or any `JobError` to fail the job. Anything else it
 raises fails the job as `HookFailed`, with its cause.
+
+After a restart of the agent there is a new coordinator, with nothing but what its constructor gives it. Hooks that had
+returned are not called again, so what a later one wants to know of them is to be remembered: `await self.job.remember(name,
+value)`, `self.job.memory[name]`.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from anyio import to_thread
 
@@ -25,6 +30,7 @@ from loadmaster.events import (
     FileStagedOut,
     OutputMissing,
     ParameterReported,
+    Remembered,
     StagingProgress,
     TransferProgress,
 )
@@ -51,6 +57,10 @@ from loadmaster.workdir import NotDeliverable, Workdir
 if TYPE_CHECKING:
     from loadmaster.staging.early import EarlyOutputs
     from loadmaster.staging.sandbox import Packed, SandboxFormat
+
+
+OURS: Final = "loadmaster."
+LATE: Final = f"{OURS}late"
 
 
 class Coordinator(Protocol):
@@ -128,14 +138,22 @@ class JobInFlight:
         self._delivered: dict[str, str] = {}
         self._archives: dict[str, str] = {}
         """Those of directories: what each is called in the work directory."""
-        self._late: set[str] = set()
+        self._late: set[str] = set(handle.life.memory.get(LATE, ()))
         self._early: EarlyOutputs | None = None
         self._files = workdir
+        self._workdir_continued = workdir.continued
+        self._sent_before = frozenset(handle.life.safe)
+        """By an earlier agent."""
         self._transfers = transfers
         self._handle = handle
 
     def __repr__(self) -> str:
         return f"<JobInFlight {self.description.job_id}>"
+
+    @property
+    def attempt(self) -> int:
+        """Which try at the job this is."""
+        return self._handle.attempt
 
     def start_soon(self, function: Callable[..., Awaitable[Any]], *args: Any) -> None:
         """Have a task run beside the payload: started with it, cancelled when it ends.
@@ -144,6 +162,20 @@ class JobInFlight:
         payload has ended.
         """
         self.companions.start_soon(function, *args)
+
+    @property
+    def memory(self) -> Mapping[str, Any]:
+        """What was remembered, by this agent or an earlier one."""
+        return {name: value for name, value in self._handle.life.memory.items() if not name.startswith(OURS)}
+
+    async def remember(self, name: str, value: Any) -> None:
+        """Keep something for a later hook, also after a restart of the agent, under a name that is not ours (`loadmaster.`).
+
+        Where there is a journal it is on disk when this returns. Raises TypeError for what is not JSON.
+        """
+        if name.startswith(OURS):
+            raise ValueError(f"{name}: names that begin with {OURS} are ours")
+        await self._handle.record(Remembered, name, json.loads(json.dumps(value, allow_nan=False)))
 
     async def report(self, name: str, value: object) -> None:
         """Keep a fact about the job for its owner: it is in the result and goes to the workload system."""
@@ -165,7 +197,7 @@ class JobInFlight:
 
         Those that arrive during the payload are left to it, here as in `resolve_input_data`.
         """
-        await self._fetch_sandbox(self._for_now(self.description.input_sandbox))
+        await self._fetch_sandbox(await self._for_now(self.description.input_sandbox))
 
     async def _fetch_sandbox(self, files: Sequence[InputFile]) -> None:
         if not files:
@@ -182,7 +214,7 @@ class JobInFlight:
 
     async def resolve_input_data(self) -> None:
         """Find the input data in the catalog and bring it in. Raises `StagingFailed`."""
-        await self._fetch(self._for_now(self.description.input_data))
+        await self._fetch(await self._for_now(self.description.input_data))
 
     async def upload_output_sandbox(self) -> None:
         """Take out the output sandbox: files flat, a directory as `<directory>.tar`. Raises `StagingFailed`.
@@ -241,10 +273,12 @@ class JobInFlight:
         if self._early is not None:
             await self._early.abandon()
 
-    def _for_now(self, files: Sequence[InputFile]) -> list[InputFile]:
+    async def _for_now(self, files: Sequence[InputFile]) -> list[InputFile]:
         """Those that are needed now; the others are remembered until the payload runs."""
         late = set() if self.payload is not None else {file.name for file in files if file.arrives == "during"}
-        self._late |= late
+        if late - self._late:
+            self._late |= late
+            await self._handle.record(Remembered, LATE, sorted(self._late))
         return [file for file in files if file.name not in late]
 
     async def _fetch_late(self) -> None:
@@ -268,10 +302,21 @@ class JobInFlight:
     # -- the same for both ---------------------------------------------------------------------------------------
 
     async def _fetch(self, files: Sequence[InputFile]) -> None:
+        if self._workdir_continued:
+            files = await to_thread.run_sync(self._without_those_here, files)
         if files:
             known = await self._transfers.lookup(lfns_of(files))
             fetches = plan_fetches(files, known, self._transfers.site)
             await self._transfers.fetch(fetches, self._files, _Recorder(self._handle, FileStagedIn))
+
+    def _without_those_here(self, files: Sequence[InputFile]) -> list[InputFile]:
+        """Those that an earlier agent has not brought already."""
+        arrived = {file.name: self._handle.life.staged_in(file.name) for file in files}
+        return [
+            file
+            for file in files
+            if (there := arrived[file.name]) is None or self._files.seen_size(file.name) != there.size_bytes
+        ]
 
     async def _take_out(
         self,
@@ -283,6 +328,7 @@ class JobInFlight:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
         found, missing, refused = await briefly(lambda: self._expand(files, of_directory))
         planned = [replace(delivery(file, name), file=self._archives.get(name)) for name, file in found.items()]
+        planned = [each for each in planned if self._sent_before.isdisjoint((each.name, at.url) for at in each.targets)]
         deliveries, colliding = without_collisions(planned, self._delivered)
         refused |= colliding
         for name, reason in (*missing.items(), *refused.items()):

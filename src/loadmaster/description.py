@@ -201,7 +201,7 @@ class Isolation(StrEnum):
 class Words(BaseModel):
     """What all descriptions share: frozen, two spellings, unknown capitalised keys kept in `extra`."""
 
-    # Built when first used, here and below: together, once, and not by who only imports the package.
+    # Not built here, nor the parts of a description below: it is built with all of them, once.
     model_config = ConfigDict(
         defer_build=True, frozen=True, extra="forbid", coerce_numbers_to_str=True, str_strip_whitespace=False,
         allow_inf_nan=False,
@@ -403,6 +403,8 @@ def _new_job_id() -> str:
 class JobDescription(Words):
     """What a user asked for. Build it from keywords, or from a dictionary with `load`, which raises `InvalidJob`."""
 
+    model_config = ConfigDict(defer_build=False)  # while we are imported, not in somebody's event loop
+
     job_id: JobId = Field(default_factory=_new_job_id)
     job_name: Text = ""
     job_type: Text = "User"
@@ -446,7 +448,7 @@ class JobDescription(Words):
     tags: Annotated[tuple[Text, ...], BeforeValidator(_tags)] = ()
     """DIRAC's: `WholeNode` is `whole_node`, `GPU` is one GPU where no number is given; the others have served their
     purpose when the job was matched, `MultiProcessor` and `8Processors` too: the numbers say it."""
-    limits: Limits = Limits.model_construct()  # as `Limits()`, which would build its schema now
+    limits: Limits = Limits.model_construct()  # as `Limits()`, which would build a schema of its own
     stop_pattern: Annotated[str, Field(max_length=1000)] | None = None
     """Soft stop: the payload's processes whose command line this regular expression is found in get `stop_signal`, once,
     `stop_seconds` before a limit of wall time, CPU time or the deadline is reached, and first of all when the job is
@@ -527,6 +529,13 @@ class JobDescription(Words):
         """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
         return _load(cls, data, "job description")
 
+    def words(self) -> dict[str, Any]:
+        """The description as JSON's types, for `load`: what was set, also to what is the default, and what is not the
+        default. Coordinators of DIRAC's kind read what was set."""
+        words = self.model_dump(mode="json", exclude_defaults=True)
+        usual = self.model_fields_set - words.keys()
+        return self.model_dump(mode="json", include=usual) | words if usual else words
+
     def relative_to(self, directory: Path, *, outputs: Path) -> Self:
         """The same job with the relative paths of its inputs taken from one directory, and of its targets from another.
 
@@ -563,7 +572,7 @@ class JobDescription(Words):
         words = super().to_dirac()
         numeric = self.job_id.isdecimal() and str(int(self.job_id)) == self.job_id  # 007 would come back as 7
         words["JobID"] = int(self.job_id) if numeric else self.job_id
-        if self.environment:
+        if "environment" in self.model_fields_set:
             words["ExecutionEnvironment"] = [
                 f"{name}={quote(value, safe='', errors='surrogateescape')}" for name, value in self.environment.items()
             ]
@@ -578,6 +587,8 @@ class JobDescription(Words):
 
 class ComputingElement(Words):
     """Where the job runs: what the pilot knows of its node, queue and site."""
+
+    model_config = ConfigDict(defer_build=False)
 
     site: Text = ""
     name: Text = ""
@@ -604,7 +615,7 @@ class PayloadSpec(BaseModel):
     A `str` goes to `/bin/sh -c`, as DIRAC's does; a sequence is executed as it stands.
     """
 
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     command: str | tuple[str, ...]
     env: Environment = Field(default_factory=dict)

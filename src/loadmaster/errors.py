@@ -2,13 +2,14 @@
 
 LoadmasterError
 ├── JobError            the job ends; never leaves `run_job`, it becomes `JobResult.failure`
-│   ├── InvalidJob, StagingFailed, HookFailed, PayloadNotStarted, PayloadFailed, LimitExceeded, JobWasKilled
+│   ├── InvalidJob, StagingFailed, HookFailed, PayloadNotStarted, PayloadFailed, LimitExceeded, JobWasKilled,
+│   │   PayloadLost
 │   └── HookVerdict     what a hook may say: SkipPayload, RescheduleJob, HoldJob, RetryHook
 ├── StorageError        one transfer failed; `retryable` says whether the same may succeed later
 │   └── NotFound, AccessDenied, NoSpace, AlreadyExists, CannotCopy, ChecksumMismatch, StorageUnavailable
 ├── InvalidSite         the site's configuration cannot be used
 └── RuntimeFault        we can no longer keep our promises; `run_job` raises it
-    └── WorkdirFault, IllegalEvent, PayloadHeld, NodeClosed, NodeFull
+    └── WorkdirFault, JournalFault, IllegalEvent, PayloadHeld, NodeClosed, NodeFull
 """
 
 from __future__ import annotations
@@ -56,6 +57,14 @@ class LimitExceeded(JobError):
 
 class JobWasKilled(JobError):
     """Somebody ordered the job to end; the message is their reason."""
+
+
+class PayloadLost(JobError):
+    """What this attempt has computed is gone with an agent that died, and certainly runs no more.
+
+    Ends as Rescheduled with the failure kind `PayloadLost`: the next attempt is begun by the node, or by whoever gave it
+    the job.
+    """
 
 
 class HookVerdict(JobError):
@@ -144,6 +153,10 @@ class RuntimeFault(LoadmasterError):
 
 class WorkdirFault(RuntimeFault):
     """A work directory could not be made, locked or removed."""
+
+
+class JournalFault(RuntimeFault):
+    """The journal cannot be opened, belongs to another agent, or did not take an event."""
 
 
 class IllegalEvent(RuntimeFault):

@@ -4,6 +4,7 @@
 | --------------------------------- | ----------------------------------------------------------------- | ---- |
 | `JobAccepted`                     | always first                                                      | yes  |
 | `StageInStarted`, `FileStagedIn`* | after JobAccepted                                                 | yes  |
+| `StageInEnded`                    | stageIn returned                                                  | yes  |
 | `PayloadPrepared`                 | preProcess returned; carries the command and environment          | yes  |
 | `SlotGranted`                     | the lease began; carries cores and memory                         | yes  |
 | `PayloadStarted`                  | process id, start time, containment                               | yes  |
@@ -13,6 +14,8 @@
 | `TransferProgress`*, `StagingProgress`* | while files move                                            | no   |
 | `PayloadExited`                   | exactly once if PayloadStarted, whatever the cause                | yes  |
 | `ParameterReported`*              | a coordinator had something to say                                | yes  |
+| `Remembered`*                     | a coordinator has something to remember, also after a restart     | yes  |
+| `KillOrdered`                     | somebody ordered the job to end, before anything is done about it | yes  |
 | `ComputingEnded`                  | exactly once, with a failure or none; then only outputs move      | yes  |
 | `StageOutStarted`, `OutputMissing`*, `FailoverRequested`* | after ComputingEnded                      | yes  |
 | `JobFinished`                     | last, exactly once                                                | yes  |
@@ -22,13 +25,16 @@ A kept event is in the journal before anybody is told. The others are offered to
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cache
 from typing import Any, ClassVar
 
 from pydantic import TypeAdapter
+from pydantic_core import PydanticSerializationError
 
 from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile, Usage
 
@@ -54,11 +60,18 @@ class JobAccepted(Event):
     """The job is ours from here on. Carries its description in our own words."""
 
     description: Mapping[str, Any] = field(default_factory=dict)
+    coordinator: str = ""
+    """The class of its coordinator, as `module:Class`, where it has one of its own."""
+    lost: int = 0
+    """How many attempts before this one, one after the other, were lost on this node."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageInStarted(Event):
-    """Inputs are being brought in."""
+    """Inputs are being brought in: into this directory, which can be told from another that is made in its place."""
+
+    workdir: str = ""
+    identity: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +79,11 @@ class FileStagedIn(Event):
     """An input is whole and verified in the work directory."""
 
     file: StoredFile
+
+
+@dataclass(frozen=True, slots=True)
+class StageInEnded(Event):
+    """stageIn returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +134,21 @@ class ParameterReported(Event):
 
     name: str
     value: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered(Event):
+    """A coordinator wants to know this again after a restart. Any JSON."""
+
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class KillOrdered(Event):
+    """Somebody ordered the job to end, and why. What computes is ended after this, also by another agent."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +267,24 @@ def load(data: Mapping[str, Any]) -> Event:
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"{data!r:.80}: not an event we know")
     return _adapter(kind).validate_python(facts)
+
+
+def dumps(event: Event) -> str:
+    """The event as a line of JSON, quickly; `loads` has it back."""
+    if not (isinstance(event, PayloadExited) and event.outcome.verdict is not None):
+        # Pydantic's serializer takes a tenth of the time, but turns what is infinite (a threshold may be) into null,
+        # and names that are not UTF-8 into an error.
+        with suppress(PydanticSerializationError):
+            return f'{{"kind":"{event.kind}",{_adapter(event.kind).dump_json(event, warnings=False)[1:].decode()}'
+    return json.dumps(dump(event), separators=(",", ":"))
+
+
+def loads(text: str) -> Event:
+    """The event a line of `dumps` stands for. Raises ValueError when it stands for none."""
+    data = json.loads(text)
+    if not isinstance(data, dict):
+        raise ValueError(f"{text!r:.80}: not an event")  # noqa: TRY004 - of the text
+    return load(data)
 
 
 @cache

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Concatenate, Final, ParamSpec, Protocol
+from pathlib import Path
+from typing import Concatenate, Final, ParamSpec, Protocol, Self
 from weakref import WeakSet
 
 import anyio
+from anyio.abc import TaskGroup
 
-from loadmaster.errors import NodeClosed, RuntimeFault
-from loadmaster.events import Event, OutputPrinted
-from loadmaster.lifecycle import Lifecycle, Stage
+from loadmaster.errors import IllegalEvent, NodeClosed, RuntimeFault
+from loadmaster.events import Event, KillOrdered, OutputPrinted
+from loadmaster.lifecycle import COMPUTING, Lifecycle, Stage
 from loadmaster.result import Failure, JobResult, Status
 
 P = ParamSpec("P")
@@ -32,6 +35,17 @@ class Journal(Protocol):
     async def append(self, event: Event) -> None:
         """Return when the event is on disk. An exception means it is not: nobody is told of it, and `run_job` raises
         `RuntimeFault`."""
+
+
+class KeepsState(ABC):
+    """A journal that also has a place for what outlives an agent of its payloads."""
+
+    directory: Path
+    """Where all of it is: nothing for a payload to see."""
+
+    @abstractmethod
+    def state_directory(self, job_id: str, attempt: int) -> Path:
+        """That place, for one attempt at a job; it is there only once a payload has been started."""
 
 
 class Audience(Protocol):
@@ -55,7 +69,8 @@ class JobHandle:
         self._life = Lifecycle()
         self._events: list[Event] = []
         self._followers: WeakSet[_Follower] = WeakSet()
-        self._writing = anyio.Lock()
+        self._writing = anyio.Lock(fast_acquire=True)
+        self._keeps: KeepsState | None = journal if isinstance(journal, KeepsState) else None
         self._identity: tuple[str, int] | None = None
         self._computing: anyio.CancelScope | None = None
         self._computed = False
@@ -65,9 +80,27 @@ class JobHandle:
         self._over: anyio.Event | None = None
         self._audience: Audience | None = None
         self._reserved = False
+        self._resumed = False
         self._at_kill: Callable[[], None] | None = None
         self._beat: Callable[[], None] | None = None
+        self._obeying: TaskGroup | None = None
         self.kill_reason: str | None = None
+
+    @classmethod
+    def resumed(cls, journal: Journal | None, events: Iterable[Event]) -> Self:
+        """The handle of a job that has these events behind it: `run_job` goes on from there.
+
+        Raises `IllegalEvent` when they cannot be one job's. One that has finished is over, and has its result.
+        """
+        handle = cls(journal)
+        handle._events = list(events)
+        handle._life = life = Lifecycle.of(handle._events)
+        if life.identity is not None:
+            handle._identity, handle._resumed = life.identity, True
+        handle._computed = life.stage not in COMPUTING and life.stage is not Stage.NEW
+        handle._closed = life.stage is Stage.FINISHED
+        handle.kill_reason = life.kill_reason
+        return handle
 
     def __repr__(self) -> str:
         job = self._identity[0] if self._identity else "not started"
@@ -91,6 +124,21 @@ class JobHandle:
         return self._life.stage
 
     @property
+    def life(self) -> Lifecycle:
+        """What has been done, as the events so far have it. To be read only."""
+        return self._life
+
+    @property
+    def history(self) -> tuple[Event, ...]:
+        """Every event of the job until now."""
+        return tuple(self._events)
+
+    @property
+    def first(self) -> Event | None:
+        """The job's first event: by its time one can tell two jobs of one name."""
+        return self._events[0] if self._events else None
+
+    @property
     def result(self) -> JobResult | None:
         """The job's result once it has finished, None before and when it was interrupted."""
         return self._life.result() if self._life.stage is Stage.FINISHED else None
@@ -104,19 +152,24 @@ class JobHandle:
             raise NodeClosed(f"job {self.job_id} was interrupted: it has no result")
         return result
 
-    def kill(self, reason: str) -> bool:
+    def kill(self, reason: str, attempt: int | None = None) -> bool:
         """Order the job to end, with its reason kept; returns without waiting.
 
         Whatever is computing ends: staging in, hooks, the payload (TERM, grace, KILL). The sandbox is still delivered,
         output data is not, and the job ends as Killed. False when it is too late: the job has finished computing and
-        only delivers its outputs, or has ended. One that has not begun never does.
+        only delivers its outputs, or has ended; or when the order is for another `attempt`. One that has not begun never
+        does. Where there is a journal the order is obeyed once it is in there: `KillOrdered`.
         """
-        if self._computed or self._closed:
+        if self._computed or self._closed or attempt not in {None, self.attempt}:
             return False
         if self.kill_reason is None:
             self.kill_reason = reason
-        if self._computing is not None:
-            self._computing.cancel()
+        if self._obeying is not None and self._journal is not None:
+            self._obeying.start_soon(self.keep_order)
+        elif self._journal is None:
+            if self._life.stage in COMPUTING and self._life.kill_reason is None:
+                self._tell(self._new(KillOrdered, self.kill_reason))
+            self._end_computing()
         if self._at_kill is not None:
             self._at_kill()
         return True
@@ -180,10 +233,15 @@ class JobHandle:
         """The status the job has if it finishes now, with this failure if it had none before."""
         return self._life.ends_as(failure)
 
+    def recalls(self, job_id: str, attempt: int) -> JobResult | None:
+        """The result of this attempt at the job, if the handle was made from a history that has it."""
+        return self.result if self._resumed and self._identity == (job_id, attempt) else None
+
     def open(self, job_id: str, attempt: int) -> None:
         """Begin the one job this handle is for."""
-        self._at_kill, reserved_for = None, self._identity if self._reserved else None
-        if self._identity is not None and reserved_for != (job_id, attempt):
+        kept_for = self._identity if self._reserved or self._resumed else None
+        self._at_kill, self._resumed = None, False
+        if self._identity is not None and kept_for != (job_id, attempt):
             raise RuntimeFault(f"this handle was already used for job {self._identity[0]}; make one for each job")
         self._identity = job_id, attempt
 
@@ -191,6 +249,12 @@ class JobHandle:
         """Keep this handle for a job that will begin later, and open until `let_go`. `at_kill`: it will not begin."""
         self.open(job_id, attempt)
         self._reserved, self._audience, self._at_kill = True, audience, at_kill
+
+    def recall(self, events: Iterable[Event]) -> None:
+        """This job has been before: it has this history and result, and is over."""
+        past = JobHandle.resumed(None, events)
+        self._identity, self._life, self._events = past._identity, past._life, past._events
+        self._computed = True
 
     def let_go(self) -> None:
         """The job for which it was kept is over, and nothing more will be recorded."""
@@ -202,12 +266,50 @@ class JobHandle:
         """The part of the job that a kill ends; an order that came earlier ends it at once."""
         try:
             with anyio.CancelScope() as self._computing:
-                if self.kill_reason is not None:
+                if self._life.kill_reason is not None or (self._journal is None and self.kill_reason is not None):
                     self._computing.cancel()
                 yield
         finally:
             self._computing = None
             self._computed = True
+
+    @contextmanager
+    def obeyed_in(self, tasks: TaskGroup) -> Iterator[None]:
+        """An order to end has a task in there which has it written, and then obeyed."""
+        self._obeying = tasks
+        try:
+            yield
+        finally:
+            self._obeying = None
+
+    async def keep_order(self) -> None:
+        """Have an order to end in the job's history, if there is one and it is not; then obey it."""
+        if self.kill_reason is None:
+            return
+        with suppress(IllegalEvent):  # it comes too late, or somebody else was quicker
+            if self._life.kill_reason is None:
+                await self.record(KillOrdered, self.kill_reason)
+        if self._life.kill_reason is not None:
+            self._end_computing()
+
+    def _end_computing(self) -> None:
+        if self._computing is not None:
+            self._computing.cancel()
+
+    @property
+    def state(self) -> Path | None:
+        """Where that is kept of the payload which outlives an agent; None where nobody would look for it."""
+        return None if self._identity is None or self._keeps is None else self._keeps.state_directory(*self._identity)
+
+    @property
+    def hidden(self) -> tuple[Path, ...]:
+        """What the payload need not see."""
+        return () if self._keeps is None else (self._keeps.directory,)
+
+    @property
+    def is_journalled(self) -> bool:
+        """Whether the job goes on after the death of its agent."""
+        return self._keeps is not None
 
     async def record(
         self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs

@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 ENTRY_POINTS: Final = "loadmaster.coordinators"
 
+STANDARD: Final = "loadmaster.coordinator:JobExecutionCoordinator"
+
 RETRIES: Final = 100
 """A hook that asks to be called again more often than this will never be content."""
 
@@ -135,6 +137,12 @@ def _sender(steps: Generator[Any, Any, Any], value: Any) -> Callable[[], Any]:
 
 def _thrower(steps: Generator[Any, Any, Any], exc: BaseException) -> Callable[[], Any]:
     return lambda: steps.throw(exc)
+
+
+def reference_of(coordinator: type[Any]) -> str:
+    """How the class is written in a journal, for `find_coordinator`; nothing for the standard one."""
+    name = f"{coordinator.__module__}:{coordinator.__qualname__}"
+    return "" if name == STANDARD else name
 
 
 # -- finding it --------------------------------------------------------------------------------------------------

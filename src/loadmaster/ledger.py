@@ -9,8 +9,8 @@ if more are free when its turn comes; all of an empty node if it wants the whole
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -55,6 +55,10 @@ class Slots(Protocol):
         """Wait for a slot the job fits and hold it. Raises `PayloadNotStarted` when it can never fit."""
         ...
 
+    def hold(self, job: JobDescription, slot: Slot) -> AbstractContextManager[None]:
+        """Hold the slot again in which the job's payload has been running all the time, whether there is room or not."""
+        ...
+
 
 class AsAsked:
     """Grants each job what it asks for at once: for a pilot that has already been given the resources of one job."""
@@ -63,6 +67,11 @@ class AsAsked:
     async def lease(self, job: JobDescription) -> AsyncIterator[Slot]:
         """Hold nothing, wait for nothing."""
         yield Slot(job.number_of_processors, job.memory_mb, disk_bytes=job.disk_bytes, extras=job.resources)
+
+    @contextmanager
+    def hold(self, job: JobDescription, slot: Slot) -> Iterator[None]:
+        """Hold nothing."""
+        yield
 
 
 def wants_whole_node(job: JobDescription) -> bool:
@@ -159,6 +168,21 @@ class Ledger:
         finally:
             self._return(ticket, slot)
 
+    @contextmanager
+    def hold(self, job: JobDescription, slot: Slot) -> Iterator[None]:
+        """Hold exactly that slot, at once. If there is less than it takes, nobody is granted anything until there is."""
+        memory = 0 if self.memory_mb is None else slot.memory_mb or 0
+        extras = (slot.extras.get(name, 0) for name in self._extras)
+        ticket = self._line.hold((slot.cores, memory, len(slot.gpus), *extras))
+        for number in slot.cpus:
+            self._free_cpus.pop(number, None)
+        for name in slot.gpus:
+            self._free_gpus.pop(name, None)
+        try:
+            yield
+        finally:
+            self._return(ticket, slot)
+
     def check(self, job: JobDescription) -> None:
         """Raise `PayloadNotStarted` when the job can never have a slot here."""
         self._needs(job)
@@ -216,14 +240,14 @@ class Ledger:
 
     def _return(self, ticket: Ticket, slot: Slot | None) -> None:
         if slot is not None:
-            self._free_cpus |= {number: self._cpus[number] for number in slot.cpus}
-            self._free_gpus |= {name: self._gpus[name] for name in slot.gpus}
+            self._free_cpus |= {number: self._cpus[number] for number in slot.cpus if number in self._cpus}
+            self._free_gpus |= {name: self._gpus[name] for name in slot.gpus if name in self._gpus}
         self._line.give_back(ticket)
 
     def idle_reasons(self) -> dict[str, int]:
         """Why cores are free: so many for each reason, the surest first. Empty when all are held."""
         reasons = dict[str, int]()
-        idle, claims = self.free_cores, list(self._line.claims())
+        idle, claims = max(0, self.free_cores), list(self._line.claims())
         for ticket in claims:
             kept = min(idle, ticket.needs[0])
             self._count(reasons, self._lacking(ticket) or HELD, kept)
@@ -267,6 +291,18 @@ class Ledger:
         ticket = self._disk.request((size_bytes,), priority=priority)
         try:
             await ticket.granted.wait()
+            yield
+        finally:
+            self._disk.give_back(ticket)
+
+    @contextmanager
+    def hold_disk(self, size_bytes: int) -> Iterator[None]:
+        """Hold so much of the disk at once, for it has been in use all the time; nobody is granted any while it is short."""
+        if self.disk_bytes is None or size_bytes <= 0:
+            yield
+            return
+        ticket = self._disk.hold((size_bytes,))
+        try:
             yield
         finally:
             self._disk.give_back(ticket)

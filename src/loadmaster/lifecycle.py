@@ -1,5 +1,6 @@
 """Events -> where the job stands -> what may come next -> its result. No clock, no files, no await.
 
+                                              ┌── StageInEnded ──▶ staged in ──┐
     (new) ─JobAccepted─▶ accepted ─StageInStarted─▶ staging in ─PayloadPrepared─▶ prepared ─SlotGranted─▶ granted
                             │                           │                            │                      │
                             │                           │                            │             PayloadStarted
@@ -10,14 +11,15 @@
                             ├─StageOutStarted─▶ staging out ─┐
                             └──────────JobFinished───────────┴─▶ finished
 
-A payload that runs must exit before anything else ends; everything before `computed` may end the computing.
+A payload that runs must exit before anything else ends; everything before `computed` may end the computing. After a
+restart StageInStarted may come again, in an empty directory, and SlotGranted, where the first slot was of no use.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from enum import Enum, auto
-from typing import Final
+from typing import Any, Final
 
 from loadmaster.errors import IllegalEvent
 from loadmaster.events import (
@@ -28,12 +30,15 @@ from loadmaster.events import (
     FileStagedOut,
     JobAccepted,
     JobFinished,
+    KillOrdered,
     OutputMissing,
     ParameterReported,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
+    Remembered,
     SlotGranted,
+    StageInEnded,
     StageInStarted,
     StageOutStarted,
 )
@@ -46,6 +51,7 @@ class Stage(Enum):
     NEW = auto()
     ACCEPTED = auto()
     STAGING_IN = auto()
+    STAGED_IN = auto()
     PREPARED = auto()
     GRANTED = auto()
     RUNNING = auto()
@@ -55,31 +61,36 @@ class Stage(Enum):
     FINISHED = auto()
 
 
-_COMPUTING: Final = frozenset(
-    {Stage.ACCEPTED, Stage.STAGING_IN, Stage.PREPARED, Stage.GRANTED, Stage.RUNNING, Stage.EXITED}
+COMPUTING: Final = frozenset(
+    {Stage.ACCEPTED, Stage.STAGING_IN, Stage.STAGED_IN, Stage.PREPARED, Stage.GRANTED, Stage.RUNNING, Stage.EXITED}
 )
+"""Where a kill still ends something."""
+
 _DELIVERING: Final = frozenset({Stage.COMPUTED, Stage.STAGING_OUT})
 _PAYLOAD_SEEN: Final = frozenset({Stage.RUNNING, Stage.EXITED})
 
 _MOVES: Final[Mapping[type[Event], tuple[frozenset[Stage], Stage]]] = {
     JobAccepted: (frozenset({Stage.NEW}), Stage.ACCEPTED),
-    StageInStarted: (frozenset({Stage.ACCEPTED}), Stage.STAGING_IN),
-    PayloadPrepared: (frozenset({Stage.STAGING_IN}), Stage.PREPARED),
-    SlotGranted: (frozenset({Stage.PREPARED}), Stage.GRANTED),
+    StageInStarted: (frozenset({Stage.ACCEPTED, Stage.STAGING_IN}), Stage.STAGING_IN),
+    StageInEnded: (frozenset({Stage.STAGING_IN}), Stage.STAGED_IN),
+    PayloadPrepared: (frozenset({Stage.STAGING_IN, Stage.STAGED_IN}), Stage.PREPARED),
+    SlotGranted: (frozenset({Stage.PREPARED, Stage.GRANTED}), Stage.GRANTED),
     PayloadStarted: (frozenset({Stage.GRANTED}), Stage.RUNNING),
     PayloadExited: (frozenset({Stage.RUNNING}), Stage.EXITED),
-    ComputingEnded: (_COMPUTING - {Stage.RUNNING}, Stage.COMPUTED),
+    ComputingEnded: (COMPUTING - {Stage.RUNNING}, Stage.COMPUTED),
     StageOutStarted: (frozenset({Stage.COMPUTED}), Stage.STAGING_OUT),
     JobFinished: (_DELIVERING, Stage.FINISHED),
 }
 """Events that move a job on: from where, to where."""
 
 _NOTES: Final[Mapping[type[Event], frozenset[Stage]]] = {
-    FileStagedIn: _COMPUTING - {Stage.ACCEPTED},
+    FileStagedIn: COMPUTING - {Stage.ACCEPTED},
     FileStagedOut: _PAYLOAD_SEEN | _DELIVERING,
     OutputMissing: _PAYLOAD_SEEN | _DELIVERING,
     FailoverRequested: _PAYLOAD_SEEN | _DELIVERING,
-    ParameterReported: _COMPUTING | _DELIVERING,
+    ParameterReported: COMPUTING | _DELIVERING,
+    Remembered: COMPUTING | _DELIVERING,
+    KillOrdered: COMPUTING,
 }
 """Events that leave a job where it stands: where they may come."""
 
@@ -91,7 +102,16 @@ class Lifecycle:
         self.stage = Stage.NEW
         self.outcome: PayloadOutcome | None = None
         self.failure: Failure | None = None
-        self._identity: tuple[str, int] | None = None
+        self.accepted: JobAccepted | None = None
+        self.stage_in: StageInStarted | None = None
+        self.prepared: PayloadPrepared | None = None
+        self.slot: SlotGranted | None = None
+        self.started: PayloadStarted | None = None
+        self.kill_reason: str | None = None
+        self.memory: dict[str, Any] = {}
+        self.safe: set[tuple[str, str]] = set()
+        """The outputs that have arrived, or are safe elsewhere: their names, and where they were wanted."""
+        self.identity: tuple[str, int] | None = None
         self._finished: JobFinished | None = None
         # By name and place, since a hook that is called again (`RetryHook`) moves the same files again.
         self._inputs: dict[str, StoredFile] = {}
@@ -116,7 +136,7 @@ class Lifecycle:
             raise IllegalEvent(
                 f"job {event.job_id}: {event.kind} cannot come while the job is {self.stage.name.lower()}"
             )
-        if self._identity not in {None, (event.job_id, event.attempt)}:
+        if self.identity not in {None, (event.job_id, event.attempt)}:
             raise IllegalEvent(
                 f"job {event.job_id}, attempt {event.attempt}: {event.kind} is of another job or attempt"
             )
@@ -128,13 +148,29 @@ class Lifecycle:
             self.stage = move[1]
         match event:
             case JobAccepted(job_id=job_id, attempt=attempt):
-                self._identity = job_id, attempt
+                self.identity = job_id, attempt
+                self.accepted = event
+            case StageInStarted():
+                self.stage_in = event
+                self._inputs.clear()
+            case PayloadPrepared():
+                self.prepared = event
+            case SlotGranted():
+                self.slot = event
+            case PayloadStarted():
+                self.started = event
+            case KillOrdered(reason=reason):
+                self.kill_reason = self.kill_reason or reason
+            case Remembered(name=name, value=value):
+                self.memory[name] = value
             case FileStagedIn(file=file):
                 self._inputs[file.name] = file
             case FileStagedOut(file=file):
                 self._outputs[file.name, file.url] = file
+                self.safe.add((file.name, file.url))
             case FailoverRequested(file=file, wanted=wanted):
                 self._outputs[file.name, file.url] = file
+                self.safe.add((file.name, wanted))
                 self._pending[f"move {file.url} to {wanted}"] = None
             case OutputMissing(name=name):
                 self._missing[name] = None
@@ -148,6 +184,14 @@ class Lifecycle:
                 self._finished = event
                 self.failure = self.failure or failure
 
+    def has_reached(self, stage: Stage) -> bool:
+        """Whether the job stands there, or beyond."""
+        return self.stage.value >= stage.value
+
+    def staged_in(self, name: str) -> StoredFile | None:
+        """The input of that name, if it has arrived."""
+        return self._inputs.get(name)
+
     def ends_as(self, failure: Failure | None = None) -> Status:
         """The status the job has if it finishes now, with this failure if it had none before."""
         match self.failure or failure:
@@ -155,7 +199,7 @@ class Lifecycle:
                 return Status.COMPLETED if self._pending else Status.DONE
             case Failure(kind="JobWasKilled"):
                 return Status.KILLED
-            case Failure(kind="RescheduleJob" | "HoldJob"):
+            case Failure(kind="RescheduleJob" | "HoldJob" | "PayloadLost"):
                 return Status.RESCHEDULED
             case _:
                 return Status.FAILED

@@ -82,6 +82,14 @@ class Line:
         self._assign()
         return ticket
 
+    def hold(self, amounts: Amounts) -> Ticket:
+        """Take so much without waiting, though it be more than is free: whoever has it had it before this line was made."""
+        ticket = Ticket(self._tickets, 0, amounts, 0, holds=amounts)
+        self._tickets += 1
+        self.free = tuple(free - held for free, held in zip(self.free, amounts, strict=True))
+        ticket.granted.set()
+        return ticket
+
     def give_back(self, ticket: Ticket) -> None:
         """What it holds, or its place in the line."""
         if not ticket.holds:

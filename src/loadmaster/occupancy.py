@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from types import MappingProxyType
 from typing import Final
 
@@ -66,6 +67,18 @@ class NodeStatistics:
             self.busy_core_seconds - earlier.busy_core_seconds, self.cpu_seconds - earlier.cpu_seconds,
             self.idle, MappingProxyType(reasons), self.bytes_in - earlier.bytes_in, self.bytes_out - earlier.bytes_out,
         )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Occupation:
+    """What the cores do from a moment on."""
+
+    time: datetime
+    cores: int
+    busy_cores: int
+    """Those that payloads have."""
+    idle: Mapping[str, int]
+    """The others: how many for each reason."""
 
 
 class Meter:

@@ -42,6 +42,8 @@ class EndedBy(StrEnum):
     KILL = "kill"
     COORDINATOR = "coordinator"
     CANCELLATION = "cancellation"
+    LOST = "lost"
+    """Nobody knows: what held it is gone, with an agent that died or a machine that was started anew."""
     ORPHANED = "orphaned"
     """Its shim: it had been without an agent for as long as the site allows."""
 

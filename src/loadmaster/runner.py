@@ -2,7 +2,8 @@
 
     workdir -> stageIn -> preProcess -> [slot leased: payload supervised] -> postProcess -> stageOut -> result
 
-Values go down, events go sideways into the handle, one result comes up.
+Values go down, events go sideways into the handle, one result comes up. A handle that was made from a job's history goes
+down the same path, and leaves out what has been done: a restart has no path of its own.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import lowlevel
@@ -36,6 +38,7 @@ from loadmaster.errors import (
     JobWasKilled,
     LimitExceeded,
     PayloadFailed,
+    PayloadLost,
     RescheduleJob,
     RuntimeFault,
     SkipPayload,
@@ -50,16 +53,18 @@ from loadmaster.events import (
     PayloadPrepared,
     PayloadStarted,
     SlotGranted,
+    StageInEnded,
     StageInStarted,
     StageOutStarted,
 )
 from loadmaster.handle import JobHandle
-from loadmaster.hooks import call_hook
-from loadmaster.ledger import AsAsked, Slots
-from loadmaster.lifecycle import Stage
+from loadmaster.hooks import call_hook, reference_of
+from loadmaster.ledger import AsAsked, Slot, Slots
+from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.limits import deadline_verdict, limits_of, seconds_left
 from loadmaster.payload.command import default_command, default_environment, with_slot
 from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.state import remove_state
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
 from loadmaster.site import Site
@@ -68,6 +73,9 @@ from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
 from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir, open_workdir
+
+if TYPE_CHECKING:
+    from loadmaster.journal import NodeJournal  # with sqlite3, loaded when used
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +89,7 @@ async def run_job(
     transfers: Transfers | None = None,
     slots: Slots | None = None,
     handle: JobHandle | None = None,
+    journal: NodeJournal | None = None,
     attempt: int = 1,
     root: Path | None = None,
     keep_workdir: bool = False,
@@ -92,9 +101,14 @@ async def run_job(
     the work directory is `<root>/<job id>`. `handle` follows and kills the job. What holds the payload's processes, what
     they see and what they may use is the site's to say: `Site.payload`.
 
+    With a `journal` the job is gone on with where an agent left it, if it is in there; one that has ended is not run again,
+    and its result is what is returned. A payload that still runs is adopted; one that is lost, or whose work directory is,
+    ends the attempt as Rescheduled with the failure `PayloadLost`.
+
     Raises `RuntimeFault` when the runtime cannot keep its promises. Cancellation stops the payload (TERM, grace, KILL),
-    removes the work directory, delivers nothing and claims no end: the last event is not `JobFinished`. Await it to its
-    end also then: an event loop that is torn down under it (asyncio's, when `main` returns early) heeds no shield.
+    removes the work directory unless a journal will want it, delivers nothing and claims no end: the last event is not
+    `JobFinished`. Await it to its end also then: an event loop that is torn down under it (asyncio's, when `main` returns
+    early) heeds no shield.
     """
     if not isinstance(job, JobDescription):
         raise TypeError(
@@ -102,8 +116,26 @@ async def run_job(
         )
     if site is not None and transfers is not None:
         raise TypeError("run_job takes a site or transfers, which have one, not both")
+    if journal is not None:
+        if handle is not None:
+            raise TypeError("run_job takes a handle, which may have a journal, or a journal, not both")
+        handle = await journal.handle(job.job_id, attempt)
     handle = handle or JobHandle()
+    if (result := handle.recalls(job.job_id, attempt)) is not None:
+        return result
     handle.open(job.job_id, attempt)
+    place, identity = where_it_was(handle.life) or (root, None)
+
+    def kept() -> bool:
+        return keep_workdir or (handle.is_journalled and handle.result is None)
+
+    def forget_payload() -> None:
+        """What was kept of it for another agent."""
+        if handle.state is not None and handle.result is not None and handle.life.slot is not None:
+            try:
+                remove_state(handle.state)
+            except OSError as exc:
+                log.warning("%s: is left there: %s", handle.state, exc.strerror)
 
     async def in_its_own_task() -> None:
         async with AsyncExitStack() as stack:
@@ -111,10 +143,13 @@ async def run_job(
             moving = transfers
             if moving is None:
                 moving = await stack.enter_async_context(open_transfers(site or Site()))
-            workdir = await stack.enter_async_context(open_workdir(root, job.job_id, keep=keep_workdir))
+            workdir = await stack.enter_async_context(
+                open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
+            )
             flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle)
             straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
             stack.enter_context(handle.beaten(straight.beat))
+            stack.enter_context(handle.obeyed_in(own))
             if not handle.has_audience:  # which has one task for the heartbeats of many jobs
                 beating = anyio.CancelScope()
                 stack.callback(beating.cancel)
@@ -149,49 +184,68 @@ class _Flight:
         self.standard = JobExecutionCoordinator(job.description, job.ce)
         self.standard.job = job
         self.coordinator: Coordinator = self.standard
+        self.has_coordinator = False
+        self.life = handle.life
+        self.workdir_lost = self.life.has_reached(Stage.STAGED_IN) and not workdir.continued
         self.phase = Phase.STAGE_IN
         self.phase_began = time.monotonic()
         self.usage: Usage | None = None
         self.last_lines: tuple[str, ...] = ()
 
     async def fly(self) -> None:
-        await self.record(JobAccepted, self.job.description.model_dump(mode="json", exclude_defaults=True))
+        if not self.life.has_reached(Stage.ACCEPTED):
+            await self.record(JobAccepted, self.job.description.words(), reference_of(self.coordinator_class))
+        await self.handle.keep_order()
         async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
-            self.job.failure = await self._compute()
-            self.job.companions.close()
-            await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
-            await self.record(ComputingEnded, self.job.failure)
+            self.job.outcome = self.life.outcome
+            self.job.failure = self.life.failure
+            if not self.life.has_reached(Stage.COMPUTED):
+                self.job.failure = await self._compute()
+                self.job.companions.close()
+                await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
+                await self.record(ComputingEnded, self.job.failure)
             failure = await self._deliver()
         await lowlevel.checkpoint_if_cancelled()  # likewise; and a hook may have lost a cancelled task unawares
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
 
     async def _compute(self) -> Failure | None:
         """Everything that a kill ends."""
+        failure: Failure | None = None
         try:
+            found = await self._find_payload()
             with self.handle.computing():
-                with self._in_time():
-                    await self._stage_in()
-                    spec = await self._prepare()
-                outcome = await self._run_payload(spec)
+                if self.life.outcome is not None:
+                    outcome = self.life.outcome
+                elif found is not None:
+                    outcome = await self._supervise_again(found)
+                else:
+                    with self._in_time():
+                        await self._stage_in()
+                        spec = await self._prepare()
+                    outcome = await self._run_payload(spec)
                 await self._post_process(outcome)
         except JobError as error:
             failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
-        else:
-            failure = None
+        await self.handle.keep_order()
         if self.handle.kill_reason is not None:
             return Failure.of(JobWasKilled(self.handle.kill_reason), self.phase)
         return failure
 
     async def _stage_in(self) -> None:
         check_outputs(self.job.description, self.site)
-        self.coordinator = await call_hook(
-            f"{self.coordinator_class.__name__}(jobArgs=..., ceArgs=...)", self._make_coordinator
-        )
-        await self.record(StageInStarted)
+        await self._make_coordinator()
+        if self.life.has_reached(Stage.STAGED_IN):
+            self._check_workdir()
+            return
+        if not (self.life.has_reached(Stage.STAGING_IN) and self.workdir.continued):
+            await self.record(StageInStarted, str(self.workdir.path), self.workdir.identity)
         await self._hook("stageIn")
+        await self.record(StageInEnded)
 
     async def _prepare(self) -> PayloadSpec:
         self._enter(Phase.PRE_PROCESS)
+        if self.life.prepared is not None:
+            return PayloadSpec(command=self.life.prepared.command, env=dict(self.life.prepared.env))
         description = self.job.description
         env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
         command = await briefly(lambda: default_command(description, env, self.workdir))
@@ -207,18 +261,64 @@ class _Flight:
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
                 return await self._supervise(with_slot(spec, slot), frozenset(slot.cpus))
 
+    async def _find_payload(self) -> Payload | None:
+        """The payload that an earlier agent has started. Of one that cannot be found nothing runs any more."""
+        state = self.handle.state
+        if self.life.stage not in {Stage.GRANTED, Stage.RUNNING} or state is None:
+            return None
+        from loadmaster.payload.adopt import adopt  # loaded when used
+        from loadmaster.payload.found import Lost
+
+        description = self.job.description
+        found = await adopt(
+            state, self.workdir, stdout=description.std_output, stderr=description.std_error,
+            boot=self._boot_id, known=self.life.started, limits=self.limits,
+            world=self.site.payload, soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
+        )  # fmt: skip
+        if isinstance(found, Payload):
+            return found
+        log.info("job %s: its payload cannot be gone on with: %s", description.job_id, found.reason)
+        if self.life.stage is Stage.RUNNING:
+            left = isinstance(found, Lost) and found.left_behind
+            await self.record(PayloadExited, PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=left))
+        elif isinstance(found, Lost):
+            raise PayloadLost(f"it may have been started: {found.reason}")
+        else:
+            await briefly(partial(remove_state, state))
+        return None
+
+    async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
+        """As `_supervise`, for a payload that runs already, in the slot that it has."""
+        self._enter(Phase.PAYLOAD)
+        had = self.life.slot
+        assert had is not None  # noqa: S101 - no payload is started without
+        slot = Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=self.job.description.resources)
+        with self.slots.hold(self.job.description, slot):
+            return await self._to_its_end(payload)
+
     async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
         """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
         description = self.job.description
         payload = await start(
             spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
             limits=self.limits, world=self.site.payload, cores=cores,
-            soft_stop=SoftStop.of(description), outputs_bytes=self.job.outputs_bytes if self._has_outputs else None,
+            soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
+            state=self.handle.state, hidden=[at for at in self.handle.hidden if not self.workdir.path.is_relative_to(at)],
         )  # fmt: skip
+        return await self._to_its_end(payload)
+
+    async def _to_its_end(self, payload: Payload) -> PayloadOutcome:
+        """Watch it, and end it if need be; its end is recorded. Nothing may come between its start and this."""
         verdict: Verdict | None = None
         try:
             tree = payload.tree
-            await self.record(PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim)
+            if not self.life.has_reached(Stage.RUNNING):
+                await self.record(
+                    PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim,
+                    tree.shim_pid, tree.shim_start_ticks, self._boot_id,
+                )  # fmt: skip
+            self._check_workdir()
+            await self._make_coordinator()
             self.job.payload = payload
             self.job.stage_beside()
             async with self.job.companions.alongside(), self._followed(payload):
@@ -238,8 +338,9 @@ class _Flight:
 
     async def _post_process(self, outcome: PayloadOutcome) -> None:
         error = _error_of(outcome)
-        if isinstance(error, RescheduleJob):
+        if isinstance(error, RescheduleJob | PayloadLost):
             raise error
+        self._check_workdir()
         self._enter(Phase.POST_PROCESS)
         try:
             with self._in_time():
@@ -255,10 +356,13 @@ class _Flight:
     async def _deliver(self) -> Failure | None:
         """Take out what the job has, and say why that failed if it did."""
         self._enter(Phase.STAGE_OUT)
-        await self.record(StageOutStarted)
+        if not self.life.has_reached(Stage.STAGING_OUT):
+            await self.record(StageOutStarted)
         if self.job.failure is not None:
             await self.job.abandon_early_outputs()
         try:
+            if self.job.failure is None and self._has_outputs:
+                self._check_workdir()
             with self._in_time():
                 await self._hook("stageOut")
         except SkipPayload:
@@ -269,14 +373,27 @@ class _Flight:
 
     # -- details -------------------------------------------------------------------------------------------------
 
-    async def _make_coordinator(self) -> Coordinator:
-        made = self.coordinator_class(jobArgs=self.job.description, ceArgs=self.job.ce)  # type: ignore[call-arg]
-        with suppress(AttributeError):  # it has slots and no place for it: it does not want it
-            made.job = self.job  # type: ignore[attr-defined]
-        return made
+    async def _make_coordinator(self) -> None:
+        """Have it made, once; one that cannot be is replaced by the standard one from then on."""
+
+        async def make() -> Coordinator:
+            made = self.coordinator_class(jobArgs=self.job.description, ceArgs=self.job.ce)  # type: ignore[call-arg]
+            with suppress(AttributeError):  # it has slots and no place for it: it does not want it
+                made.job = self.job  # type: ignore[attr-defined]
+            return made
+
+        if not self.has_coordinator:
+            self.has_coordinator = True
+            self.coordinator = await call_hook(f"{self.coordinator_class.__name__}(jobArgs=..., ceArgs=...)", make)
+
+    def _check_workdir(self) -> None:
+        """Raise `PayloadLost` if what was in the work directory is gone."""
+        if self.workdir_lost:
+            raise PayloadLost(f"what was in its work directory {self.workdir.path} is gone")
 
     async def _hook(self, name: str, *args: Any) -> Any:
         """Call a hook of the coordinator, or the standard one where it has none."""
+        await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
         return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
 
@@ -291,11 +408,23 @@ class _Flight:
             return
         delivering = self.phase is Phase.STAGE_OUT
         usage = Usage(wall_seconds=0.0, outputs_bytes=0 if self._has_outputs and not delivering else None)
-        left = seconds_left(usage, Limits(deadline=self.limits.deadline), now=datetime.now(UTC))
+        only = {"deadline", "grace_seconds", "upload_bytes_per_second"}
+        limits = Limits(**self.limits.model_dump(include=only))
+        left = seconds_left(usage, limits, now=datetime.now(UTC))
         with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
             yield scope
         if scope.cancelled_caught:
             raise LimitExceeded(str(deadline_verdict(self.limits.deadline, usage, self.limits, now=datetime.now(UTC))))
+
+    @property
+    def _boot_id(self) -> str:
+        """Of the machine, when the work directory was made."""
+        stage_in = self.life.stage_in
+        return "" if stage_in is None else stage_in.identity.partition(":")[0]
+
+    @property
+    def _outputs_bytes(self) -> Callable[[], int] | None:
+        return self.job.outputs_bytes if self._has_outputs else None
 
     @property
     def _has_outputs(self) -> bool:
@@ -367,8 +496,20 @@ def _short(value: object) -> str:
 
 def _error_of(outcome: PayloadOutcome) -> JobError | None:
     """What an outcome means for the job."""
+    if outcome.ended_by is EndedBy.LOST:
+        return PayloadLost("what held the payload is gone with an agent that died: how it ended is not known")
+    if outcome.ended_by is EndedBy.CANCELLATION:
+        return PayloadLost("the agent left while the payload ran, and ended it")
+    if outcome.ended_by is EndedBy.ORPHANED:
+        return PayloadLost("the payload had been without an agent for too long, and was ended")
     if outcome.verdict is not None:
         return LimitExceeded(str(outcome.verdict))
     if outcome.exit_code == RESCHEDULE_EXIT_CODE:
         return RescheduleJob(f"the payload asked to be rescheduled (exit code {RESCHEDULE_EXIT_CODE})")
     return None if outcome.succeeded else PayloadFailed(f"the payload failed: {outcome}")
+
+
+def where_it_was(life: Lifecycle) -> tuple[Path, str] | None:
+    """The directory of the work directory that an earlier agent has made for a job, and the identity of that."""
+    begun = life.stage_in
+    return (Path(begun.workdir).parent, begun.identity) if begun is not None and begun.workdir else None

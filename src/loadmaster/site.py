@@ -58,7 +58,7 @@ Place = Annotated[str, BeforeValidator(_place)]
 class Site(BaseModel):
     """Where a site's files are. Without any configuration, jobs use plain paths and URLs."""
 
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = ""
     vo: MaybeComponent = None

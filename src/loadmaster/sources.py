@@ -68,6 +68,23 @@ class Iterated:
         self.returned.append(job)
 
 
+class Nothing:
+    """No jobs: for a node that only goes on with those it has."""
+
+    def __init__(self) -> None:
+        self.refused: list[str] = []
+
+    async def next(self, free: int) -> JobDescription | None:
+        """None."""
+        return None
+
+    async def accepted(self, job: JobDescription) -> None:
+        """Never asked."""
+
+    async def give_back(self, job: JobDescription) -> None:
+        """Never asked."""
+
+
 class _Files:
     """Jobs that are read in a thread, many at a time. Relative paths are taken from where the file is."""
 

@@ -14,8 +14,9 @@ import logging
 import os
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Final
@@ -32,6 +33,8 @@ OURS: Final = 0o1700
 MARK: Final = "user.loadmaster"
 """The mode of a work directory, and an attribute of it. Either the sticky bit or the attribute says that we made it, for
 a payload may change the mode and some file systems have no attributes. Of what is not ours nothing is ever removed."""
+
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 REMOVAL_SECONDS: Final = 60.0
 """How long a cancelled job may take to remove its directory before it is left behind, with a warning."""
@@ -52,22 +55,28 @@ class NotDeliverable(OSError):
 class Workdir:
     """One job's directory. Every method takes names relative to it and blocks."""
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path, descriptor: int, *, identity: str = "", continued: bool = False) -> None:
         self.path = path
+        self.identity = identity
+        """By what the directory can be told from another that is made in its place. Another one after each start of the
+        machine: what was in it may not have been on the disk."""
+        self.continued = continued
+        """Whether it has in it what an earlier agent left there."""
         self._fd = descriptor
 
     def __repr__(self) -> str:
         return f"<Workdir {self.path}>"
 
     @classmethod
-    def make(cls, root: Path, name: str) -> Workdir:
+    def make(cls, root: Path, name: str, *, identity: str | None = None) -> Workdir:
         """An empty directory `<root>/<name>` that no other live job has; what a dead one left there is removed.
 
-        Raises `WorkdirFault`. The lock is a `flock` on the directory itself, so the kernel drops it with the process.
+        The directory of this `identity` is the job's own, and is gone on with as it is. Raises `WorkdirFault`. The lock is a
+        `flock` on the directory itself, so the kernel drops it with the process.
         """
         path = root / check_local_name(name)
         try:
-            _make_directory(path)
+            made = _make_directory(path)
             descriptor = _enter(root, name)
         except OSError as exc:
             raise WorkdirFault(f"{path}: cannot make the work directory: {exc.strerror}") from exc
@@ -79,7 +88,10 @@ class Workdir:
                 raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
             with suppress(OSError):
                 os.setxattr(descriptor, MARK, b"")
-            _empty(descriptor)
+            own = f"{_boot_id()}:{os.fstat(descriptor).st_ino}"
+            continued = not made and own == identity
+            if not continued:
+                _empty(descriptor)
         except BlockingIOError as exc:
             os.close(descriptor)
             raise WorkdirFault(
@@ -88,7 +100,7 @@ class Workdir:
         except OSError as exc:
             os.close(descriptor)
             raise WorkdirFault(f"{path}: cannot empty what is left of an earlier job: {exc.strerror}") from exc
-        return cls(path, descriptor)
+        return cls(path, descriptor, identity=own, continued=continued)
 
     def close(self, *, keep: bool = False) -> None:
         """Remove the directory, or only unlock it. Raises `WorkdirFault` when something could not be removed."""
@@ -263,19 +275,30 @@ class Workdir:
 
 
 @asynccontextmanager
-async def open_workdir(root: Path | None, name: str, *, keep: bool = False) -> AsyncIterator[Workdir]:
+async def open_workdir(
+    root: Path | None, name: str, *, keep: bool | Callable[[], bool] = False, identity: str | None = None,
+    afterwards: Callable[[], None] = lambda: None,
+) -> AsyncIterator[Workdir]:  # fmt: skip
     """A job's directory below `root`, or below `default_root()`; removed however one leaves, unless it is to be kept.
+
+    One of this `identity` is gone on with as it is; else it is empty. `afterwards` is called in the thread that removes it.
 
     Raises `WorkdirFault` when it cannot be made, is another live job's, or has something in it that is not ours.
     """
-    workdir = await briefly(lambda: Workdir.make(root or default_root(), name))
+    workdir = await briefly(lambda: Workdir.make(root or default_root(), name, identity=identity))
     try:
         yield workdir
     finally:
         with anyio.move_on_after(REMOVAL_SECONDS, shield=True) as scope:
-            await briefly(lambda: _close(workdir, keep), abandon_on_cancel=True)
+            kept = keep() if callable(keep) else keep
+            await briefly(partial(_leave, workdir, kept, afterwards), abandon_on_cancel=True)
         if scope.cancelled_caught:
             log.error("%s: not removed within %.0f s, left behind", workdir.path, REMOVAL_SECONDS)
+
+
+def _leave(workdir: Workdir, keep: bool, afterwards: Callable[[], None]) -> None:
+    _close(workdir, keep)
+    afterwards()
 
 
 def _close(workdir: Workdir, keep: bool) -> None:
@@ -300,18 +323,36 @@ def default_root() -> Path:
     return path
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory of ours with all that a payload may have put in it, as deep as it likes. Raises OSError."""
+    descriptor = _enter(path.parent, path.name)
+    try:
+        _empty(descriptor)
+    finally:
+        os.close(descriptor)
+    path.rmdir()
+
+
 def _what(mode: int) -> str:
     kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a directory", stat.S_IFLNK: "a link"}
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def _make_directory(path: Path) -> None:
+@cache
+def _boot_id() -> str:
+    return BOOT_ID.read_text().strip()
+
+
+def _make_directory(path: Path) -> bool:
+    """Make it; False when there is something of that name."""
     with suppress(FileExistsError):
         try:
             path.mkdir(mode=OURS)
         except FileNotFoundError:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.mkdir(mode=OURS)
+        return True
+    return False
 
 
 def _is_ours(descriptor: int) -> bool:

@@ -44,7 +44,7 @@ def _octal(value: object) -> object:
 class World(BaseModel):
     """What a payload is held by, sees, and may use without asking."""
 
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     containment: Annotated[tuple[Containment, ...], BeforeValidator(_one_or_many)] = BEST_FIRST
     """What may hold its processes, in order of preference. See docs/containment.md."""
@@ -85,5 +85,5 @@ class World(BaseModel):
         return usual | wanted
 
 
-USUAL: Final = World.model_construct()  # as `World()`, which would build its schema now
+USUAL: Final = World()
 """Where the site has nothing to say."""

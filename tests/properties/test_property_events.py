@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loadmaster.errors import IllegalEvent
-from loadmaster.events import KINDS, Event, JobFinished, PayloadExited, PayloadStarted, dump, load
+from loadmaster.events import KINDS, Event, JobFinished, PayloadExited, PayloadStarted, dump, dumps, load, loads
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.result import EndedBy, Failure, PayloadOutcome, Phase, Status, StoredFile, Usage, Verdict
 
@@ -41,8 +41,11 @@ OUTCOMES = st.builds(
 USAGES = st.builds(Usage, NUMBERS, NUMBERS, COUNTS, COUNTS, st.none() | COUNTS, NUMBERS)
 LINES = st.lists(NAMES, max_size=3).map(tuple)
 OWN_FIELDS: dict[str, tuple[st.SearchStrategy[object], ...]] = {
-    "JobAccepted": (st.dictionaries(NAMES, JSON, max_size=3),),
-    "StageInStarted": (),
+    "JobAccepted": (st.dictionaries(NAMES, JSON, max_size=3), NAMES, COUNTS),
+    "StageInStarted": (NAMES, NAMES),
+    "StageInEnded": (),
+    "KillOrdered": (NAMES,),
+    "Remembered": (NAMES, JSON),
     "FileStagedIn": (FILES,),
     "PayloadPrepared": (NAMES | st.lists(NAMES, max_size=3).map(tuple), st.dictionaries(NAMES, NAMES, max_size=3)),
     "SlotGranted": (COUNTS, st.none() | COUNTS),
@@ -79,6 +82,8 @@ FIXED: dict[str, tuple[object, ...]] = {
     "PayloadStarted": (1, 1, "session"),
     "PayloadExited": (PayloadOutcome(0, None, 1.0, 1.0, None),),
     "ParameterReported": ("a", "b"),
+    "Remembered": ("a", [1, "b"]),
+    "KillOrdered": ("enough",),
     "ComputingEnded": (None,),
     "FileStagedOut": (FILE,),
     "OutputMissing": ("a", "b"),
@@ -198,3 +203,5 @@ def test_every_unfinished_history_can_still_be_brought_to_its_end(history: list[
 def test_any_event_survives_being_written_and_read(written: Event) -> None:
     read = load(json.loads(json.dumps(dump(written), allow_nan=False)))
     assert (type(read), read) == (type(written), written)
+    quickly = loads(dumps(written))
+    assert (type(quickly), quickly) == (type(written), written)

@@ -14,14 +14,15 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 def add_job(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command about one job."""
     parser.add_argument(
-        "job", type=Path, metavar="JOB.json", help='a job description, or DIRAC\'s {"Job": {...}, "CE": {...}}'
+        "job", type=Path, metavar="JOB.json", help='a job description, or DIRAC\'s: {"Job": {...}, "CE": {...}}, or JDL'
     )
     parser.add_argument("--ce", type=Path, metavar="CE.json", help="the computing element")
     parser.add_argument("--config", type=Path, metavar="SITE.toml", help="storage elements, catalog, sandbox store")
     parser.add_argument(
         "--coordinator",
         metavar="MODULE:CLASS",
-        help="a coordinator: module:Class, path/to/file.py:Class, or its registered name",
+        help="a coordinator: module:Class, path/to/file.py:Class, or its registered name; dirac: the one of the installed "
+        "DIRAC extensions, dirac:PACKAGE: of one of them",
     )
     parser.add_argument(
         "--output",

@@ -23,22 +23,42 @@ from loadmaster.site import Site
 
 def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
     """The job of a file, and its computing element. Raises `InvalidJob` that names the file."""
-    words, ce_words = dirac.split_wrapper_file(read_json(options.job))
+    words, ce_words = dirac.split_wrapper_file(_read_words(options.job))
     if options.ce is not None:
         ce_words = {**ce_words, **read_json(options.ce)}
     try:
-        job = JobDescription.load(words).relative_to(options.job.absolute().parent, outputs=Path.cwd())
-        return job, ComputingElement.load(ce_words)
+        job, ce = dirac.from_dirac({"Job": words, "CE": ce_words})
+        return job.relative_to(options.job.absolute().parent, outputs=Path.cwd()), ce
     except InvalidJob as exc:
         raise InvalidJob(f"{options.job}: {exc}") from exc
 
 
+def _read_words(path: Path) -> Mapping[str, Any]:
+    """The words of a job in a file, of JSON or of DIRAC's JDL."""
+    text = _read_text(path)
+    try:
+        return dirac.read_jdl(text) if dirac.is_jdl(text) else _object(path, text)
+    except InvalidJob as exc:
+        raise InvalidJob(f"{path}: {str(exc).removeprefix(f'{path}: ')}") from exc
+
+
 def read_json(path: Path) -> Mapping[str, Any]:
     """An object in a file. Raises `InvalidJob`."""
+    return _object(path, _read_text(path))
+
+
+def _read_text(path: Path) -> str:
     try:
-        data = json.loads(path.read_text(encoding="utf-8-sig"))
+        return path.read_text(encoding="utf-8-sig")
     except OSError as exc:
         raise InvalidJob(f"{path}: {exc.strerror}") from exc
+    except ValueError as exc:
+        raise InvalidJob(f"{path}: not JSON: {exc}") from exc
+
+
+def _object(path: Path, text: str) -> Mapping[str, Any]:
+    try:
+        data = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise InvalidJob(f"{path}: not JSON: {exc}") from exc
     if not isinstance(data, dict):
@@ -57,6 +77,9 @@ def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     """The class of --coordinator, or the one of jobs without special wishes."""
     if options.coordinator is None:
         return JobExecutionCoordinator
+    name, _, package = options.coordinator.partition(":")
+    if name == "dirac":
+        return dirac.find_coordinator(package or None)
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; this process is ours
     found = find_coordinator(options.coordinator)
     return dirac.adapt(found) if dirac.is_synchronous(found) else found

@@ -16,13 +16,14 @@ from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, number, size_bytes
 from loadmaster.commands.codes import NOT_PREPARED, OK, PAYLOAD_FAILED
 from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json
+from loadmaster.commands.reporting import Reporting, add_reporter
 from loadmaster.description import ComputingElement
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
 from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
-from loadmaster.sources import JobFiles, JobLines
+from loadmaster.sources import JobFiles, JobLines, Nothing
 from loadmaster.work import work
 from loadmaster.workdir import default_root
 
@@ -40,6 +41,17 @@ def add(commands: Commands, line: str) -> None:
     node.add_argument(
         "source", type=Path, metavar="SOURCE", help="JSON Lines: a job a line; or a directory of job files"
     )
+    add_node(node)
+    node.add_argument(
+        "--journal",
+        type=Path,
+        metavar="DIR",
+        help="keep all that happens there: the next time jobs go on where they were, and payloads that still run are kept",
+    )
+
+
+def add_node(node: argparse.ArgumentParser) -> None:
+    """The arguments of a command that runs many jobs."""
     node.add_argument("--ce", type=Path, metavar="CE.json", help="the computing element")
     node.add_argument("--config", type=Path, metavar="SITE.toml", help="storage elements, catalog, sandbox store")
     node.add_argument("--coordinator", metavar="MODULE:CLASS", help="a coordinator, as for `run`")
@@ -49,13 +61,26 @@ def add(commands: Commands, line: str) -> None:
     node.add_argument("--output", type=Path, metavar="DIR", help="where outputs go that have no other target (outputs)")
     node.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
     node.add_argument("--results", type=Path, metavar="DIR", help="write each job's result to a file there")
+    add_reporter(node)
     node.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _node(options: argparse.Namespace) -> int:
+    with ExitStack() as opened:
+        source: JobFiles | JobLines
+        if options.source.is_dir():
+            source = JobFiles(options.source, outputs=Path.cwd())
+        else:
+            source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
+        return run_node(options, source)
+
+
+def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing) -> int:
+    """Run the jobs of a source, after those that are open in the journal; the exit code."""
     ce = ComputingElement.load(read_json(options.ce) if options.ce else {})
+    reporting = Reporting(options, ce)
     coordinator = read_coordinator(options)
-    site = Site.load(options.config) if options.config else Site()
+    site = reporting.site(Site.load(options.config) if options.config else Site())
     if not site.output_directory:
         outputs = (options.output or Path("outputs")).absolute()
         site = site.model_copy(update={"output_directory": f"{file_url(outputs)}/{{job_id}}"})
@@ -71,15 +96,13 @@ def _node(options: argparse.Namespace) -> int:
         with ExitStack() as opened:
             if events is not None:
                 opened.enter_context(closing(events))
-            source: JobFiles | JobLines
-            if options.source.is_dir():
-                source = JobFiles(options.source, outputs=Path.cwd())
-            else:
-                source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
             orders = opened.enter_context(told_to_stop())
             opened.enter_context(log_to(board))
-            node = Node(ce, site=site, ledger=ledger, root=scratch, coordinator=coordinator)
-            shift = anyio.run(partial(work, node, source, board, orders, results=options.results, events=events))
+            node = Node(ce, site=site, ledger=ledger, root=scratch, coordinator=coordinator, journal=options.journal)
+            reporter = reporting.opened(pilot=True)
+            shift = anyio.run(
+                partial(work, node, source, board, orders, results=options.results, events=events, reporter=reporter)
+            )
     finally:
         board.close()
     for problem in shift.refused:

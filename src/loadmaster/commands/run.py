@@ -24,6 +24,7 @@ from loadmaster.commands.files import (
     read_site,
     write_whole,
 )
+from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
 from loadmaster.handle import JobHandle
 from loadmaster.names import shown
 from loadmaster.orders import Orders, told_to_stop
@@ -48,19 +49,28 @@ def add(commands: Commands, line: str) -> None:
     run.add_argument(
         "--root", type=Path, metavar="DIR", help="where work directories are made (default: a temporary directory)"
     )
+    run.add_argument(
+        "--journal",
+        type=Path,
+        metavar="DIR",
+        help="keep what happens there: the next time the job goes on where it was",
+    )
     run.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
     run.add_argument("--result", type=Path, metavar="FILE", help="write the result as JSON")
     run.add_argument("--keep-workdir", action="store_true", help="leave the work directory where it is, and say where")
     run.add_argument("--follow", action="store_true", help="show what the payload prints, as it prints it")
+    add_reporter(run)
+    add_job_id(run)
     run.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _run(options: argparse.Namespace) -> int:
     job, ce = read_job(options)
+    job, reporting = with_id(options, job), Reporting(options, ce)
     coordinator = read_coordinator(options)
     root = (options.root or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
-    site = read_site(options, job)
+    site = reporting.site(read_site(options, job))
     heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
     check_outputs(job, site)
     check_writable(options.result)
@@ -71,7 +81,11 @@ def _run(options: argparse.Namespace) -> int:
             keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
         )  # fmt: skip
         try:
-            result = anyio.run(_fly, run, orders, display, events, options.follow)
+            fly = partial(_fly, run, orders, display, events, options.follow, reporting)
+            if options.journal is None:
+                result = anyio.run(fly, JobHandle(), 1)
+            else:
+                result = anyio.run(_with_journal, options.journal, job.job_id, fly)
         finally:
             display.close()
     if result is None:
@@ -86,20 +100,34 @@ def _run(options: argparse.Namespace) -> int:
     return 128 + orders.seen[0] if result.status is Status.KILLED and orders.seen else exit_code(result)
 
 
-async def _fly(
-    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool
+async def _with_journal(
+    directory: Path, job_id: str, fly: Callable[[JobHandle, int], Awaitable[JobResult | None]]
 ) -> JobResult | None:
+    """The same, going on where an earlier run has left the job; the next attempt at one that was rescheduled."""
+    from loadmaster.journal import open_journal  # with sqlite3, loaded when used
+
+    async with open_journal(directory) as journal:
+        attempt, status = (await journal.last([job_id])).get(job_id, (1, None))
+        attempt += status == Status.RESCHEDULED
+        return await fly(await journal.handle(job_id, attempt), attempt)
+
+
+async def _fly(
+    run: Callable[..., Awaitable[JobResult]], orders: Orders, display: Display, events: TextIO | None, output: bool,
+    reporting: Reporting, handle: JobHandle, attempt: int,
+) -> JobResult | None:  # fmt: skip
     """The job's result; None when it was abandoned."""
-    handle = JobHandle()
     result = None
     with single_error():
         async with anyio.create_task_group() as listening:
             listening.start_soon(_obey, orders, handle, display, listening.cancel_scope)
-            async with anyio.create_task_group() as followers:
+            async with reporting.opened() as reporter, anyio.create_task_group() as followers:
+                if reporter is not None:
+                    followers.start_soon(reporter.follow, handle)
                 followers.start_soon(partial(follow, handle, display, output=output))
                 if events is not None:
                     followers.start_soon(write_events, handle, events)
-                result = await run(handle=handle)
+                result = await run(handle=handle, attempt=attempt)
             listening.cancel_scope.cancel()
     return result
 

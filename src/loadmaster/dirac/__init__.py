@@ -5,6 +5,7 @@ Nothing of DIRAC is imported. Its words stay in this package; the rest of the ho
 
 from loadmaster.dirac.dictionaries import environment, from_dirac, job_info, split_wrapper_file, to_dirac
 from loadmaster.dirac.extensions import extensions, find_coordinator
+from loadmaster.dirac.jdl import is_jdl, job_from_jdl, job_to_jdl, read_jdl
 from loadmaster.dirac.legacy import EWMSRESC, DiracCoordinator, adapt, is_synchronous
 from loadmaster.dirac.parameters import Parameters, node_parameters
 from loadmaster.dirac.report import ExitCode, accounting, exit_code, heartbeat
@@ -31,9 +32,13 @@ __all__ = [
     "find_coordinator",
     "from_dirac",
     "heartbeat",
+    "is_jdl",
     "is_synchronous",
+    "job_from_jdl",
     "job_info",
+    "job_to_jdl",
     "node_parameters",
+    "read_jdl",
     "request_json",
     "split_wrapper_file",
     "statuses",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from typing import Any, Final
 
 from anyio import to_thread
@@ -102,6 +103,31 @@ def environment(job: JobDescription, ce: ComputingElement) -> dict[str, str]:
         "DIRAC_WHOLENODE": str(bool(ce.extra.get("WholeNode", job.whole_node))),
         "DIRAC_JOB_PROCESSORS": str(job.number_of_processors),
     }
+
+
+def payload_environment(job: JobDescription, ce: ComputingElement, env: Mapping[str, str]) -> dict[str, str]:
+    """An environment with DIRAC's variables, where it has none of the name; what DIRAC's installation has put aside of
+    LD_LIBRARY_PATH, if the site lets that through, is appended."""
+    complete = {**environment(job, ce), **env}
+    if saved := complete.get("LD_LIBRARY_PATH_SAVE"):
+        own = complete.get("LD_LIBRARY_PATH")
+        complete["LD_LIBRARY_PATH"] = f"{own}:{saved}" if own else saved
+    return complete
+
+
+def payload_command(job: JobDescription, ce: ComputingElement, command: str) -> str:
+    """The command, with the options that DIRAC's `dirac-jobexec` is given; of other executables as it is."""
+    if "dirac-jobexec" not in job.executable:
+        return command
+    options = {
+        "CPUNormalizationFactor": str(ce.cpu_normalization_factor),
+        "Site": ce.site,
+        "GridCE": ce.name,
+        "CEQueue": str(ce.extra.get("Queue") or ce.queue),
+        **({"RemoteExecution": "True"} if ce.extra.get("SubmissionPolicy") == "Application" else {}),
+    }
+    given = (f"-o {quote(f'/LocalSite/{name}={value}')}" for name, value in options.items())
+    return f"{command} {' '.join(given)} "
 
 
 def job_info(job: JobDescription) -> str:

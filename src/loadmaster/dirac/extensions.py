@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loadmaster.coordinator import Coordinator
 from loadmaster.dirac.legacy import adapt, is_synchronous
 from loadmaster.errors import InvalidJob
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 ENTRY_POINTS: Final = "dirac"
 MODULE: Final = "WorkloadManagementSystem.JobWrapper.JobExecutionCoordinator"
@@ -34,6 +36,8 @@ class Extension:
 
 def extensions() -> list[Extension]:
     """The installed extensions, those that win first. Raises `InvalidJob` when one cannot say what it is. Blocks."""
+    from importlib.metadata import entry_points  # loaded when used
+
     points = {(point.module.partition(".")[0], point.value): point for point in entry_points(group=ENTRY_POINTS)}
     found = [_extension(package, point) for (package, _), point in points.items()]
     return sorted(found, key=lambda extension: (-extension.priority, extension.package))

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription, PayloadSpec
-from loadmaster.dirac.dictionaries import environment, write_job_info
+from loadmaster.dirac.dictionaries import payload_command, payload_environment, write_job_info
 from loadmaster.dirac.thread import HookThread
 from loadmaster.errors import HookFailed, RescheduleJob
 
@@ -26,8 +26,9 @@ class DiracCoordinator(JobExecutionCoordinator):
         await super().stageIn()
 
     async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
-        """The command as it is, in an environment with DIRAC's variables; the job's own win."""
-        return PayloadSpec(command=command, env={**environment(self.jobArgs, self.ceArgs), **exeEnv})
+        """The command, in an environment with DIRAC's variables; the job's own win."""
+        command = payload_command(self.jobArgs, self.ceArgs, command)
+        return PayloadSpec(command=command, env=payload_environment(self.jobArgs, self.ceArgs, exeEnv))
 
 
 def is_synchronous(coordinator: type[Any]) -> bool:
@@ -43,7 +44,8 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
     instance for the whole job: it may keep state between its hooks, and may block. The thread has a directory of its
     own, too, the one in which the job's directory is, as with DIRAC; see `HookThread` for a hook that changes the
     process. `S_ERROR` becomes `HookFailed` with its message (`RescheduleJob` when its Errno is EWMSRESC). When the job is
-    killed or cancelled a hook that blocks is left to end by itself: a thread cannot be interrupted.
+    killed or cancelled a hook that blocks is left to end by itself: a thread cannot be interrupted. What it keeps on
+    itself does not survive a restart of the agent.
     """
 
     class Adapted(DiracCoordinator):
@@ -55,29 +57,36 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
             weakref.finalize(self, self._thread.close)  # of a job that is cancelled nobody says that it is over
 
         async def stageIn(self) -> None:
-            self._thread.directory = self.job.workdir.parent
-            await self._thread.call(f"{legacy.__name__}(jobArgs=..., ceArgs=...)", self._make)
+            await self._call("(jobArgs=..., ceArgs=...)", self._made)
             await super().stageIn()
 
         async def preProcess(self, command: str, exeEnv: dict[str, str]) -> PayloadSpec | Mapping[str, Any]:
-            env = {**environment(self.jobArgs, self.ceArgs), **exeEnv}
-            value = await self._thread.call(f"{legacy.__name__}.preProcess", self._pre_process, command, dict(env))
+            command = payload_command(self.jobArgs, self.ceArgs, command)
+            env = payload_environment(self.jobArgs, self.ceArgs, exeEnv)
+            value = await self._call(".preProcess", self._pre_process, command, dict(env))
             if value is None:
                 return PayloadSpec(command=command, env=env)
             return {"command": value.get("command", command), "env": value.get("env", env)}
 
         async def postProcess(self) -> None:
-            await self._thread.call(f"{legacy.__name__}.postProcess", self._post_process)
+            await self._call(".postProcess", self._post_process)
 
         async def stageOut(self) -> None:
             await self._thread.aclose()
             await super().stageOut()
 
-        def _make(self) -> None:
-            self._inner = legacy(jobArgs=self.jobArgs.to_dirac(), ceArgs=self.ceArgs.to_dirac())
+        async def _call(self, hook: str, function: Callable[..., Any], *args: Any) -> Any:
+            self._thread.directory = self.job.workdir.parent
+            return await self._thread.call(f"{legacy.__name__}{hook}", function, *args)
+
+        def _made(self) -> Any:
+            """The instance; a job that goes on after a restart of the agent begins with a later hook, and a new one."""
+            if self._inner is None:
+                self._inner = legacy(jobArgs=self.jobArgs.to_dirac(), ceArgs=self.ceArgs.to_dirac())
+            return self._inner
 
         def _pre_process(self, command: str, env: dict[str, str]) -> Mapping[str, Any] | None:
-            hook = self._inner.preProcess
+            hook = self._made().preProcess
             names = _positional(hook)
             if names is None or len(names) > 1:
                 returned = hook(command, env)
@@ -91,7 +100,7 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
             return value
 
         def _post_process(self) -> None:
-            hook = self._inner.postProcess
+            hook = self._made().postProcess
             arguments = [self.jobArgs.to_dirac() for _ in (_positional(hook) or [])[:1]]
             _value(hook(*arguments), f"{legacy.__name__}.postProcess")
 

@@ -36,6 +36,7 @@ from loadmaster.events import (
     JobAccepted,
     JobFinished,
     OutputMissing,
+    ParameterReported,
     PayloadExited,
     SlotGranted,
     StageInStarted,
@@ -66,6 +67,7 @@ class Statuses:
         self._inputs: set[str] = set()
         self._failure: Failure | None = None
         self._pending = False
+        self._to_grid = False
         self._ended = False
 
     def advance(self, event: Event) -> tuple[JobStatus, ...]:
@@ -104,6 +106,8 @@ class Statuses:
                 yield from self._staged_out(file)
             case OutputMissing(name=name):
                 self._sandbox.missing(name)
+            case ParameterReported(name="OutputSandboxLFN"):
+                yield from self._sandbox_to_grid()
             case JobFinished(status=status, failure=failure):
                 yield from self._finished(status, failure)
 
@@ -163,6 +167,15 @@ class Statuses:
         if self._job.get("output_data"):
             yield JobStatus(minor=Minor.UPLOADING_OUTPUT_DATA)
 
+    def _sandbox_to_grid(self) -> Iterator[JobStatus]:
+        """The sandbox has gone where output data go, which is said of a failed job, too."""
+        self._to_grid = True
+        if self._failure is None and self.current.minor == Minor.UPLOADING_OUTPUT_SANDBOX:
+            yield JobStatus(minor=Minor.UPLOADING_OUTPUT_DATA)
+        elif self._failure is not None and self.current.status == Major.COMPLETING and not self.cause:
+            yield JobStatus(minor=Minor.UPLOADING_OUTPUT_DATA)
+            yield JobStatus(Major.COMPLETING, Minor.OUTPUT_DATA_UPLOADED)
+
     def _finished(self, status: Status, failure: Failure | None) -> Iterator[JobStatus]:
         if self._ended:
             return
@@ -174,7 +187,7 @@ class Statuses:
         else:
             if self.current.minor == Minor.UPLOADING_OUTPUT_SANDBOX:
                 yield from self._sandbox_uploaded()
-            if self._job.get("output_data"):
+            if self._job.get("output_data") or self._to_grid:
                 yield JobStatus(Major.COMPLETING, Minor.OUTPUT_DATA_UPLOADED)
             if status is Status.COMPLETED:
                 if self.current.status != Major.COMPLETING:  # no payload, and nothing declared that goes out

@@ -35,9 +35,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class HookThread:
     """Where blocking hooks run, one after the other, in one thread: it is started for the first and kept until `close`.
 
-    A hook that changes directory or umask changes the thread's; where the kernel forbids that, it changes the process's,
-    and that is put back and logged with the hook's name. So it is with environment variables, which cannot be had for a
-    thread: what has changed of the process's when a hook returns is put back and logged, whoever has changed it.
+    A hook that changes directory or umask changes the thread's. Where the kernel forbids that, it changes the process's
+    directory, which is logged with the hook's name when it returns, and put back when no hook runs. So it is with
+    environment variables, which cannot be had for a thread: what has changed meanwhile, whoever has changed it.
     """
 
     def __init__(self, name: str, directory: Path | None = None) -> None:
@@ -90,7 +90,7 @@ class _Call(Generic[T]):
 
     def run(self, *, own_directory: bool) -> None:
         try:
-            with _environment_kept(self._hook), nullcontext() if own_directory else _directory_kept(self._hook):
+            with _ENVIRONMENT.kept(self._hook), nullcontext() if own_directory else _DIRECTORY.kept(self._hook):
                 value = self._function()
         except BaseException as exc:  # noqa: BLE001 - passed on to the task that waits, whatever it is
             self.outcome = _raiser(exc)
@@ -131,47 +131,60 @@ def _own_directory(directory: Path | None) -> bool:
 # -- a hook that changes the process -------------------------------------------------------------------------------
 
 
-@contextmanager
-def _directory_kept(hook: str) -> Iterator[None]:
-    before = _here()
-    try:
-        yield
-    finally:
-        _go_back(hook, before, _here())
+class _Shared(Generic[T]):
+    """Something of the process's that hooks share and should leave as it is. What one has changed is told when it returns,
+    and put back when no hook runs any more: others may be in the middle of what they changed themselves."""
 
+    def __init__(
+        self, look: Callable[[], T | None], tell: Callable[[str, T, T], None], put_back: Callable[[T, T], None]
+    ) -> None:
+        self._look, self._tell, self._put_back = look, tell, put_back
+        self._lock = threading.Lock()  # held for an instant
+        self._running: list[str] = []
+        self._before: T | None = None
+        self._told: T | None = None
 
-def _go_back(hook: str, before: str | None, after: str | None) -> None:
-    if before is not None and after != before:
+    @contextmanager
+    def kept(self, hook: str) -> Iterator[None]:
+        with self._lock:
+            if not self._running:
+                self._before = self._told = self._look()
+            self._running.append(hook)
         try:
-            os.chdir(before)
-        except OSError as exc:
-            log.error("%s changed the directory of the whole process, and there is no way back: %s", hook, exc)  # noqa: TRY400
-        else:
-            log.warning("%s changed the directory of the whole process, to %s: it is back in %s", hook, after, before)
+            yield
+        finally:
+            with self._lock:
+                self._running.remove(hook)
+                self._left(hook)
+
+    def _left(self, hook: str) -> None:
+        now = self._look()
+        if self._before is None or now is None:
+            return
+        if now not in (self._told, self._before):
+            beside = sorted(set(self._running))
+            self._tell(f"{hook} (or {', '.join(beside)}, beside it)" if beside else hook, self._before, now)
+            self._told = now
+        if not self._running and now != self._before:
+            self._put_back(self._before, now)
 
 
-@contextmanager
-def _environment_kept(hook: str) -> Iterator[None]:
-    before = _environment()
+def _here() -> str | None:
     try:
-        yield
-    finally:
-        after = _environment()
-        if before is not None and after is not None and after != before:
-            _put_back(hook, before, after)
+        return os.getcwd()
+    except OSError:  # somebody has removed it
+        return None
 
 
-def _put_back(hook: str, before: dict[str, str], after: dict[str, str]) -> None:
-    changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
-    for name in changed:
-        if name in before:
-            os.environ[name] = before[name]
-        else:
-            os.environ.pop(name, None)
-    log.warning(
-        "%s changed environment variables of the whole process (%s): they are as they were; what a payload needs is "
-        "returned in `env`, what another hook needs is kept on self", hook, ", ".join(changed),
-    )  # fmt: skip
+def _tell_of_directory(hook: str, before: str, now: str) -> None:
+    log.warning("%s changed the directory of the whole process, from %s to %s: it is put back", hook, before, now)
+
+
+def _go_back(before: str, _: str) -> None:
+    try:
+        os.chdir(before)
+    except OSError as exc:
+        log.error("there is no way back into the directory of the process: %s", exc)  # noqa: TRY400 - a sentence, no traceback
 
 
 def _environment() -> dict[str, str] | None:
@@ -181,8 +194,25 @@ def _environment() -> dict[str, str] | None:
     return None
 
 
-def _here() -> str | None:
-    try:
-        return os.getcwd()
-    except OSError:  # somebody has removed it
-        return None
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def _tell_of_environment(hook: str, before: dict[str, str], now: dict[str, str]) -> None:
+    log.warning(
+        "%s changed environment variables of the whole process (%s): they are put back; what a payload needs is returned "
+        "in `env`, what another hook needs is kept on self", hook, ", ".join(_changed(before, now)),
+    )  # fmt: skip
+
+
+def _restore(before: dict[str, str], now: dict[str, str]) -> None:
+    for name in _changed(before, now):
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            os.environ.pop(name, None)
+
+
+# There is one environment and one directory in a process, so there is one of each of these.
+_DIRECTORY: Final = _Shared(_here, _tell_of_directory, _go_back)
+_ENVIRONMENT: Final = _Shared(_environment, _tell_of_environment, _restore)

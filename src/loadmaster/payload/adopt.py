@@ -25,6 +25,7 @@ import anyio
 from anyio import to_thread
 
 from loadmaster.description import Containment, Limits
+from loadmaster.errors import PayloadHeld
 from loadmaster.events import PayloadStarted
 from loadmaster.payload.adopted import AdoptedTree, EndedTree, open_process
 from loadmaster.payload.found import Found, Lost, NotStarted, ToEnd, is_other_boot, look, unclear, undamaged
@@ -46,6 +47,11 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS: Final = 1.0
 """While a shim has not said yet what it has started. The kernel tells of what it writes, but not of a lock that is free."""
 
+HELD_SECONDS: Final = 1.0
+HELD_LOOK_SECONDS: Final = 0.05
+"""An agent that is killed while it starts a process leaves that with all its locks until it executes something: some
+milliseconds (measured: 5 of 72 payloads). Nobody tells when a lock is free; who waits for it in a thread cannot leave."""
+
 STARTING_SECONDS: Final = 600.0
 """For a program on a file server that is slow to answer. After this the shim is ended."""
 
@@ -66,7 +72,7 @@ async def adopt(
     event = None if known is None else _started_of(known)
     boot = boot or (known.boot_id if known is not None else "")
     try:
-        directory = await to_thread.run_sync(StateDirectory.open, state)
+        directory = await _take(state)
     except (FileNotFoundError, NotOurs) as exc:
         return await _without_state(state, exc, event, boot)
     found: Found | None = None
@@ -108,6 +114,17 @@ async def end_left(known: PayloadStarted) -> bool:
         if not (gone := await to_thread.run_sync(is_other_boot, known.boot_id)):
             gone, _ = await _end_left(_started_of(known), None)
     return gone
+
+
+async def _take(state: Path) -> StateDirectory:
+    """The directory, once nobody else has it. Raises as `StateDirectory.open` does."""
+    with anyio.move_on_after(HELD_SECONDS):
+        while True:
+            try:
+                return await to_thread.run_sync(StateDirectory.open, state)
+            except PayloadHeld:
+                await anyio.sleep(HELD_LOOK_SECONDS)
+    return await to_thread.run_sync(StateDirectory.open, state)
 
 
 async def _without_state(path: Path, why: Exception, event: Started | None, boot: str) -> NotStarted | Lost:

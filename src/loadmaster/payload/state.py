@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import shutil
 import stat
 import struct
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from loadmaster.description import Containment, Isolation
 from loadmaster.errors import PayloadHeld
 from loadmaster.payload.process import ExitRecord
 from loadmaster.payload.shimtree import facts_of, record_of
+from loadmaster.workdir import remove_directory
 
 OURS: Final = 0o700
 MOST_BYTES: Final = 64 * 1024
@@ -275,7 +275,7 @@ class StateDirectory:
 def remove_state(path: Path) -> None:
     """Remove a state directory, once what it says is known elsewhere. What is not there is no error; raises OSError."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        remove_directory(path)
     else:  # a payload of the same user has put something else there; a link's target stays
         path.unlink(missing_ok=True)
 

@@ -448,7 +448,8 @@ async def start(
         return output, None, tree, directory
 
     try:
-        output, group, tree, directory = await briefly(prepare)
+        # A start waits for the new process: as many as come may do so at once.
+        output, group, tree, directory = await (to_thread.run_sync(prepare) if near else briefly(prepare))
         if isinstance(tree, Launch):
             tree = await _start_contained(tree, output, group, directory, world.containment)
     except (OSError, Refused) as exc:

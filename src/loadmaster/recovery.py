@@ -1,0 +1,141 @@
+"""What an earlier agent of this node has left: jobs to go on with, and things that nobody wants any more."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from anyio import to_thread
+
+from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
+from loadmaster.description import JobDescription
+from loadmaster.errors import IllegalEvent, InvalidJob, WorkdirFault
+from loadmaster.events import Event, JobAccepted, JobFinished
+from loadmaster.handle import JobHandle, KeepsState
+from loadmaster.hooks import find_coordinator, reference_of
+from loadmaster.journal import NodeJournal, state_name
+from loadmaster.ledger import Slot
+from loadmaster.lifecycle import Lifecycle
+from loadmaster.logbook import History
+from loadmaster.payload.state import remove_state
+from loadmaster.workdir import Workdir
+
+log = logging.getLogger(__name__)
+
+MOST_RERUNS = 3
+"""So many attempts in a row that were lost: whatever loses them, this node is not the place for the job."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A job that is to be gone on with."""
+
+    job: JobDescription
+    handle: JobHandle
+    coordinator: type[Coordinator]
+
+
+class Succession(KeepsState):
+    """The journal of one job of a node: the end of an attempt that was lost is written together with the next one's
+    beginning, so there is no moment at which nobody has the job. `follows` is that beginning."""
+
+    def __init__(self, journal: NodeJournal, wanted: Callable[[], bool]) -> None:
+        self.life: Lifecycle | None = None
+        self.follows: JobAccepted | None = None
+        self.directory = journal.directory
+        self._journal = journal
+        self._wanted = wanted
+
+    async def append(self, event: Event) -> None:
+        """Return when it is on disk."""
+        if isinstance(event, JobFinished) and self._is_lost(event) and self._wanted():
+            assert self.life is not None and self.life.accepted is not None  # noqa: S101 - it is about to finish
+            accepted = self.life.accepted
+            follows = JobAccepted(
+                event.job_id,
+                event.attempt + 1,
+                event.time,
+                accepted.description,
+                accepted.coordinator,
+                accepted.lost + 1,
+            )
+            await self._journal.append_all([event, follows])
+            self.follows = follows
+        else:
+            await self._journal.append(event)
+
+    def _is_lost(self, event: JobFinished) -> bool:
+        if self.life is None or self.life.accepted is None or self.life.accepted.lost >= MOST_RERUNS:
+            return False
+        failure = self.life.failure or event.failure
+        return failure is not None and failure.kind == "PayloadLost"
+
+    def state_directory(self, job_id: str, attempt: int) -> Path:
+        """As the node's."""
+        return self._journal.state_directory(job_id, attempt)
+
+
+def resumed(history: History, journal: Succession, coordinator: type[Coordinator]) -> Resumed | None:
+    """The job of a history; None, with an error in the log, where it makes no sense. Blocks."""
+    try:
+        handle = JobHandle.resumed(journal, history.events)
+        journal.life = handle.life
+        if (accepted := handle.life.accepted) is None:
+            raise IllegalEvent("its history has no beginning")
+        job = JobDescription.model_validate({**accepted.description, "job_id": history.job_id})
+        return Resumed(job, handle, coordinator_of(accepted.coordinator, coordinator))
+    except (IllegalEvent, ValueError, InvalidJob) as exc:
+        log.error("job %s, attempt %d: cannot be gone on with: %s", history.job_id, history.attempt, exc)  # noqa: TRY400
+        return None
+
+
+def coordinator_of(reference: str, usual: type[Coordinator]) -> type[Coordinator]:
+    """The class of a job's coordinator: the node's own if it is that, else it is imported. Raises `InvalidJob`."""
+    if reference == reference_of(usual):
+        return usual
+    found: type[Any] = find_coordinator(reference) if reference else JobExecutionCoordinator
+    return found
+
+
+def slot_of(handle: JobHandle, job: JobDescription) -> Slot | None:
+    """The slot that the job's payload was given; None: none yet."""
+    had = handle.life.slot
+    return None if had is None else Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=job.resources)
+
+
+async def tidy(journal: NodeJournal, root: Path, going_on: set[tuple[str, int]]) -> None:
+    """Remove what belongs to jobs that have ended: an agent that died between the last record and the last `rmdir` could
+    not. Work directories that the journal knows nothing of are somebody else's."""
+    names = await to_thread.run_sync(_directories, root)
+    last = await journal.last(names)
+    open_ids = {job_id for job_id, _ in going_on}
+    for name in names:
+        if name in last and name not in open_ids:
+            await to_thread.run_sync(_remove_workdir, root, name)
+    states = {state_name(*key) for key in going_on}
+    await to_thread.run_sync(_remove_states, journal.directory / "payloads", states)
+
+
+def _directories(root: Path) -> list[str]:
+    with os.scandir(root) as entries:
+        return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+
+
+def _remove_workdir(root: Path, name: str) -> None:
+    try:
+        Workdir.make(root, name).close()
+    except WorkdirFault as exc:
+        log.warning("%s", exc)
+
+
+def _remove_states(directory: Path, wanted: set[str]) -> None:
+    for path in directory.iterdir():
+        if path.name not in wanted:
+            try:
+                remove_state(path)
+            except OSError as exc:
+                log.warning("%s: is left there: %s", path, exc.strerror)

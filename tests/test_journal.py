@@ -1,0 +1,199 @@
+"""The journal of a node: on disk when it says so, one sync for many, nobody's cancellation is another's loss."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import anyio
+import pytest
+
+from lives import LONG_AGO, a_life
+from loadmaster import JobHandle, RuntimeFault
+from loadmaster.errors import JournalFault
+from loadmaster.events import Event, JobAccepted, StageInStarted
+from loadmaster.handle import KeepsState
+from loadmaster.journal import NodeJournal, open_journal, state_name
+from loadmaster.lifecycle import Stage
+from loadmaster.logbook import Logbook, Record
+
+
+def on_disk(directory: Path, job_id: str) -> Sequence[Event]:
+    with Logbook.look(directory) as book:
+        history = book.history(job_id)
+        return history.events if history else ()
+
+
+async def test_an_event_is_on_disk_when_append_returns(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        for number, event in enumerate(a_life("7"), 1):
+            await journal.append(event)
+            assert len(await anyio.to_thread.run_sync(on_disk, tmp_path, "7")) == number
+
+
+class Slow(Logbook):
+    """A disk that holds its first write until it is let go."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self.held, self.sizes = threading.Event(), list[int]()
+
+    def add(self, groups: Sequence[Sequence[Record]]) -> list[Exception | None]:
+        self.sizes.append(len(groups))
+        if len(self.sizes) == 1:
+            assert self.held.wait(30)
+        return super().add(groups)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> Slow:
+    return Slow.open(tmp_path)  # type: ignore[return-value]
+
+
+async def test_all_who_come_while_the_disk_is_busy_share_the_next_write(slow: Slow) -> None:
+    journal = NodeJournal(slow)
+    async with anyio.create_task_group() as group:
+        group.start_soon(journal.append, a_life("first")[0])
+        await anyio.wait_all_tasks_blocked()
+        for number in range(100):
+            group.start_soon(journal.append, a_life(str(number))[0])
+        await anyio.wait_all_tasks_blocked()
+        slow.held.set()
+    assert slow.sizes == [1, 100]
+    await journal._close()
+
+
+async def test_a_cancelled_writer_costs_nobody_else_his_event(slow: Slow, tmp_path: Path) -> None:
+    journal = NodeJournal(slow)
+    async with anyio.create_task_group() as group:
+        group.start_soon(journal.append, a_life("first")[0])
+        await anyio.wait_all_tasks_blocked()
+        async with anyio.create_task_group() as cancelled:
+            cancelled.start_soon(journal.append, a_life("leads")[0])
+            await anyio.wait_all_tasks_blocked()
+            group.start_soon(journal.append, a_life("follows")[0])
+            await anyio.wait_all_tasks_blocked()
+            cancelled.cancel_scope.cancel()
+            slow.held.set()
+    await journal._close()
+    assert await anyio.to_thread.run_sync(on_disk, tmp_path, "follows")
+    assert await anyio.to_thread.run_sync(on_disk, tmp_path, "leads")
+
+
+async def test_one_refused_event_is_one_jobs_fault(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        for event in a_life("7"):
+            await journal.append(event)
+        refused = list[str]()
+
+        async def again() -> None:
+            try:
+                await journal.append(a_life("7")[0])
+            except JournalFault as fault:
+                refused.append(str(fault))
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(journal.append, a_life("8")[0])
+            group.start_soon(again)
+            group.start_soon(journal.append, a_life("9")[0])
+        assert refused == ["job 7, attempt 1 is in the journal already"]
+        assert {job.job_id for job in await journal.open_jobs()} == {"8", "9"}
+
+
+async def test_a_full_disk_is_said_and_what_comes_later_is_kept(small_disk: Path) -> None:
+    async with open_journal(small_disk / "journal") as journal:
+        big = {"executable": "x" * 300_000}
+        await journal.append(JobAccepted("7", 1, LONG_AGO, big))
+        with pytest.raises(JournalFault, match="full"):
+            for number in range(10):
+                await journal.append(JobAccepted(f"big{number}", 1, LONG_AGO, big))
+        await journal.append(StageInStarted("7", 1, LONG_AGO))
+        history = await journal.history("7")
+        assert history is not None
+        assert len(history.events) == 2
+
+
+async def test_a_closed_journal_takes_nothing(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        pass
+    with pytest.raises(JournalFault, match="closed"):
+        await journal.append(a_life("7")[0])
+    with pytest.raises(JournalFault, match="closed"):
+        await journal.open_jobs()
+
+
+async def test_what_was_open_when_it_was_left_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    life = a_life("7")
+    async with open_journal(tmp_path) as journal:
+        for event in (*life[:6], *a_life("8")):
+            await journal.append(event)
+    async with open_journal(tmp_path) as journal:
+        assert journal.damage is None
+        (job,) = await journal.open_jobs()
+        assert (job.job_id, list(job.events)) == ("7", life[:6])
+        assert await journal.ended() == {"Done": 1}
+
+
+async def test_some_events_go_together_or_not_at_all(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        for event in (*a_life("7")[:-1], *a_life("8")):
+            await journal.append(event)
+        with pytest.raises(JournalFault):
+            await journal.append_all([a_life("7")[-1], a_life("8")[3]])
+        assert [job.job_id for job in await journal.open_jobs()] == ["7"]
+        await journal.append_all([a_life("7")[-1], a_life("7", 2)[0]])
+        assert [(job.job_id, job.attempt) for job in await journal.open_jobs()] == [("7", 2)]
+
+
+async def test_the_past_is_forgotten_while_events_are_written(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        for number in range(70):
+            await journal.append_all(a_life(str(number)))
+        await journal.append_all(a_life("young", began=datetime.now(UTC)))
+        async with anyio.create_task_group() as group:
+            group.start_soon(journal.forget, timedelta(days=1))
+            group.start_soon(journal.append, a_life("open")[0])
+        assert await journal.ended() == {"Done": 1}
+        assert [job.job_id for job in await journal.open_jobs()] == ["open"]
+
+
+async def test_others_may_keep_something_in_the_same_file(tmp_path: Path) -> None:
+    def work(database: sqlite3.Connection) -> int:
+        database.execute("CREATE TABLE notes (note TEXT)")
+        database.execute("INSERT INTO notes VALUES ('remember the milk')")
+        return 42
+
+    async with open_journal(tmp_path) as journal:
+        assert await journal.change(work) == 42
+        with pytest.raises(JournalFault, match="exists"):
+            await journal.change(work)
+        found = await journal.change(lambda database: database.execute("SELECT note FROM notes").fetchall())
+    assert found == [("remember the milk",)]
+
+
+async def test_it_has_a_place_for_what_outlives_an_agent(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        assert isinstance(journal, KeepsState)
+        assert journal.state_directory("7", 2) == tmp_path / "payloads" / "2.7"
+    assert len(state_name("x" * 255, 1)) < 100
+
+
+async def test_a_handle_is_made_from_what_it_has(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        handle = JobHandle(journal)
+        handle.open("7", 1)
+        await handle.record(JobAccepted, {"executable": "/bin/true"})
+        await handle.record(StageInStarted)
+    async with open_journal(tmp_path) as journal:
+        (job,) = await journal.open_jobs()
+        handle = JobHandle.resumed(journal, job.events)
+        assert (handle.job_id, handle.attempt, handle.stage) == ("7", 1, Stage.STAGING_IN)
+        with pytest.raises(RuntimeFault, match="already used for job 7"):
+            handle.open("8", 1)
+        handle = JobHandle.resumed(journal, job.events)
+        handle.open("7", 1)
+        with pytest.raises(RuntimeFault, match="already used for job 7"):
+            handle.open("7", 1)
