@@ -1,4 +1,4 @@
-"""The servers that `staging.py` measures against, started on 127.0.0.1 in a directory of the benchmark's."""
+"""Servers, started on 127.0.0.1 in a directory of whoever needs them: `staging.py` here, and the tests."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-START_SECONDS = 20.0
+START_SECONDS = 30.0
 
 
 class Absent(Exception):
@@ -29,11 +29,13 @@ def free_port() -> int:
 
 
 def program(name: str) -> str:
-    """Where a program is; in /usr/sbin too, which few people have in their PATH. Raises `Absent`."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    """Where a program is: in PATH, beside the interpreter, where npm puts those of this directory, or in /usr/sbin, which
+    few people have in their PATH. Raises `Absent`."""
+    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/sbin", "/sbin", "node_modules/.bin"]
+    path = shutil.which(name, path=os.pathsep.join(places))
     if path is None:
-        raise Absent(name)
-    return path
+        raise Absent(f"{name} is not installed")
+    return os.path.abspath(path)
 
 
 NGINX = """
@@ -56,12 +58,12 @@ http {{
     uwsgi_temp_path {home}/uwsgi;
     scgi_temp_path {home}/scgi;
     server {{
-        listen 127.0.0.1:{port};
+        listen 127.0.0.1:{port} backlog=1024;
         root {root};
         location / {{
             dav_methods PUT DELETE MKCOL COPY MOVE;
             {methods}
-            create_full_put_path on;
+            create_full_put_path {full_path};
             dav_access user:rw;
         }}
     }}
@@ -70,36 +72,51 @@ http {{
 
 
 @contextmanager
-def nginx(home: Path, root: Path) -> Iterator[str]:
-    """The URL of an nginx that serves a directory, and takes WebDAV's PUT and MOVE. Bodies wait beside the directory."""
+def nginx(home: Path, root: Path, *, makes_directories: bool = True) -> Iterator[str]:
+    """The URL of an nginx that serves a directory, and takes PUT, DELETE, MKCOL, COPY and MOVE. Bodies wait beside the
+    directory. `makes_directories`: those a PUT needs."""
     home.mkdir(parents=True, exist_ok=True)
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
     user = f"user {_user()};" if os.geteuid() == 0 else ""
     extra = Path("/usr/lib/nginx/modules/ngx_http_dav_ext_module.so")  # PROPFIND, which rclone cannot do without
     modules, methods = (f"load_module {extra};", "dav_ext_methods PROPFIND OPTIONS;") if extra.exists() else ("", "")
-    words = {"user": user, "modules": modules, "methods": methods, "home": home, "port": port, "root": root}
+    full_path = "on" if makes_directories else "off"
+    words = {
+        "full_path": full_path,
+        "user": user,
+        "modules": modules,
+        "methods": methods,
+        "home": home,
+        "port": port,
+        "root": root,
+    }
     (home / "nginx.conf").write_text(NGINX.format(**words))
-    with _running([program("nginx"), "-p", str(home), "-c", str(home / "nginx.conf"), "-e", "stderr"], port, home):
+    with running([program("nginx"), "-p", str(home), "-c", str(home / "nginx.conf"), "-e", "stderr"], port, home):
         yield f"http://127.0.0.1:{port}"
 
 
 @contextmanager
 def s3_server(home: Path) -> Iterator[str]:
     """The URL of a bucket: of s3rver (npm) if it is in PATH, else of moto_server (PyPI). Both keys are `S3RVER`."""
-    home.mkdir(parents=True, exist_ok=True)
     port = free_port()
     try:
         command = [program("s3rver"), "-d", str(home), "-a", "127.0.0.1", "-p", str(port), "--silent"]
     except Absent:
-        command = [program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
-    else:
-        command += ["--allow-mismatched-signatures", "--configure-bucket", "bucket"]
-    with _running(command, port, home):
-        url = f"http://127.0.0.1:{port}/bucket"
-        if "moto" in command[0]:
-            urlopen(Request(url, method="PUT"), timeout=30).close()
-        yield url
+        with moto(home) as url:
+            urlopen(Request(f"{url}/bucket", method="PUT"), timeout=30).close()
+            yield f"{url}/bucket"
+        return
+    with running([*command, "--allow-mismatched-signatures", "--configure-bucket", "bucket"], port, home):
+        yield f"http://127.0.0.1:{port}/bucket"
+
+
+@contextmanager
+def moto(home: Path) -> Iterator[str]:
+    """The URL of moto's S3. It looks at no signature."""
+    port = free_port()
+    with running([program("moto_server"), "-H", "127.0.0.1", "-p", str(port)], port, home):
+        yield f"http://127.0.0.1:{port}"
 
 
 SINK = """
@@ -137,7 +154,7 @@ def sink(home: Path) -> Iterator[str]:
     """The URL of a server that takes whatever is sent and keeps nothing: for files larger than the disk."""
     home.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    with _running([sys.executable, "-c", SINK, str(port)], port, home):
+    with running([sys.executable, "-c", SINK, str(port)], port, home):
         yield f"http://127.0.0.1:{port}"
 
 
@@ -155,34 +172,41 @@ xrootd.async off
 @contextmanager
 def xrootd(home: Path, root: Path) -> Iterator[str]:
     """The URL of an XRootD server of a directory. It does not run as root: it becomes nobody."""
+    with xrootd_process(home, root) as (url, _):
+        yield url
+
+
+@contextmanager
+def xrootd_process(home: Path, root: Path, more: str = "") -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """The same and its process. `more`: of its configuration."""
     (home / "admin").mkdir(parents=True, exist_ok=True)
     root.mkdir(parents=True, exist_ok=True)
     port = free_port()
-    (home / "xrootd.cfg").write_text(XROOTD.format(port=port, root=root, home=home))
+    (home / "xrootd.cfg").write_text(XROOTD.format(port=port, root=root, home=home) + more)
     command = [program("xrootd"), "-c", str(home / "xrootd.cfg"), "-l", str(home / "xrootd.log"), "-n", "bench"]
     if os.geteuid() == 0:
         for directory in (home, home / "admin", root):
             shutil.chown(directory, "nobody", "nogroup")
         command += ["-R", "nobody"]
-    with _running(command, port, home):
-        yield f"root://127.0.0.1:{port}/"
+    with running(command, port, home) as process:
+        yield f"root://127.0.0.1:{port}/", process
 
 
 @contextmanager
-def _running(
-    command: Sequence[str], port: int, home: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
-    """A server of a group of its own, from when its port answers; then the group is ended."""
+def running(command: Sequence[str], port: int, home: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a group of its own, from when its port answers; then the group is ended. Raises `Absent`."""
+    home.mkdir(parents=True, exist_ok=True)
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(
-            command, cwd=home, env={**os.environ, **(environment or {})}, stdin=subprocess.DEVNULL, stdout=log,
-            stderr=log, start_new_session=True,
-        )  # fmt: skip
+            command, cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
     try:
         _wait_for(port, process, home / "server.log")
-        yield
+        yield process
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # a test has ended it, or stopped it
+            for order in (signal.SIGCONT, signal.SIGTERM):
+                os.killpg(process.pid, order)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:

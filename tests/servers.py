@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
-import shutil
-import signal
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
@@ -25,38 +20,8 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request as UrlRequest
 from urllib.request import urlopen
 
+import _servers
 import pytest
-
-START_SECONDS = 30.0
-
-NGINX = """
-{user}
-worker_processes 2;
-error_log {home}/error.log error;
-pid {home}/nginx.pid;
-daemon off;
-events {{ worker_connections 1024; }}
-http {{
-    access_log off;
-    sendfile on;
-    keepalive_requests 1000000;
-    client_max_body_size 0;
-    client_body_temp_path {home}/body;
-    proxy_temp_path {home}/proxy;
-    fastcgi_temp_path {home}/fastcgi;
-    uwsgi_temp_path {home}/uwsgi;
-    scgi_temp_path {home}/scgi;
-    server {{
-        listen 127.0.0.1:{port} backlog=1024;
-        root {home}/root;
-        location / {{
-            dav_methods PUT DELETE MKCOL COPY MOVE;
-            create_full_put_path {full_path};
-            dav_access user:rw;
-        }}
-    }}
-}}
-"""
 
 
 @dataclass(frozen=True)
@@ -69,74 +34,26 @@ class Server:
 
 @contextmanager
 def nginx(home: Path, *, makes_directories: bool = True) -> Iterator[Server]:
-    """An nginx that takes PUT, DELETE, MKCOL and MOVE. `makes_directories`: those a PUT needs."""
-    program = program_or_skip("nginx")
-    (home / "root").mkdir(parents=True)
-    port = free_port()
-    words = {
-        "user": "user root;" if os.geteuid() == 0 else "",
-        "full_path": "on" if makes_directories else "off",
-    }
-    config = home / "nginx.conf"
-    config.write_text(NGINX.format(home=home, port=port, **words))
-    with running([program, "-p", str(home), "-c", str(config), "-e", str(home / "error.log")], port, home):
-        yield Server(f"http://127.0.0.1:{port}", home / "root")
+    """An nginx that takes PUT, DELETE, MKCOL, COPY and MOVE. `makes_directories`: those a PUT needs."""
+    with or_skip(), _servers.nginx(home, home / "root", makes_directories=makes_directories) as url:
+        yield Server(url, home / "root")
 
 
 @contextmanager
 def moto(home: Path) -> Iterator[str]:
     """The URL of moto's S3, with a bucket named `bucket`. It looks at no signature."""
-    pytest.importorskip("moto")
-    home.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    with running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port, home):
-        url = f"http://127.0.0.1:{port}"
+    with or_skip(), _servers.moto(home) as url:
         urlopen(UrlRequest(f"{url}/bucket", method="PUT"), timeout=30).close()
         yield url
 
 
-def program_or_skip(name: str) -> str:
-    """Where a program is, also in /usr/sbin, which few people have in their PATH."""
-    path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
-    if path is None:
-        pytest.skip(f"{name} is not installed")
-    return path
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 @contextmanager
-def running(command: Sequence[str], port: int, home: Path) -> Iterator[None]:
-    """A server in a group of its own, from when its port answers; then the group is ended."""
-    log = home / "server.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=home, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
+def or_skip() -> Iterator[None]:
+    """What needs a program that is not here is not tried."""
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not answers(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"{command[0]} did not start: {log.read_text(errors='replace')[-1000:]}")
-            time.sleep(0.02)
         yield
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def answers(port: int) -> bool:
-    with socket.socket() as trial:
-        return trial.connect_ex(("127.0.0.1", port)) == 0
+    except _servers.Absent as exc:
+        pytest.skip(str(exc))
 
 
 # -- the hostile one -------------------------------------------------------------------------------------------------

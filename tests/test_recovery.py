@@ -200,7 +200,7 @@ async def test_a_directory_that_is_packed_is_packed_again_by_the_next_agent(root
     described = job(**sh("mkdir logs; echo a > logs/a"), output_sandbox=["logs", "std.out"])
     async with open_journal(book) as journal:
         with pytest.raises(Exception, match="did not take FileStagedOut"):
-            await run_job(described, journal=Breaks(journal, 11), **words)
+            await run_job(described, journal=Breaks(journal, 9), **words)
     async with open_journal(book) as journal:
         result = await run_job(described, journal=journal, **words)
     assert result.status is Status.DONE, result.failure

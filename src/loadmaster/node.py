@@ -253,6 +253,11 @@ class Node:
         """
         return self._take(job, coordinator or self._coordinator, attempt).handle
 
+    @property
+    def journal(self) -> NodeJournal | None:
+        """The journal that its jobs are recorded in, if there is one."""
+        return self._journal
+
     def handle(self, job_id: str) -> JobHandle | None:
         """The handle of a job that the node has now, of its last attempt if the one before was lost; else None."""
         entry = self._entries.get(job_id)
