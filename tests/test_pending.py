@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import pytest
 
 from conftest import sh
 from loadmaster import JobDescription, Ledger, Node, Site, Status
+from loadmaster.dirac import JobStatus, Major, Minor
+from loadmaster.diracx.outbox import FileOutbox, ParameterReport, Report, StatusReport
 from loadmaster.pending import Backoff
 
 LOADMASTER = [sys.executable, "-W", "error", "-m", "loadmaster"]
@@ -135,6 +138,26 @@ def test_a_request_for_dirac_has_the_names_of_the_site(admin: Admin) -> None:
     (admin.directory / "requests").mkdir()
     assert admin.run("--export", "requests", "--config", "site.toml").returncode == 0
     assert len(list((admin.directory / "requests").iterdir())) == 2
+
+
+def test_reports_that_no_server_took_are_among_them(admin: Admin) -> None:
+    async def put() -> None:
+        async with FileOutbox(admin.directory / "journal" / "outbox.sqlite") as outbox:
+            said = JobStatus(Major.COMPLETING, Minor.APP_SUCCESS)
+            reports: list[Report] = [
+                StatusReport(7, datetime(2024, 1, 1, tzinfo=UTC), said),
+                ParameterReport(7, {"CPU": 1}),
+            ]
+            await outbox.put(reports, {})
+
+    anyio.run(put, backend="asyncio")
+    assert [each["operation"] for each in admin.left()[2:]] == ["r1", "r2"]
+    assert "tell that job 7 is Completing" in admin.run().stdout
+    assert admin.run("--export", "r.json", "--job", "7", "--config", "site.toml").returncode == 0
+    operations = json.loads((admin.directory / "r.json").read_text())["Operations"]
+    assert [each["Type"] for each in operations] == ["ReplicateAndRegister", "RemoveReplica", "ForwardDISET"]
+    assert admin.run("--drop", "r1", "r2", "--yes").returncode == 0
+    assert len(admin.left()) == 2
 
 
 def test_without_an_agent_the_command_tries_itself(admin: Admin) -> None:

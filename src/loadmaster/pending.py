@@ -179,17 +179,19 @@ def retry(database: sqlite3.Connection, numbers: Iterable[int]) -> int:
     return sum(database.execute("UPDATE operations SET due = 0 WHERE number = ?", row).rowcount for row in rows)
 
 
-def descriptions(database: sqlite3.Connection, operations: Iterable[Operation]) -> dict[tuple[str, int], JobAccepted]:
-    """What is known of the jobs of these operations, by job id and attempt."""
+def descriptions(
+    database: sqlite3.Connection, jobs: Iterable[tuple[str, int | None]]
+) -> dict[tuple[str, int], JobAccepted]:
+    """What is known of these attempts at jobs, of the last one where none is named."""
     found: dict[tuple[str, int], JobAccepted] = {}
-    for key in dict.fromkeys((each.job_id, each.attempt) for each in operations):
+    for key in dict.fromkeys(jobs):
         row = database.execute(
-            "SELECT e.facts FROM events e JOIN jobs j ON j.number = e.job"
-            " WHERE j.job_id = ? AND j.attempt = ? ORDER BY e.number LIMIT 1",
+            "SELECT e.facts FROM events e JOIN jobs j ON j.number = e.job WHERE j.job_id = ?"
+            " AND j.attempt = coalesce(?, j.attempt) ORDER BY j.attempt DESC, e.number LIMIT 1",
             key,
         ).fetchone()
         if row is not None and isinstance(event := loads(row[0]), JobAccepted):
-            found[key] = event
+            found[event.job_id, event.attempt] = event
     return found
 
 

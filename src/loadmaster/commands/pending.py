@@ -18,8 +18,11 @@ from loadmaster import pending
 from loadmaster.commands.arguments import Commands
 from loadmaster.commands.codes import NOT_PREPARED, OK
 from loadmaster.commands.files import log_to, write_whole
+from loadmaster.commands.unsent import drop_unsent, facts, name_of, read_unsent, told
 from loadmaster.description import JobDescription
-from loadmaster.errors import InvalidJob, JournalFault
+from loadmaster.dirac import JobStatus
+from loadmaster.diracx.outbox import Filed, StatusReport
+from loadmaster.errors import InvalidJob, JournalFault, RuntimeFault
 from loadmaster.events import JobAccepted
 from loadmaster.journal import open_journal
 from loadmaster.logbook import Logbook
@@ -30,7 +33,8 @@ from loadmaster.staging.engine import open_transfers
 from loadmaster.terminal import printable, size, stderr_display
 
 WHAT: Final = """List what jobs have left to be done: files that are safe, but not where they were wanted; files that no
-catalog took. A node with this journal does it by itself, as long as it may succeed."""
+catalog took; reports that no server took (r1, r2, ...). A node with this journal does it by itself, as long as it may
+succeed."""
 
 ENDS: Final = (
     """Exit codes: 0 done; 1 the journal cannot be read, there is no such operation, or --retry has left some."""
@@ -50,7 +54,7 @@ def add(commands: Commands, line: str) -> None:
         metavar="REQUEST.json",
         help="write it as a request for DIRAC's request system; for several jobs name a directory: a file each",
     )
-    parser.add_argument("--drop", nargs="+", type=int, metavar="NUMBER", help="have nobody do these, after a question")
+    parser.add_argument("--drop", nargs="+", metavar="NUMBER", help="have nobody do these, after a question")
     parser.add_argument("--yes", action="store_true", help="drop without the question")
     parser.add_argument(
         "--retry",
@@ -69,18 +73,29 @@ def _pending(options: argparse.Namespace) -> int:
     site = Site.load(options.config) if options.config else Site()
     with Logbook.look(directory) as book:
         operations = [each for each in book.ask(_every) if options.job in {None, each.job_id}]
-        jobs = book.ask(lambda database: pending.descriptions(database, operations))
+        reports = [each for each in _unsent(directory) if options.job in {None, str(each.report.job)}]
+        named = [(str(each.report.job), None) for each in reports]
+        attempts = [*((each.job_id, each.attempt) for each in operations), *named]
+        jobs = book.ask(lambda database: pending.descriptions(database, attempts))
     if options.drop:
-        return _drop(directory, operations, options.drop, sure=options.yes)
+        return _drop(directory, operations, reports, options.drop, sure=options.yes)
     if options.export:
-        return _export(options.export, operations, jobs, site)
+        return _export(options.export, operations, reports, jobs, site)
     if options.retry:
         return _retry(directory, operations, site)
     if options.json:
-        print(json.dumps([_facts(each) for each in operations], indent=2))
+        print(json.dumps([*map(_facts, operations), *map(facts, reports)], indent=2))
     else:
-        _print(operations)
+        _print(operations, reports)
     return OK
+
+
+def _unsent(directory: Path) -> Sequence[Filed]:
+    try:
+        return read_unsent(directory)
+    except RuntimeFault as exc:
+        stderr_display(quiet=True).say(f"loadmaster: reports are not shown: {exc}")
+        return ()
 
 
 def _every(database: sqlite3.Connection) -> list[Operation]:
@@ -116,7 +131,7 @@ def _facts(operation: Operation) -> dict[str, Any]:
     }
 
 
-def _print(operations: Sequence[Operation]) -> None:
+def _print(operations: Sequence[Operation], reports: Sequence[Filed] = ()) -> None:
     rows = [("NUMBER", "JOB", "SIZE", "TRIES", "NEXT TRY", "WHAT")]
     for each in operations:
         if each.due is None:
@@ -126,28 +141,37 @@ def _print(operations: Sequence[Operation]) -> None:
         rows.append(
             (str(each.number), each.job_id, size(each.request.file.size_bytes), str(each.tries), when, each.what)
         )
+    rows += [(name_of(each), str(each.report.job), "", "", "", told(each.report)) for each in reports]
     widths = [max(len(printable(row[column])) for row in rows) for column in range(5)]
     with suppress(BrokenPipeError):
         for index, row in enumerate(rows):
             cells = [printable(cell).ljust(width) for cell, width in zip(row, widths, strict=False)]
             print("  ".join([*cells, printable(row[5])]))
-            if index and (error := operations[index - 1].error):
+            if 0 < index <= len(operations) and (error := operations[index - 1].error):
                 print(f"{' ' * (widths[0] + 2)}{printable(error)}")
 
 
 # -- to be changed -------------------------------------------------------------------------------------------------
 
 
-def _drop(directory: Path, operations: Sequence[Operation], numbers: Sequence[int], *, sure: bool) -> int:
-    known = {each.number: each for each in operations}
-    if unknown := [str(number) for number in numbers if number not in known]:
+def _drop(
+    directory: Path, operations: Sequence[Operation], reports: Sequence[Filed], numbers: Sequence[str], *, sure: bool
+) -> int:
+    known = {str(each.number): each for each in operations}
+    unsent = {name_of(each): each for each in reports}
+    if unknown := [number for number in numbers if number not in known and number not in unsent]:
         raise InvalidJob(f"--drop: nothing pending has the number {', '.join(unknown)}")
-    chosen = [known[number] for number in dict.fromkeys(numbers)]
+    chosen = [known[number] for number in dict.fromkeys(numbers) if number in known]
+    silent = [unsent[number] for number in dict.fromkeys(numbers) if number in unsent]
     for each in chosen:
         print(f"{each.number}: {printable(each.lost_if_dropped)}")
-    if not sure and not _agrees(f"Drop {'it' if len(chosen) == 1 else f'these {len(chosen)}'}? [y/N] "):
+    for report in silent:
+        print(f"{name_of(report)}: nobody will {printable(told(report.report))}")
+    if not sure and not _agrees(f"Drop {'it' if len(numbers) == 1 else f'these {len(numbers)}'}? [y/N] "):
         print("nothing was dropped")
         return NOT_PREPARED
+    if silent:
+        drop_unsent(directory, [report.number for report in silent])
     with Logbook.beside(directory) as database:
         gone = [
             each for each in chosen if pending.drop(database, each, "by an administrator", datetime.now(UTC)) is None
@@ -197,9 +221,21 @@ def _retry(directory: Path, operations: Sequence[Operation], site: Site) -> int:
 
 
 def _export(
-    path: Path, operations: Sequence[Operation], jobs: Mapping[tuple[str, int], JobAccepted], site: Site
+    path: Path,
+    operations: Sequence[Operation],
+    reports: Sequence[Filed],
+    jobs: Mapping[tuple[str, int], JobAccepted],
+    site: Site,
 ) -> int:
-    from loadmaster.dirac.requests import RequestFile, element_of, move, register, request_json, request_name
+    from loadmaster.dirac.requests import (
+        RequestFile,
+        element_of,
+        forward_status,
+        move,
+        register,
+        request_json,
+        request_name,
+    )
 
     of_job: dict[tuple[str, int], list[Any]] = {}
     display = stderr_display(quiet=True)
@@ -221,6 +257,8 @@ def _export(
             else move(RequestFile.of(file), source_se=at, target_se=element_of(target, site))
         )
         of_job.setdefault(key, []).extend(done)
+    for key, said in _statuses(reports, jobs).items():
+        of_job.setdefault(key, []).append(forward_status(key[0], said))
     if not of_job:
         raise InvalidJob("--export: nothing is pending that DIRAC could do")
     if len(of_job) > 1 and not path.is_dir():
@@ -233,3 +271,15 @@ def _export(
         write_whole(place, json.dumps(request, indent=2) + "\n")
         print(printable(str(place)))
     return NOT_PREPARED if left_out else OK
+
+
+def _statuses(
+    reports: Sequence[Filed], jobs: Mapping[tuple[str, int], JobAccepted]
+) -> dict[tuple[str, int], list[tuple[datetime, JobStatus]]]:
+    """What is still to be said of jobs that the journal knows, by their last attempts. Parameters have no request."""
+    last = {job_id: (job_id, attempt) for job_id, attempt in sorted(jobs)}
+    found: dict[tuple[str, int], list[tuple[datetime, JobStatus]]] = {}
+    for each in reports:
+        if isinstance(each.report, StatusReport) and (key := last.get(str(each.report.job))) is not None:
+            found.setdefault(key, []).append((each.report.time, each.report.said))
+    return found

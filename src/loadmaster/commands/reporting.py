@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 HELP: Final = """tell a DiracX server what becomes of it, and do what that says; DIRACX_URL, DIRACX_CREDENTIALS_PATH and
 DIRACX_CA_PATH say which and with what credentials, or a file of such lines that DIRACX_DOTENV names"""
 
+OUTBOX: Final = "outbox.sqlite"
+"""Where reports wait in a journal's directory."""
+
 SANDBOX_BYTES: Final = 100 * 1024**2
 """As large as DiracX takes them."""
 
@@ -59,7 +62,7 @@ class Reporting:
         self._ce = ce
         self._outbox: Path | None = options.outbox
         if options.reporter is not None and options.outbox is None and options.journal is not None:
-            self._outbox = options.journal / "outbox.sqlite"
+            self._outbox = options.journal / OUTBOX
         self._preferences = None if options.reporter is None else _preferences()
         if options.reporter is None and options.outbox is not None:
             raise InvalidSite("--outbox: there is no --reporter")
