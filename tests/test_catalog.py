@@ -13,7 +13,7 @@ import anyio
 import pytest
 
 from loadmaster.errors import AlreadyExists, StorageUnavailable
-from loadmaster.storage.base import CatalogEntry, FileInfo, Replica
+from loadmaster.storage.base import CatalogEntry, FileInfo, Replica, Unregisters
 from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.storage.checksums import Checksum
 
@@ -34,6 +34,14 @@ async def test_what_was_registered_is_found(catalog: SqliteCatalog) -> None:
     await catalog.register(b)
     assert await catalog.lookup(["/vo/a", "/vo/b", "/vo/c"]) == {"/vo/a": a, "/vo/b": b}
     assert await SqliteCatalog(catalog.path).lookup(["/vo/a"]) == {"/vo/a": a}
+
+
+async def test_what_was_unregistered_has_a_replica_less(catalog: SqliteCatalog) -> None:
+    await catalog.register(entry("/vo/a", "file:///1", "file:///2"))
+    await catalog.unregister("/vo/a", Replica("file:///1", "DISK"))
+    await catalog.unregister("/vo/a", Replica("file:///1", "DISK"))
+    assert (await catalog.lookup(["/vo/a"])) == {"/vo/a": entry("/vo/a", "file:///2")}
+    assert isinstance(catalog, Unregisters)
 
 
 async def test_an_empty_catalog_knows_nothing(catalog: SqliteCatalog) -> None:

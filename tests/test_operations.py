@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from loadmaster.errors import AccessDenied, AlreadyExists, NoSpace, NotFound, St
 from loadmaster.events import Event, FailoverRequested, OperationDone, RegistrationRequested
 from loadmaster.journal import open_journal
 from loadmaster.lifecycle import Lifecycle
-from loadmaster.logbook import Logbook
+from loadmaster.logbook import UPGRADES, Logbook
 from loadmaster.operations import Operations, may_succeed_later, ring
 from loadmaster.pending import Backoff, Operation
 from loadmaster.staging.engine import Transfers, open_transfers
@@ -309,6 +309,27 @@ async def test_a_salvaged_journal_still_has_what_is_to_be_done(place: Place) -> 
         events = await journal.history("7")
         assert events is not None
         wanted = [each for each in events.events if isinstance(each, FailoverRequested)]
+        assert [each.request for each in await journal.change(pending.every)] == wanted
+
+
+async def test_a_journal_of_before_there_were_operations_has_them_from_then_on(place: Place) -> None:
+    await place.failed_over()
+    wanted = [each.request for each in await place.left()]
+
+    def make_old() -> None:
+        with Logbook.beside(place.book) as database:
+            old = database.execute("SELECT number, job, kind, facts FROM events").fetchall()
+        for path in place.book.glob("journal.*"):
+            path.unlink()
+        with closing(sqlite3.connect(place.book / "journal.0.db")) as database:
+            for script in UPGRADES[:2]:
+                database.executescript(script)
+            database.executemany("INSERT INTO events (number, job, kind, facts) VALUES (?, ?, ?, ?)", old)
+            database.commit()
+            database.execute("PRAGMA user_version = 2")
+
+    await to_thread.run_sync(make_old)
+    async with open_journal(place.book) as journal:
         assert [each.request for each in await journal.change(pending.every)] == wanted
 
 
