@@ -276,7 +276,9 @@ def open_contender(name: str, work: Work) -> object:
         case ["dask"]:
             return dask(work)
         case ["node", *how]:
-            return node(work, backend=next(iter({"uvloop", "trio"} & {*how}), "asyncio"), session="session" in how)
+            backend = next(iter({"uvloop", "trio"} & {*how}), "asyncio")
+            words = {"journal": work.directory / "our journal"} if "journal" in how else {}
+            return node(work, backend=backend, session="session" in how, **words)
     raise SystemExit(f"nobody is called {name}")
 
 

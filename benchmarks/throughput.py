@@ -9,7 +9,8 @@ installed into an environment of their own, which is removed afterwards; GNU par
 
     bare       Popen and a pidfd; no logs, no directories
     floor      by hand: work directory, two logs, a session, two synced lines in a journal, all removed; unsynced: without
-    node       ours, complete: held in a PID namespace where the system allows it; session: without a shim
+    node       ours, complete: held in a PID namespace where the system allows it; session: without a shim; journal: every
+               event on disk before it is told
 """
 
 from __future__ import annotations
@@ -25,13 +26,17 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from shutil import which
 from typing import Any, Final
 
 from _bench import Spread, interleave, machine, print_machine, print_table
 
-OURS: Final = ("node", "node-uvloop", "node-trio", "node-session")
+from loadmaster import Node
+
+JOURNALLED: Final = "journal" in signature(Node).parameters
+OURS: Final = ("node", *(("node-journal",) if JOURNALLED else ()), "node-uvloop", "node-trio", "node-session")
 BY_HAND: Final = ("bare", "floor", "floor-unsynced")
 INSTALLED: Final = {"parsl-threads": "parsl", "parsl-htex": "parsl", "dask": "dask"}
 SECONDS: Final = 600.0

@@ -128,6 +128,7 @@ SERVED = (
     "test_watch.py",
     "test_adopt.py",
     "test_diracx.py",
+    "test_diracx_client.py",
 )
 """Of these files' tests uvloop's are part of the long run only: their storages have threads of their own, whichever loop
 waits for them, or each starts an agent, or needs a server's answers,
@@ -210,6 +211,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 BECOME_ORDINARY = f"""
 import ctypes, os, anyio, loadmaster
+loadmaster.PayloadSpec(command="true")  # models are made when they are used
 anyio.run(anyio.to_thread.run_sync, int)  # everything is imported before we lose sight of it
 if os.geteuid() == 0:
     os.setgroups([])

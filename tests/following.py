@@ -66,9 +66,9 @@ class Signpost:
         return await to_thread.run_sync(self.path.read_text)
 
 
-def processes_of(job_id: str) -> list[int]:
-    """The processes that have the job's id in their environment, wherever they have gone."""
-    mark = f"JOBID={job_id}\0".encode()
+def processes_of(*job_ids: str) -> list[int]:
+    """The processes that have one of the jobs' ids in their environment, wherever they have gone."""
+    marks = {f"JOBID={job_id}".encode() for job_id in job_ids}
     found = []
     for name in os.listdir("/proc"):
         if name.isdecimal():
@@ -76,6 +76,6 @@ def processes_of(job_id: str) -> list[int]:
                 environment = Path("/proc", name, "environ").read_bytes()
             except OSError:  # gone, or not ours to look into
                 continue
-            if mark in environment:
+            if not marks.isdisjoint(environment.split(b"\0")):
                 found.append(int(name))
     return found

@@ -412,6 +412,7 @@ async def test_what_a_killed_shim_has_left_is_ended(agent: Start, kind: Containm
     left.kill()
     known = left.known["job"]
     os.kill(known.shim_pid, signal.SIGKILL)
+    await until(lambda: gone(known.shim_pid))
     found = await take_on(left, known=known if with_event else None)
     assert found == Lost("its shim was killed", sure=kind is Containment.PID_NAMESPACE)
     assert left.everything_has_ended()
@@ -675,6 +676,7 @@ async def test_what_had_left_everything_but_its_group_is_ended_too(agent: Start)
     await until(lambda: daemon.exists() and daemon.read_text().endswith("\n"))
     left.kill()
     os.kill(left.known["job"].shim_pid, signal.SIGKILL)
+    await until(lambda: gone(left.known["job"].shim_pid))
     assert await take_on(left) == Lost("its shim was killed", sure=True)
     assert gone(int(daemon.read_text()))
 

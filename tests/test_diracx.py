@@ -215,10 +215,11 @@ async def test_a_job_that_is_killed_through_the_server_dies_with_the_reason(
     server: DiracxServer, preferences: Preferences, pilot: Any
 ) -> None:
     killed, other = await asked(server.submit, 2)
-    async with pilot(preferences) as (node, _, _):
+    async with pilot(preferences) as (node, reporter, _):
         handle = node.submit(described(killed, **sh("sleep 600")))
         spared = node.submit(described(other, **sh("sleep 3")))
         await happens(PayloadStarted)(handle)
+        await until(lambda: not reporter.waiting, 30)  # of two updates at once, the server keeps either
         await asked(server.kill, killed)
         with anyio.fail_after(30):
             result = await handle.wait()
@@ -643,16 +644,42 @@ def test_what_a_killed_agent_could_not_tell_is_told_by_the_next(
     proxy.fate = lambda *asked: "reset"
     words = ("--reporter", "diracx", "--outbox", "outbox.sqlite")
     agent = loadmaster_command("run", "job.json", "--job-id", number, "--events", "events", *words, url=proxy.url)
-    deadline = time.monotonic() + 60
-    while _reports_in(tmp_path / "outbox.sqlite") < len(DONE):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: _reports_in(tmp_path / "outbox.sqlite") >= len(DONE))
     agent.kill()
     agent.communicate()
     after = loadmaster_command("node", "none.jsonl", *words)
     _, problems = after.communicate(timeout=120)
     assert after.returncode == 0, problems
     assert told(server.histories([number])[number]) == DONE
+
+
+def test_a_payload_that_outlives_its_agent_beats_again_and_can_be_killed(
+    server: DiracxServer, loadmaster_command: Loadmaster, tmp_path: Path
+) -> None:
+    """The next agent has it by the journal, and tells nothing twice."""
+    (number,) = server.submit()
+    (tmp_path / "jobs.jsonl").write_text(json.dumps({"job_id": str(number), **sh("sleep 600")}))
+    words = ("node", "jobs.jsonl", "--journal", "journal", "--reporter", "diracx")
+    agent = loadmaster_command(*words)
+    wait_for(lambda: server.statuses([number])[number] == ("Running", "Application") and server.beats(number))
+    agent.kill()
+    agent.communicate()
+    before = server.histories([number])[number]
+    after = loadmaster_command(*words)
+    server.kill(number)
+    _, problems = after.communicate(timeout=120)
+    assert after.returncode == 2, problems
+    history = server.histories([number])[number]
+    assert history[: len(before)] == before
+    assert len(set(history)) == len(history)
+    assert server.statuses([number]) == {number: ("Killed", "Received Kill signal")}
+
+
+def wait_for(fact: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not fact():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def _reports_in(path: Path) -> int:

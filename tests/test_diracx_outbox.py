@@ -43,7 +43,17 @@ async def test_what_was_put_is_there_in_its_order_when_it_is_opened_again(path: 
     async with FileOutbox(path) as outbox:
         kept = await outbox.load()
         assert kept.filed == second
-        assert kept.heard == {"2/1": 9}
+        assert kept.heard == {"1/1": 4, "2/1": 9}  # what is over may be heard again, from a journal
+        assert kept.over == {"1/1"}
+
+
+async def test_what_is_over_is_forgotten_once_no_journal_knows_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with FileOutbox(path) as outbox:
+        await outbox.put([], {"1/1": 4, "2/1": 9})
+        await outbox.drop([], ["1/1"])
+    monkeypatch.setattr("loadmaster.diracx.outbox.KEPT_SECONDS", -1.0)
+    async with FileOutbox(path) as outbox:
+        assert (await outbox.load()).heard == {"2/1": 9}
 
 
 async def test_numbers_are_not_given_twice(path: Path) -> None:

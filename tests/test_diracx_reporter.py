@@ -38,10 +38,7 @@ def nobody(tmp_path: Path) -> Preferences:
 
 def resumed(events: Iterable[Event]) -> JobHandle:
     """The handle of a job that has these events behind it."""
-    handle = JobHandle()
-    for event in events:
-        handle._tell(event)
-    return handle
+    return JobHandle.resumed(None, events)
 
 
 async def minors(outbox: FileOutbox) -> list[str]:

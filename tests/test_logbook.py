@@ -302,8 +302,10 @@ def test_an_event_that_cannot_be_read_ends_its_job_history_there_and_nobody_else
         seven, eight = book.open_jobs()
         assert list(seven.events) == a_life("7")[:2]
         assert list(eight.events) == a_life("8")[:5]
+        assert book.add([[Record.of(a_life("7")[3])]]) == [None]
     finally:
         book.close()
+    assert known(tmp_path, "7") == [*a_life("7")[:2], a_life("7")[3]]
 
 
 def test_a_full_disk_takes_nothing_and_later_takes_it(small_disk: Path) -> None:

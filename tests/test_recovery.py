@@ -200,7 +200,7 @@ async def test_a_directory_that_is_packed_is_packed_again_by_the_next_agent(root
     described = job(**sh("mkdir logs; echo a > logs/a"), output_sandbox=["logs", "std.out"])
     async with open_journal(book) as journal:
         with pytest.raises(Exception, match="did not take FileStagedOut"):
-            await run_job(described, journal=Breaks(journal, 11), **words)
+            await run_job(described, journal=Breaks(journal, 9), **words)
     async with open_journal(book) as journal:
         result = await run_job(described, journal=journal, **words)
     assert result.status is Status.DONE, result.failure
@@ -526,3 +526,44 @@ async def test_a_job_has_its_own_coordinator_again(make_node: MakeNode, calls: l
         await happens(PayloadStarted)(second)
         second.kill("enough")
     assert calls == ["stageOut", "stageIn", "preProcess", "stageOut"]
+
+
+async def test_a_job_whose_coordinator_is_gone_is_rescheduled(make_node: MakeNode, book: Path) -> None:
+    async with open_journal(book) as journal:
+        await journal.append(
+            JobAccepted("7", 1, datetime.now(UTC), {"executable": "/bin/true"}, coordinator="nowhere.at_all:Gone")
+        )
+    async with make_node() as node:
+        result = await node.resumed[0].wait()
+    assert result.status is Status.RESCHEDULED
+    assert result.failure is not None
+    assert "its coordinator is not here any more: coordinator nowhere.at_all:Gone" in result.failure.message
+
+
+async def test_a_payload_that_another_agent_has_is_left_to_it(
+    make_node: MakeNode, book: Path, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two agents cannot have one journal, but somebody may have copied it. The job stays open, and the node goes on."""
+    async with make_node() as node:
+        handle = node.submit(job(**sh("read line < ../../post")))
+        (root.parent / "post").unlink(missing_ok=True)
+        post = Signpost(root.parent / "post")
+        await happens(PayloadStarted)(handle)
+        other = root.parent / "copy"
+        await anyio.to_thread.run_sync(copied, book, other)
+        async with make_node(journal=other) as second:
+            (copy,) = second.resumed
+            await until(lambda: second.handle("7") is None)
+            assert copy.stage is Stage.RUNNING
+            assert (await second.submit(job("8")).wait()).status is Status.DONE
+        assert "job 7: is left open in the journal" in caplog.text
+        await anyio.to_thread.run_sync(post.path.write_text, "go\n")
+        assert (await handle.wait()).status is Status.DONE
+
+
+def copied(book: Path, other: Path) -> None:
+    """A copy of the journal, as a careless administrator makes it."""
+    other.mkdir()
+    for path in book.glob("journal.*"):
+        shutil.copy(path, other)
+    (other / "payloads").symlink_to(book / "payloads")

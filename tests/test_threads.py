@@ -88,3 +88,22 @@ async def test_cancellation_leaves_a_thread_to_itself_only_if_it_may() -> None:
     assert gate.inside == 1
     gate.open.set()
     await until(lambda: gate.inside == 0)
+
+
+async def test_one_that_hangs_is_waited_for_once_and_not_by_each_of_the_next() -> None:
+    gate = Gate()
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(briefly, gate))
+        await until(lambda: gate.inside == 1)
+        await briefly(lambda: "has lost patience")
+        for _ in range(2000):  # each of them would wait a tenth of a second
+            await briefly(lambda: "needs none")
+        assert gate.inside == 1
+        gate.open.set()
+
+
+async def test_a_limiter_of_ones_own_is_used() -> None:
+    limiter = anyio.CapacityLimiter(1)
+    seen = []
+    await briefly(lambda: seen.append(limiter.borrowed_tokens), limiter=limiter)
+    assert seen == [1]

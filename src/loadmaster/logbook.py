@@ -297,14 +297,14 @@ class Logbook:
 
     def open_jobs(self) -> list[History]:
         """The jobs that have not ended, in the order in which they were accepted."""
-        texts: dict[int, list[str]] = {}
+        rows: dict[int, list[tuple[int, str]]] = {}
         query = (
-            "SELECT job, facts FROM events WHERE job IN (SELECT number FROM jobs WHERE status IS NULL)"
+            "SELECT job, number, facts FROM events WHERE job IN (SELECT number FROM jobs WHERE status IS NULL)"
             " ORDER BY job, number"
         )
-        for number, text in self._db.execute(query):
-            texts.setdefault(number, []).append(text)
-        return [self._history(*key, None, texts[number]) for key, number in sorted(self._numbers.items(), key=_second)]
+        for job, number, text in self._db.execute(query):
+            rows.setdefault(job, []).append((number, text))
+        return [self._history(*key, None, rows[job]) for key, job in sorted(self._numbers.items(), key=_second)]
 
     def history(self, job_id: str, attempt: int | None = None) -> History | None:
         """What is known of an attempt at a job, of the last one if none is named; None if nothing is."""
@@ -315,8 +315,8 @@ class Logbook:
         ).fetchone()
         if found is None:
             return None
-        texts = self._db.execute("SELECT facts FROM events WHERE job = ? ORDER BY number", found[:1])
-        return self._history(job_id, found[1], found[2], [text for (text,) in texts])
+        rows = self._db.execute("SELECT number, facts FROM events WHERE job = ? ORDER BY number", found[:1]).fetchall()
+        return self._history(job_id, found[1], found[2], rows)
 
     def last(self, job_ids: Iterable[str]) -> dict[str, tuple[int, str | None]]:
         """The last attempt at each of these jobs that is known, and how it ended; None: it has not."""
@@ -327,12 +327,18 @@ class Logbook:
                 found[job_id] = attempt, status
         return found
 
-    def _history(self, job_id: str, attempt: int, status: str | None, texts: Iterable[str]) -> History:
+    def _history(self, job_id: str, attempt: int, status: str | None, rows: Iterable[tuple[int, str]]) -> History:
+        """Up to the first event that cannot be read. What comes after that one goes, for more is to be written there."""
         events: list[Event] = []
-        try:
-            events.extend(map(loads, texts))
-        except ValueError as exc:
-            log.warning("%s: job %s: an event cannot be read, nor what came after it: %s", self.directory, job_id, exc)
+        for number, text in rows:
+            try:
+                events.append(loads(text))
+            except ValueError as exc:
+                log.warning("%s: job %s: an event cannot be read, nor what came after: %s", self.directory, job_id, exc)
+                if status is None and self._lock >= 0:
+                    job = self._numbers[job_id, attempt]
+                    self._db.execute("DELETE FROM events WHERE job = ? AND number >= ?", (job, number))
+                break
         return History(job_id, attempt, status, tuple(events))
 
     @property

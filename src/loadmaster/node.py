@@ -35,6 +35,7 @@ from loadmaster.errors import (
     JobWasKilled,
     NodeClosed,
     NodeFull,
+    PayloadHeld,
     PayloadNotStarted,
     RescheduleJob,
     StagingFailed,
@@ -238,6 +239,11 @@ class Node:
         soon, before its turn comes: with its first event, `JobAccepted`. One that is in there is not run again.
         """
         return self._take(job, coordinator or self._coordinator, attempt).handle
+
+    @property
+    def journal(self) -> NodeJournal | None:
+        """The journal that its jobs are recorded in, if there is one."""
+        return self._journal
 
     def handle(self, job_id: str) -> JobHandle | None:
         """The handle of a job that the node has now, of its last attempt if the one before was lost; else None."""
@@ -551,7 +557,14 @@ class Node:
                         slots=_Slots(self, entry), handle=handle, attempt=handle.attempt, root=self._root,
                         heartbeat_seconds=self._heartbeat_seconds,
                     )  # fmt: skip
-        except WorkdirFault as exc:
+        except (WorkdirFault, PayloadHeld) as exc:
+            if handle.stage in {
+                Stage.GRANTED,
+                Stage.RUNNING,
+            }:  # its payload may run: it is the next start's to look again
+                log.error("job %s: is left open in the journal: %s", job.job_id, exc)  # noqa: TRY400 - a sentence
+                self._forget(entry)
+                return
             why = RescheduleJob(f"this node has no work directory for it: {exc}")
         except BaseException:
             self._forget(entry)

@@ -12,8 +12,8 @@ from typing import Any
 from anyio import to_thread
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
-from loadmaster.description import JobDescription
-from loadmaster.errors import IllegalEvent, InvalidJob, WorkdirFault
+from loadmaster.description import ComputingElement, JobDescription
+from loadmaster.errors import IllegalEvent, InvalidJob, RescheduleJob, WorkdirFault
 from loadmaster.events import Event, JobAccepted, JobFinished
 from loadmaster.handle import JobHandle, KeepsState
 from loadmaster.hooks import find_coordinator, reference_of
@@ -71,6 +71,8 @@ class Succession(KeepsState):
     def _is_lost(self, event: JobFinished) -> bool:
         if self.life is None or self.life.accepted is None or self.life.accepted.lost >= MOST_RERUNS:
             return False
+        if self.life.outcome is not None and self.life.outcome.left_behind:  # it is not to run twice at the same time
+            return False
         failure = self.life.failure or event.failure
         return failure is not None and failure.kind == "PayloadLost"
 
@@ -88,16 +90,26 @@ def resumed(history: History, journal: Succession, coordinator: type[Coordinator
             raise IllegalEvent("its history has no beginning")
         job = JobDescription.model_validate({**accepted.description, "job_id": history.job_id})
         return Resumed(job, handle, coordinator_of(accepted.coordinator, coordinator))
-    except (IllegalEvent, ValueError, InvalidJob) as exc:
+    except (IllegalEvent, ValueError) as exc:
         log.error("job %s, attempt %d: cannot be gone on with: %s", history.job_id, history.attempt, exc)  # noqa: TRY400
         return None
 
 
 def coordinator_of(reference: str, usual: type[Coordinator]) -> type[Coordinator]:
-    """The class of a job's coordinator: the node's own if it is that, else it is imported. Raises `InvalidJob`."""
+    """The class of a job's coordinator: the node's own if it is that, else it is imported. Where it cannot be, one that
+    has the job rescheduled: nobody else's hooks are to be called for it."""
     if reference == reference_of(usual):
         return usual
-    found: type[Any] = find_coordinator(reference) if reference else JobExecutionCoordinator
+    try:
+        found: type[Any] = find_coordinator(reference) if reference else JobExecutionCoordinator
+    except InvalidJob as exc:
+        reason = f"its coordinator is not here any more: {exc}"
+
+        class Missing(JobExecutionCoordinator):
+            def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
+                raise RescheduleJob(reason)
+
+        return Missing
     return found
 
 

@@ -174,7 +174,7 @@ class PayloadOutcome:
     """Its processes that outlived their parents, as far as the containment tells: some ended by themselves, others were
     what the payload left behind."""
     left_behind: bool = False
-    """Whether something is still there although it was killed: it hangs in the kernel."""
+    """Whether something is still there although it was killed: it hangs in the kernel. Or may be: what held it was lost."""
     disk_full: bool = False
     """Whether the disk of its work directory was full when it had failed: what it had to say may not be in its logs."""
     node_out_of_memory: bool = False

@@ -278,13 +278,16 @@ class _Flight:
         if isinstance(found, Payload):
             return found
         log.info("job %s: its payload cannot be gone on with: %s", description.job_id, found.reason)
+        certain = not isinstance(found, Lost) or ((found.sure or found.rebooted) and not found.left_behind)
         if self.life.stage is Stage.RUNNING:
-            left = isinstance(found, Lost) and found.left_behind
-            await self.record(PayloadExited, PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=left))
-        elif isinstance(found, Lost):
+            lost = PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=not certain)
+            await self.record(PayloadExited, lost)
+        elif not isinstance(found, Lost):
+            await briefly(partial(remove_state, state))
+        elif certain:
             raise PayloadLost(f"it may have been started: {found.reason}")
         else:
-            await briefly(partial(remove_state, state))
+            raise RescheduleJob(f"it may have been started, and some of it may still be there: {found.reason}")
         return None
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:

@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from typing import Final, TypeVar
 
 import anyio
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from anyio.lowlevel import RunVar
 
 T = TypeVar("T")
@@ -28,53 +28,52 @@ class _Line:
     """Those of one event loop."""
 
     def __init__(self) -> None:
-        self._taken = False
+        self._holder: object | None = None
         self._waiting = deque[anyio.Event]()
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """One's turn, or the end of one's patience."""
-        mine = not self._taken or await self._wait()
-        self._taken = True
+        """One's turn. Who loses patience takes it: from somebody who hangs, so that the next ones need none."""
+        holder = await self._wait() if self._holder is not None else object()
+        self._holder = holder
         try:
             yield
         finally:
-            if mine:
+            if self._holder is holder:
                 self._pass_on()
 
-    async def _wait(self) -> bool:
-        """Whether it has become one's turn."""
+    async def _wait(self) -> object:
         turn = anyio.Event()
         self._waiting.append(turn)
         try:
             with anyio.move_on_after(PATIENCE_SECONDS):
                 await turn.wait()
         except BaseException:
-            if turn.is_set():
+            if self._holder is turn:
                 self._pass_on()
-            else:
-                self._waiting.remove(turn)
             raise
-        if not turn.is_set():
-            self._waiting.remove(turn)
-        return turn.is_set()
+        finally:
+            if not turn.is_set():
+                self._waiting.remove(turn)
+        return turn
 
     def _pass_on(self) -> None:
-        if self._waiting:
-            self._waiting.popleft().set()
-        else:
-            self._taken = False
+        self._holder = self._waiting.popleft() if self._waiting else None
+        if isinstance(self._holder, anyio.Event):
+            self._holder.set()
 
 
 _LINE = RunVar[_Line]("loadmaster.threads")
 
 
-async def briefly(function: Callable[[], T], *, abandon_on_cancel: bool = False) -> T:
-    """What a function returns that blocks for a moment. Cancellation waits for it, or leaves the thread to itself, as in
-    `to_thread.run_sync`."""
+async def briefly(
+    function: Callable[[], T], *, abandon_on_cancel: bool = False, limiter: CapacityLimiter | None = None
+) -> T:
+    """What a function returns that blocks for a moment. Cancellation waits for it, or leaves the thread to itself, and
+    `limiter` says who else waits for a thread, as in `to_thread.run_sync`."""
     try:
         line = _LINE.get()
     except LookupError:
         _LINE.set(line := _Line())
     async with line.turn():
-        return await to_thread.run_sync(function, abandon_on_cancel=abandon_on_cancel)
+        return await to_thread.run_sync(function, abandon_on_cancel=abandon_on_cancel, limiter=limiter)

@@ -124,7 +124,7 @@ class Campaign:
         here, there = self.directory / "disk" / "vo" / name, self.directory / "buffer" / "vo" / name
         if last.status == "Rescheduled":  # it was lost more often than a node tries
             assert last.failure is not None
-            assert last.failure.kind == "PayloadLost"
+            assert last.failure.kind in {"PayloadLost", "RescheduleJob"}
         elif kind in {"plain", "early"}:
             assert (str(last.status), str(last.failure)) == ("Done", "None"), self.log()
             assert here.read_text() == content
@@ -150,9 +150,6 @@ class Campaign:
     def check_remains(self) -> None:
         assert list((self.directory / "root").iterdir()) == []
         assert list((self.directory / "journal" / "payloads").iterdir()) == []
-        parts = [path for name in ("disk", "buffer", "sandboxes") for path in (self.directory / name).rglob(".*")]
-        if os.environ.get("PARTS"):
-            assert parts == []
         for _ in range(100):
             if not (left := processes_in(self.directory)):
                 break

@@ -61,7 +61,10 @@ case("killed by signal 9", "kill -9 $$", OutputSandbox=LOGS)
 case("killed by signal 15", "kill -15 $$", OutputSandbox=LOGS)
 case("a shell's word for a signal", 'sh -c "kill -11 \\$\\$"; exit $?', OutputSandbox=LOGS)
 case("leaves a process behind", "sleep 2 & echo main is over", OutputSandbox=LOGS)
-case("leaves a daemon behind", 'setsid sh -c "sleep 2; echo late > late.txt" >/dev/null 2>&1 & echo main is over')
+case(
+    "leaves a daemon behind", 'setsid sh -c "sleep 1; echo late > late.txt" >/dev/null 2>&1 & echo main is over',
+    ours={"linger_seconds": 2},
+)  # fmt: skip
 
 # -- what is executed -------------------------------------------------------------------------------------------------
 
@@ -225,26 +228,26 @@ RACE: Final = {
 }  # fmt: skip
 """Which end of the race is compared with ours."""
 
-BRIEF: Final = {"words": {"environment": {"SECONDS_OF_SLEEP": "1.5"}}}
+BRIEF: Final = {"words": {"environment": {"SECONDS_OF_SLEEP": "2.5"}}}
 """Our watchdog needs less time to be seen idle."""
 SPIN: Final = "echo begun; while :; do :; done"
 SLEEP: Final = "echo begun; exec sleep 60"
 case("wall time", SLEEP, OutputSandbox=LOGS, OutputData=["*.root"], wrapper={**EAGER, "MaxWallClockTime": 3},
-     ours={"limits": {"wall_seconds": 0.5}})  # fmt: skip
+     ours={"limits": {"wall_seconds": 2.0}})  # fmt: skip
 case("wall time, and it ends well", "trap \"echo bye; exit 0\" TERM; echo begun; sleep 60 & wait", OutputSandbox=LOGS,
-     wrapper={**EAGER, "MaxWallClockTime": 3}, ours={"limits": {"wall_seconds": 0.5}})  # fmt: skip
+     wrapper={**EAGER, "MaxWallClockTime": 3}, ours={"limits": {"wall_seconds": 2.0}})  # fmt: skip
 case("CPU time", SPIN, OutputSandbox=LOGS, CPUTime=2, wrapper={**EAGER, "CheckCPULimitFlag": 1},
      ce={"CPUNormalizationFactor": 1}, ours={"limits": {"cpu_seconds": 0.3}})  # fmt: skip
-IDLE: Final = {"limits": {"cpu_ratio": 0.05, "cpu_ratio_window_seconds": 0.5}}
+IDLE: Final = {"limits": {"cpu_ratio": 0.05, "cpu_ratio_window_seconds": 1.5}}
 case("stalled", SLEEP, OutputSandbox=LOGS, wrapper={**EAGER, "CPUSampleTime": 3}, ours=IDLE)
 case("stalled, but a test", "echo begun; sleep ${SECONDS_OF_SLEEP:-10}", JobType="Test", OutputSandbox=LOGS,
      wrapper={**EAGER, "CPUSampleTime": 3}, ours=IDLE | BRIEF)  # fmt: skip
 case("stalled, but may be", "touch DISABLE_WATCHDOG_CPU_WALLCLOCK_CHECK; sleep ${SECONDS_OF_SLEEP:-10}",
      OutputSandbox=LOGS, wrapper={**EAGER, "CPUSampleTime": 3}, ours=IDLE | BRIEF)  # fmt: skip
-case("disk full", SLEEP, OutputSandbox=LOGS, wrapper={**EAGER, "MinDiskSpace": 10**12},
+case("disk full", "exec sleep 60", OutputSandbox=LOGS, wrapper={**EAGER, "MinDiskSpace": 10**12},
      ours={"limits": {"free_disk_bytes": 10**18}})  # fmt: skip
 case("slot over", SLEEP, OutputSandbox=LOGS, wrapper=EAGER, local_site={"CPUTimeLeft": 40, "CPUNormalizationFactor": 10},
-     ours={"deadline_seconds": 33.5})  # fmt: skip
+     ours={"deadline_seconds": 35})  # fmt: skip
 
 
 def soft_script(text: str) -> dict[str, Any]:
@@ -255,7 +258,7 @@ SOFT: Final[dict[str, Any]] = {
     "wrapper": EAGER, "StopSigRegex": "sh [^ ]*/soft-stop", "StopSigStartWork": 20, "StopSigFinishWork": 60,
     "local_site": {"CPUTimeLeft": 100, "CPUNormalizationFactor": 10}, "OutputSandbox": LOGS,
     "InputSandbox": ["SB:SandboxSE|/S/in.tar.bz2"],
-    "ours": {"limits": {"wall_seconds": 1.0}, "words": {"stop_seconds": 0.5}},
+    "ours": {"limits": {"wall_seconds": 3.0}, "words": {"stop_seconds": 1.5}},
 }  # fmt: skip
 case("soft stop", Executable="soft-stop.sh",
      sandboxes=soft_script("trap 'echo wound down; exit 130' INT\nsleep 60 & wait"), **SOFT)  # fmt: skip

@@ -48,10 +48,18 @@ def _facts(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for lfn, entry in answer["registered"].items():
         yield f"registered.{lfn}", f"{entry['Size']} bytes, {entry['Checksum']}, at {entry['SE']}"
     for name, content in answer["files"].items():
-        yield f"file.{name}", content
+        yield from _job_info(content) if name == "job.info" else [(f"file.{name}", content)]
     for name, value in answer["environment"].items():
         yield f"environment.{name}", value
     yield from _reports(answer)
+
+
+def _job_info(text: str) -> Iterator[tuple[str, str]]:
+    """Its words, and its form."""
+    yield "job.info", "each line with /Job/" if text.count("\n/Job/") else "the first line with /Job"
+    for line in text.splitlines():
+        word, _, value = line.removeprefix("/Job/").removeprefix("/").partition(" = ")
+        yield f"job.info.{word}", value
 
 
 def _reports(answer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

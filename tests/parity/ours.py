@@ -118,18 +118,19 @@ async def answer(case: Mapping[str, Any], root: Path) -> dict[str, Any]:
     name = case.get("coordinator")
     coordinator: type[Coordinator] = adapt(getattr(coordinators, name)) if name else DiracCoordinator
     await fill(root / "catalog.sqlite", case, root)
-    watched = "PollingTime" in case.get("wrapper", {})  # elsewhere DIRAC's watchdog has no time to say anything
     handle, told = JobHandle(), Told()
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_listen, handle, case, ce, told)
         result = await run_job(
             job, ce=ce, coordinator=coordinator, site=site_of(case, root), handle=handle, root=root / "work",
-            keep_workdir=case.get("wrapper", {}).get("CleanUpFlag") != "True", heartbeat_seconds=0.1 if watched else 60,
+            keep_workdir=case.get("wrapper", {}).get("CleanUpFlag") != "True", heartbeat_seconds=0.1,
         )  # fmt: skip
+    await anyio.sleep(case.get("ours", {}).get("linger_seconds", 0))  # for what may be alive still
     return scene.steady(await to_thread.run_sync(_answer, dict(case), root, job, ce, result, told), root)  # type: ignore[no-any-return]
 
 
 async def _listen(handle: JobHandle, case: Mapping[str, Any], ce: ComputingElement, told: Told) -> None:
+    watched = "PollingTime" in case.get("wrapper", {})  # elsewhere DIRAC's watchdog has no time to say anything
     statuses, parameters = Statuses(), Parameters(ce, agent="loadmaster", pid=os.getpid())
     async for event in handle.follow():
         told.events.append(event)
@@ -140,9 +141,9 @@ async def _listen(handle: JobHandle, case: Mapping[str, Any], ce: ComputingEleme
             told.parameters |= await to_thread.run_sync(node_parameters, {})
         if isinstance(event, PayloadExited):
             told.heartbeats.append(({}, final_output(event)))
-        if isinstance(event, Heartbeat) and event.phase is Phase.PAYLOAD:
+        if watched and isinstance(event, Heartbeat) and event.phase is Phase.PAYLOAD:
             told.heartbeats.append(heartbeat(event, load_average=1.0))
-            if len(told.heartbeats) == case.get("kill_at_heartbeat"):
+            if "kill_at_heartbeat" in case and event.last_lines:  # it has begun
                 handle.kill("Received Kill signal")
 
 

@@ -30,7 +30,10 @@ def add_reporter(parser: argparse.ArgumentParser) -> None:
     """The arguments of a command whose jobs can be reported."""
     parser.add_argument("--reporter", choices=["diracx"], help=HELP)
     parser.add_argument(
-        "--outbox", type=Path, metavar="FILE", help="where reports wait that the server has not taken, also for later"
+        "--outbox",
+        type=Path,
+        metavar="FILE",
+        help="where reports wait that the server has not taken, also for later (default: beside the journal)",
     )
 
 
@@ -55,6 +58,8 @@ class Reporting:
         """Raises `InvalidSite` when it is not said which server, or what is needed is not installed."""
         self._ce = ce
         self._outbox: Path | None = options.outbox
+        if options.reporter is not None and options.outbox is None and options.journal is not None:
+            self._outbox = options.journal / "outbox.sqlite"
         self._preferences = None if options.reporter is None else _preferences()
         if options.reporter is None and options.outbox is not None:
             raise InvalidSite("--outbox: there is no --reporter")

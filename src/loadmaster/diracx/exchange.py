@@ -22,7 +22,7 @@ except ImportError as exc:  # pragma: no cover - said once, to the person who wa
 ANSWER_SECONDS: Final = 60.0
 """For the whole of one request and its answer."""
 
-MOST_BYTES: Final = 16 * 1024**2
+MOST_BYTES: Final = 4 * 1024**2
 """No answer of DiracX's is longer; one that is, is none."""
 
 

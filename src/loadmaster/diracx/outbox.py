@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -69,6 +70,8 @@ class Kept:
 
     filed: Sequence[Filed] = ()
     heard: Mapping[str, int] = field(default_factory=dict)
+    over: frozenset[str] = frozenset()
+    """Attempts of which nothing more will come."""
 
 
 class Outbox(Protocol):
@@ -86,7 +89,7 @@ class Outbox(Protocol):
         ...
 
     async def drop(self, numbers: Iterable[int], over: Iterable[str] = ()) -> None:
-        """Remove reports that are delivered, or never will be; and attempts of which nothing more will come."""
+        """Remove reports that are delivered, or never will be; `over`: attempts of which nothing more will come."""
         ...
 
 
@@ -115,9 +118,12 @@ class MemoryOutbox:
 
 SCHEMA: Final = 1
 
+KEPT_SECONDS: Final = 8 * 86400.0
+"""An attempt that is over is known for longer than the journal knows it, from which it may be heard again."""
+
 _TABLES: Final = """
 CREATE TABLE reports (number INTEGER PRIMARY KEY AUTOINCREMENT, report TEXT NOT NULL);
-CREATE TABLE heard (attempt TEXT PRIMARY KEY, events INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE heard (attempt TEXT PRIMARY KEY, events INTEGER NOT NULL, over REAL) WITHOUT ROWID;
 """
 
 
@@ -159,7 +165,8 @@ class FileOutbox:
 
     async def drop(self, numbers: Iterable[int], over: Iterable[str] = ()) -> None:
         """They are gone for good when this returns."""
-        await self._run(lambda: self._drop([(number,) for number in numbers], [(attempt,) for attempt in over]))
+        now = time.time()
+        await self._run(lambda: self._drop([(number,) for number in numbers], [(now, attempt) for attempt in over]))
 
     async def _run(self, work: Callable[[], T]) -> T:
         try:
@@ -176,7 +183,8 @@ class FileOutbox:
     def _load(self) -> Kept:
         rows = self._db.execute("SELECT number, report FROM reports ORDER BY number")
         filed = [Filed(number, _read(text)) for number, text in rows]
-        return Kept(filed, dict(self._db.execute("SELECT attempt, events FROM heard")))
+        over = frozenset(name for (name,) in self._db.execute("SELECT attempt FROM heard WHERE over IS NOT NULL"))
+        return Kept(filed, dict(self._db.execute("SELECT attempt, events FROM heard")), over)
 
     def _put(self, reports: Sequence[Report], heard: Mapping[str, int]) -> list[Filed]:
         with self._db as db:
@@ -184,13 +192,13 @@ class FileOutbox:
                 db.execute("INSERT INTO reports (report) VALUES (?)", (_written(report),)).lastrowid
                 for report in reports
             ]
-            db.executemany("INSERT OR REPLACE INTO heard VALUES (?, ?)", heard.items())
+            db.executemany("INSERT OR REPLACE INTO heard (attempt, events) VALUES (?, ?)", heard.items())
         return [Filed(number or 0, report) for number, report in zip(numbers, reports, strict=True)]
 
-    def _drop(self, numbers: list[tuple[int]], over: list[tuple[str]]) -> None:
+    def _drop(self, numbers: list[tuple[int]], over: list[tuple[float, str]]) -> None:
         with self._db as db:
             db.executemany("DELETE FROM reports WHERE number = ?", numbers)
-            db.executemany("DELETE FROM heard WHERE attempt = ?", over)
+            db.executemany("UPDATE heard SET over = ? WHERE attempt = ?", over)
 
 
 def _opened(path: Path) -> sqlite3.Connection:
@@ -206,7 +214,7 @@ def _opened(path: Path) -> sqlite3.Connection:
         elif version != SCHEMA:
             raise sqlite3.DatabaseError(f"is of version {version}, and we know {SCHEMA}")
         with connection:  # a write, so that the lock is taken now
-            connection.execute("DELETE FROM reports WHERE number < 0")
+            connection.execute("DELETE FROM heard WHERE over < ?", (time.time() - KEPT_SECONDS,))
     except BaseException as exc:
         connection.close()
         if isinstance(exc, sqlite3.OperationalError) and "locked" in str(exc):

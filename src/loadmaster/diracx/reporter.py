@@ -18,7 +18,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Final
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import anyio
 from anyio import to_thread
@@ -35,6 +36,9 @@ from loadmaster.handle import JobHandle
 from loadmaster.node import Node
 from loadmaster.sources import JobSource
 from loadmaster.tasks import single_error
+
+if TYPE_CHECKING:
+    from loadmaster.journal import NodeJournal  # with sqlite3
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +99,7 @@ class Reporter:
         self._outbox = outbox
         self._ce, self._of_node = ce, of_node
         self._reported: dict[str, int] = {}
+        self._unfinished: dict[str, int] = {}
         self._told_of_names = False
 
     def __repr__(self) -> str:
@@ -120,11 +125,19 @@ class Reporter:
     async def follow(self, handle: JobHandle) -> None:
         """Report one job, from its first event to its last."""
         async for event in handle.follow():
-            await self._hear([event], lambda _: handle)
+            await self._hear([event], partial(_the_same, handle))
 
     async def listen(self, node: Node) -> None:
-        """Report all jobs of a node, until its events end."""
+        """Report all jobs of a node, until its events end; first those that its journal has from another process.
+
+        To be started when the node has been entered.
+        """
         stream = node.events(transient=True)
+        resumed = [(handle.history[-1:], handle) for handle in node.resumed]  # as of now: the rest is in the stream
+        for last, handle in resumed:
+            await self._hear(last, partial(_the_same, handle))
+        if node.journal is not None:
+            await self._catch_up(node.journal)
         async for event in stream:
             await self._hear([event, *stream.take()], node.handle)
 
@@ -146,6 +159,8 @@ class Reporter:
                     continue
                 for each in self._missed(event, line):
                     attempt = line.attempts[each.attempt]
+                    if attempt.heard < attempt.reported:  # by another process, and told to the server as far as it goes
+                        line.said = attempt.statuses.current
                     found = attempt.reports(number, each)
                     if isinstance(each, JobAccepted) and found:
                         found.append(ParameterReport(number, self._of_node))
@@ -157,6 +172,18 @@ class Reporter:
             await self._file(reports, heard)
         for line in lines:
             line.filing -= 1
+
+    async def _catch_up(self, journal: NodeJournal) -> None:
+        """Report what has happened to jobs that ended in the moment in which a process was killed."""
+        for name, reported in self._unfinished.items():
+            job_id, attempt = name.split("/")[:2]
+            number = self._number(job_id)
+            if number is None or int(attempt) in self._deliveries.line(number).attempts:
+                continue
+            history = await journal.history(job_id, int(attempt))
+            if history is not None and attempt_name(history.events[0]) == name and len(history.events) > reported:
+                past = JobHandle.resumed(None, history.events)
+                await self._hear(past.history[-1:], partial(_the_same, past))
 
     def _missed(self, event: Event, line: Line) -> list[Event]:
         """The event; before the first one of an attempt all that came before it, if it was begun by another process."""
@@ -202,6 +229,7 @@ class Reporter:
         """Take up what an earlier process has left."""
         kept = await self._outbox.load()
         self._reported = dict(kept.heard)
+        self._unfinished = {name: heard for name, heard in kept.heard.items() if name not in kept.over}
         self._deliveries.take(kept.filed)
         if kept.filed:
             log.info("%d reports of before are to be delivered", len(kept.filed))
@@ -223,6 +251,10 @@ class Reporter:
         """Wait until there is room for the reports of another job."""
         while self.waiting >= MOST_WAITING:
             await self._deliveries.some_delivered()
+
+
+def _the_same(handle: JobHandle, job_id: str) -> JobHandle:
+    return handle
 
 
 def _is_stranger(event: Event, line: Line) -> bool:

@@ -138,7 +138,7 @@ async def _without_state(path: Path, why: Exception, event: Started | None, boot
 
 
 def _started_of(event: PayloadStarted) -> Started:
-    return Started(
+    return Started.model_construct(  # of our own words: a validator would be made first, in the event loop
         shim_pid=event.shim_pid, shim_start=event.shim_start_ticks, payload_pid=event.pid,
         payload_start=event.start_ticks, containment=Containment(event.containment),
     )  # fmt: skip

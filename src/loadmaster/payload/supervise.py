@@ -135,9 +135,7 @@ class Payload:
         """
         try:
             with anyio.fail_after(seconds):
-                return await to_thread.run_sync(
-                    partial(function, *args, **kw), abandon_on_cancel=True, limiter=CapacityLimiter(1)
-                )
+                return await briefly(partial(function, *args, **kw), abandon_on_cancel=True, limiter=CapacityLimiter(1))
         except RuntimeError:
             return function(*args, **kw)
         except TimeoutError:

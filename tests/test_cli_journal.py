@@ -1,0 +1,129 @@
+"""`loadmaster jobs`, `show`, `resume`, and `--journal` of `run` and `node`: as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LOADMASTER = [sys.executable, "-W", "error", "-m", "loadmaster"]
+
+
+class Shell:
+    """A directory and the command in it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*LOADMASTER, *words], cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def run(self, *words: str) -> subprocess.CompletedProcess[str]:
+        with self.start(*words) as process:
+            out, err = process.communicate(timeout=50)
+        assert "Traceback" not in err
+        return subprocess.CompletedProcess([], process.returncode, out, err)
+
+    def jobs(self, *jobs: dict[str, Any]) -> None:
+        (self.directory / "jobs.jsonl").write_text("".join(f"{json.dumps(job)}\n" for job in jobs))
+
+    def until(self, text: str, *words: str) -> str:
+        """Ask again until the answer has it; a person would."""
+        deadline = time.monotonic() + 30
+        while text not in (told := self.run(*words).stdout):
+            assert time.monotonic() < deadline, told
+        return told
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    return Shell(tmp_path)
+
+
+def sh(job_id: str, script: str, **words: Any) -> dict[str, Any]:
+    return {"job_id": job_id, "executable": "/bin/sh", "arguments": ["-c", script], **words}
+
+
+NODE = ("node", "jobs.jsonl", "--cores", "2", "--scratch", "scratch", "--journal", "journal", "--quiet")
+
+
+def test_jobs_of_a_journal_are_listed_and_told(shell: Shell) -> None:
+    shell.jobs(sh("good", "echo hi", output_sandbox=["std.out"]), sh("bad", "exit 3", environment={"TOKEN": "secret"}))
+    assert shell.run(*NODE).returncode == 2
+    table = shell.run("jobs", "journal").stdout
+    assert table.splitlines()[0].split() == ["job", "attempt", "status", "accepted", "latest", "event"]
+    assert "1 Done, 1 Failed" in table.replace("0 open, ", "")
+    lines = [json.loads(line) for line in shell.run("jobs", "journal", "--json").stdout.splitlines()]
+    assert {(line["job"], line["status"]) for line in lines} == {("good", "Done"), ("bad", "Failed")}
+    life = shell.run("show", "journal", "bad").stdout
+    assert "job bad, attempt 1: Failed" in life
+    assert "PayloadExited      exit code 3" in life
+    assert "JobFinished        Failed" in life
+    for told in (life, shell.run("show", "journal", "bad", "--json").stdout):
+        assert "secret" not in told
+    missing = shell.run("show", "journal", "7")
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert "there is no such job: 7" in missing.stderr
+
+
+def test_where_there_is_no_journal_none_is_made(shell: Shell) -> None:
+    for words in (("jobs", "nowhere"), ("show", "nowhere", "7"), ("resume", "nowhere")):
+        done = shell.run(*words)
+        assert done.returncode == 1
+        assert "nowhere: there is no journal in it" in done.stderr
+    assert list(shell.directory.iterdir()) == []
+
+
+def test_a_node_that_was_killed_is_gone_on_with_and_its_jobs_are_not_run_again(shell: Shell) -> None:
+    """The payload that ran meanwhile is adopted; the one that waits is begun."""
+    shell.jobs(
+        sh("done", "echo done >> ../../starts"),
+        sh("long", "echo long >> ../../starts; while test ! -e ../../go; do sleep 0.05; done; echo end"),
+        sh("next", "echo next >> ../../starts", number_of_processors=2),
+    )
+    with shell.start(*NODE) as agent:
+        told = shell.until("1 Done", "jobs", "journal")
+        shell.until("PayloadStarted", "show", "journal", "long")
+        agent.send_signal(signal.SIGKILL)
+    assert "long" in told
+    (shell.directory / "go").touch()
+    resumed = shell.run("resume", "journal", "--cores", "2", "--scratch", "scratch", "--results", "results", "--quiet")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((shell.directory / "results" / "long.json").read_text())["attempt"] == 1
+    assert {path.name for path in (shell.directory / "results").iterdir()} == {"long.json", "next.json"}
+    again = shell.run(*NODE)
+    assert again.returncode == 0
+    assert sorted((shell.directory / "starts").read_text().split()) == ["done", "long", "next"]
+    assert list((shell.directory / "scratch").iterdir()) == []
+
+
+def test_one_job_is_gone_on_with_where_it_was(shell: Shell) -> None:
+    (shell.directory / "job.json").write_text(json.dumps(sh("7", "echo x >> ../../count")))
+    words = ("run", "job.json", "--root", "scratch", "--journal", "journal")
+    assert "Done" in shell.run(*words).stdout
+    assert "Done" in shell.run(*words).stdout
+    assert (shell.directory / "count").read_text() == "x\n"
+    assert "job 7, attempt 1: Done" in shell.run("show", "journal", "7", "--attempt", "1").stdout
+
+
+def test_a_journal_in_use_is_said_with_its_owner(shell: Shell) -> None:
+    shell.jobs(sh("long", "sleep 60"))
+    with shell.start(*NODE) as agent:
+        try:
+            shell.until("long", "jobs", "journal")
+            refused = shell.run(*NODE)
+            assert refused.returncode == 1
+            assert f"in use by process {agent.pid}" in refused.stderr
+        finally:
+            agent.send_signal(signal.SIGTERM)
+            shell.until("PayloadStarted", "show", "journal", "long")
+            agent.send_signal(signal.SIGTERM)
+            agent.communicate(timeout=30)
