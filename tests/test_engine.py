@@ -534,7 +534,7 @@ ROUNDS = 8
 async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
     workdir: Workdir, there: Path, se: Path, told: Told
 ) -> None:
-    """Both ways. The 99th percentile: a busy machine may take the processor from us once."""
+    """Both ways. The 99th percentile, and beyond what a busy machine is late by when nothing moves."""
     content = os.urandom(1024 * 1024)
     for number in range(100):
         (there / str(number)).write_bytes(content)
@@ -549,6 +549,9 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
 
     async with anyio.create_task_group() as group:
         group.start_soon(tick)
+        await anyio.sleep(1)
+        idle = sorted(delays)
+        delays.clear()
         names = [str(number) for number in range(100)]
         fetches = [Fetch(name, (replica(there / name),), None, checksum) for name in names]
         for _ in range(ROUNDS):
@@ -557,10 +560,11 @@ async def test_the_event_loop_answers_within_20_ms_while_100_files_of_1_mb_move(
         group.cancel_scope.cancel()
     delays.sort()
     late = delays[int(len(delays) * 0.99)]
-    print(f"measured: delay p99 {late * 1000:.2f} ms, max {delays[-1] * 1000:.2f} ms")
+    before = idle[int(len(idle) * 0.99)]
+    print(f"measured: delay p99 {late * 1000:.2f} ms, max {delays[-1] * 1000:.2f} ms; idle p99 {before * 1000:.2f} ms")
     assert len(told.files) == 200 * ROUNDS
     assert len(delays) > 200
-    assert late < 0.020
+    assert late < 0.020 + before
 
 
 async def test_a_storage_of_the_embedding_program_replaces_ours(workdir: Workdir, there: Path, told: Told) -> None:

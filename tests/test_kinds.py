@@ -65,18 +65,18 @@ async def test_it_is_closed_in_order_when_we_are_cancelled_or_fail(package: None
             await transfers.storage("ours://se/a")
             scope.cancel()
             await anyio.lowlevel.checkpoint()
-    assert LOG == ["open ours 8 {}", "close ours"]
+    assert LOG == ["open ours 32 {}", "close ours"]
     with pytest.raises(LookupError, match="as it is"):
         async with open_transfers(Site()) as transfers:
             await transfers.storage("ours://se/a")
             raise LookupError("as it is")
-    assert LOG[2:] == ["open ours 8 {}", "close ours"]
+    assert LOG[2:] == ["open ours 32 {}", "close ours"]
 
 
 async def test_a_package_comes_before_ours_and_a_plain_schemes_words_count_for_the_other(package: None) -> None:
     async with open_transfers(Site(storage={"root": {"word": 2}})) as transfers:
         assert isinstance(await transfers.storage("roots://host//a"), MemoryStorage)
-    assert LOG[0] == "open roots 8 {'word': 2}"
+    assert LOG[0] == "open roots 32 {'word': 2}"
 
 
 async def test_words_nobody_understands_are_told_with_the_table_they_are_in(package: None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
 import anyio
-from anyio import to_thread
+from anyio import lowlevel, to_thread
 
 from loadmaster.errors import JournalFault
 from loadmaster.events import Event
@@ -89,6 +89,7 @@ class NodeJournal(KeepsState):
         with anyio.move_on_after(DISK_SECONDS, shield=True):
             try:
                 async with self._turn:
+                    await lowlevel.checkpoint()  # whoever comes in this turn of the loop comes along
                     self._gathering = _Batch()
                     self._check_open()
                     batch.errors = await to_thread.run_sync(self._book.add, batch.groups, abandon_on_cancel=True)

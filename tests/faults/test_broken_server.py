@@ -25,6 +25,8 @@ import pytest
 
 pytest.importorskip("pycurl")
 
+from _servers import sink
+
 from loadmaster import Site, open_transfers
 from loadmaster.manifest import Manifest
 from loadmaster.stage import Ended, Outcome, Stage, Terms
@@ -230,6 +232,35 @@ async def test_a_full_disk_holds_whole_files_and_the_others_are_named(
     assert (right, missing) == (staging.tally.moved, staging.tally.failed)
     full = [ended for ended in heard.all.values() if "No space left" in (ended.reason or "")]
     assert len(full) > 50
+
+
+PEAK = """
+import sys
+from loadmaster import cli
+code = cli.main(sys.argv[1:])
+print(*(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+"""What the kernel tells a parent of its child's peak begins with the parent's own."""
+
+
+@pytest.mark.parametrize(
+    "size_bytes", [256 * 1024**2, pytest.param(10 * 1024**3, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
+)
+def test_four_large_files_take_no_more_memory_than_four_small_ones(tmp_path: Path, size_bytes: int) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(size_bytes)
+    (tmp_path / "site.toml").write_text('[storage.http]\npublish = "put"\n')
+    peaks: list[int] = []
+    with sink(tmp_path / "sink") as url:
+        for source in ("site.toml", "sparse"):
+            manifest = written(tmp_path / "m", [{"source": source, "target": f"{url}/{n}"} for n in range(4)])
+            words = ["stage", str(manifest), "--quiet", "--all", "--config", "site.toml"]
+            done = subprocess.run([sys.executable, "-c", PEAK, *words], cwd=tmp_path, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            peaks.append(int(done.stdout.split()[-2]) * 1024)
+    small, large = peaks
+    assert large < small + 30_000_000
 
 
 def start(directory: Path, manifest: Path, *options: str) -> subprocess.Popen[str]:
