@@ -142,6 +142,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.long)
 
 
+def pytest_collection_finish() -> None:
+    """What is there by now stays, and need not be gone through after each test: that took more than half of the run."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[Path]:
     """Where work directories are made; empty again at the end of the test."""
