@@ -40,7 +40,7 @@ from loadmaster.names import file_url
 from loadmaster.pending import Backoff, Operation
 from loadmaster.result import StoredFile
 from loadmaster.staging.engine import Moved, Transfers, Wanted
-from loadmaster.storage.base import Replica, Unregisters
+from loadmaster.storage.base import FileInfo, Replica, Unregisters
 from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.local import WORK_DIRECTORY
 
@@ -188,9 +188,18 @@ class Operations:
 
     async def _move(self, file: StoredFile, wanted: str, number: int) -> None:
         """Have a file where it was wanted, known there, and gone from where it is."""
-        if not await self._is_there(file, wanted):
-            await (await self._transfers.storage(file.url)).stat(file.url)  # names what is gone as nothing else would
-            await self._copy(file, wanted, number)
+        found = await self._found(file, wanted)
+        if found is None or found.checksum is None or found.checksum != _checksum(file):
+            try:
+                await (await self._transfers.storage(file.url)).stat(
+                    file.url
+                )  # names what is gone as nothing else would
+            except NotFound:
+                if found is None:
+                    raise
+                # An earlier try has removed it, which it does last: what is of its size there was verified then.
+            else:
+                await self._copy(file, wanted, number)  # also over what may be the file, of which nobody tells enough
         await self._transfers.register(
             StoredFile(file.name, wanted, file.size_bytes, file.checksum, file.lfn, self._transfers.element_of(wanted))
         )
@@ -202,20 +211,19 @@ class Operations:
         with suppress(NotFound):
             await (await self._transfers.storage(file.url)).remove(file.url)
 
-    async def _is_there(self, file: StoredFile, url: str) -> bool:
-        """Whether an earlier try has brought it. Raises `AlreadyExists` when something else is there."""
+    async def _found(self, file: StoredFile, url: str) -> FileInfo | None:
+        """What an earlier try may have brought; None: nothing. Raises `AlreadyExists` when something else is there."""
         try:
             found = await (await self._transfers.storage(url)).stat(url)
         except NotFound:
-            return False
+            return None
         known = _checksum(file)
         if found.size_bytes != file.size_bytes:
             raise AlreadyExists(url, f"has {found.size_bytes} bytes, the file that is to go there {file.size_bytes}")
-        if found.checksum is None or known is None or found.checksum.algorithm != known.algorithm:
-            return False  # it may be the file: the same bytes are written over it
-        if found.checksum != known:
+        same_kind = found.checksum is not None and known is not None and found.checksum.algorithm == known.algorithm
+        if same_kind and found.checksum != known:
             raise AlreadyExists(url, f"has {found.checksum}, the file that is to go there {known}")
-        return True
+        return found
 
     async def _copy(self, file: StoredFile, wanted: str, number: int) -> None:
         """By the server itself if it can, else through a file of this machine."""
