@@ -27,7 +27,7 @@ from loadmaster.description import Containment
 from loadmaster.errors import PayloadHeld
 from loadmaster.events import PayloadStarted
 from loadmaster.payload import supervise
-from loadmaster.payload.adopt import adopt, end_left
+from loadmaster.payload.adopt import adopt, end_held, end_left
 from loadmaster.payload.found import Lost, NotStarted
 from loadmaster.payload.hierarchies import find_hierarchies
 from loadmaster.payload.launch import shim_command
@@ -417,6 +417,17 @@ async def test_what_a_killed_shim_has_left_is_ended(agent: Start, kind: Containm
     assert found == Lost("its shim was killed", sure=kind is Containment.PID_NAMESPACE)
     assert left.everything_has_ended()
     assert session_is_over(known)
+
+
+@pytest.mark.parametrize("kind", SHIMS)
+async def test_a_payload_that_nobody_knows_of_any_more_is_ended(agent: Start, kind: Containment) -> None:
+    """Its journal has lost it, and would have the job run again."""
+    left = await agent("trap '' TERM; (setsid sleep 1000 &); echo ready; sleep 1000", containment=kind, grace=0.3)
+    await until(lambda: left.file("job").read_text() == "ready\n")
+    left.kill()
+    assert await end_held(left.state("job"))
+    assert left.everything_has_ended()
+    assert await end_held(left.state("job"))  # nobody any more
 
 
 @pytest.mark.parametrize("with_event", [True, False])

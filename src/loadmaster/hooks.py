@@ -29,6 +29,9 @@ ENTRY_POINTS: Final = "loadmaster.coordinators"
 
 STANDARD: Final = "loadmaster.coordinator:JobExecutionCoordinator"
 
+FILE_MODULE: Final = "loadmaster_coordinator_"
+"""What the module of a coordinator's file is called, before the file's name."""
+
 RETRIES: Final = 100
 """A hook that asks to be called again more often than this will never be content."""
 
@@ -183,7 +186,7 @@ def _from_entry_points(name: str) -> object:
 def _from_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    spec = importlib.util.spec_from_file_location(f"loadmaster_coordinator_{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"{FILE_MODULE}{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path}: not a Python file")
     module = importlib.util.module_from_spec(spec)

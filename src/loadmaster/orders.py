@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Final
 
 import anyio
+
+ECHO_SECONDS: Final = 0.5
+"""A program that ends another one signals it and then its group, as timeout(1) does: that is one order."""
 
 
 class Orders:
@@ -43,9 +48,13 @@ def told_to_stop() -> Iterator[Orders]:
     is, with KeyboardInterrupt.
     """
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    orders = Orders(reader)
+    orders, last = Orders(reader), dict[int, float]()
 
     def take(number: int, frame: FrameType | None) -> None:
+        now, before = time.monotonic(), last.get(number, -ECHO_SECONDS)
+        last[number] = now
+        if number == signal.SIGTERM and now - before < ECHO_SECONDS:
+            return
         orders.seen.append(number)
         os.write(writer, b"!")
         if orders.unnoticed > 1 and not orders.interrupted:

@@ -21,6 +21,7 @@ from loadmaster.journal import NodeJournal, state_name
 from loadmaster.ledger import Slot
 from loadmaster.lifecycle import Lifecycle
 from loadmaster.logbook import History
+from loadmaster.payload.adopt import end_held
 from loadmaster.payload.state import remove_state
 from loadmaster.workdir import Workdir
 
@@ -128,8 +129,14 @@ async def tidy(journal: NodeJournal, root: Path, going_on: set[tuple[str, int]])
     for name in names:
         if name in last and name not in open_ids:
             await to_thread.run_sync(_remove_workdir, root, name)
-    states = {state_name(*key) for key in going_on}
-    await to_thread.run_sync(_remove_states, journal.directory / "payloads", states)
+    wanted = {state_name(*key) for key in going_on}
+    for path in await to_thread.run_sync(lambda: list((journal.directory / "payloads").iterdir())):
+        if path.name not in wanted:
+            # Whoever runs there is to be ended first: a damaged journal may have lost him, and the job come again.
+            if await end_held(path):
+                await to_thread.run_sync(_remove_state, path)
+            else:
+                log.error("%s: what runs there could not be ended; it is left alone", path)
 
 
 def _directories(root: Path) -> list[str]:
@@ -144,10 +151,8 @@ def _remove_workdir(root: Path, name: str) -> None:
         log.warning("%s", exc)
 
 
-def _remove_states(directory: Path, wanted: set[str]) -> None:
-    for path in directory.iterdir():
-        if path.name not in wanted:
-            try:
-                remove_state(path)
-            except OSError as exc:
-                log.warning("%s: is left there: %s", path, exc.strerror)
+def _remove_state(path: Path) -> None:
+    try:
+        remove_state(path)
+    except OSError as exc:
+        log.warning("%s: is left there: %s", path, exc.strerror)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterator
+from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
 from typing import Final, Protocol
@@ -73,6 +75,7 @@ class Nothing:
 
     def __init__(self) -> None:
         self.refused: list[str] = []
+        self.exhausted = True
 
     async def next(self, free: int) -> JobDescription | None:
         """None."""
@@ -95,6 +98,8 @@ class _Files:
         self._turn = anyio.Lock()
         self.refused: list[str] = []
         """Why what stood there is no job, each with its place."""
+        self.exhausted = False
+        """Whether there is nothing more."""
         self.returned: list[JobDescription] = []
 
     async def next(self, free: int) -> JobDescription | None:
@@ -104,10 +109,14 @@ class _Files:
                 if not self._there:
                     self._there.extend(await to_thread.run_sync(self._some))
                 if not self._there:
+                    self.exhausted = True
                     return None
                 place, text = self._there.popleft()
                 try:
-                    return _described(text).relative_to(self._directory, outputs=self._outputs)
+                    job = _described(text)
+                    if "job_id" not in job.model_fields_set:  # the same one when it is read again
+                        job = job.model_copy(update={"job_id": _name_of(place, text)})
+                    return job.relative_to(self._directory, outputs=self._outputs)
                 except InvalidJob as exc:
                     self.refused.append(f"{place}: {exc}")
 
@@ -139,6 +148,11 @@ class JobFiles(_Files):
 
     def __init__(self, path: Path, *, outputs: Path) -> None:
         super().__init__(_texts(path), path.absolute(), outputs)
+
+
+def _name_of(place: str, text: bytes) -> str:
+    """What a job is called that has no id: by what it says, and where."""
+    return blake2b(os.fsencode(os.path.basename(place)) + b"\0" + text.strip(), digest_size=6).hexdigest()
 
 
 def _lines(path: Path) -> Generator[tuple[str, bytes], None, None]:

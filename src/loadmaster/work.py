@@ -50,6 +50,8 @@ class Shift:
     figures: NodeStatistics | None = None
     refused: list[str] = field(default_factory=list)
     failed: int = 0
+    exhausted: bool = False
+    """Whether the source has no more."""
     left: bool = False
     """Told to stop, and to leave at once."""
 
@@ -96,7 +98,7 @@ async def work(
                 shift.figures = node.statistics()
                 node.close_events()
             beside.cancel_scope.cancel()
-    shift.refused = source.refused
+    shift.refused, shift.exhausted = source.refused, source.exhausted
     return shift
 
 

@@ -705,6 +705,16 @@ DELIBERATE: Final = (
         r".*PFN.*",
     ),
     Difference(
+        "The place of a file to be registered",
+        "as its storage has it: here, a path",
+        "a URL",
+        "It says which kind of storage it is at.",
+        ("data not registered",),
+        ("request.0",),
+        r'.*"PFN": "<root>.*',
+        r'.*"PFN": "file://<root>.*',
+    ),
+    Difference(
         "One of several outputs cannot leave",
         "an empty std.err keeps its sandbox from being said uploaded",
         "the sandbox is said to be uploaded",
@@ -724,15 +734,6 @@ GAPS: Final = (
         ("heartbeat.last",),
         r".*Last [1-9].*",
         r".*Last 0 lines.*====\n",
-    ),
-    Difference(
-        "An output that is stored and not registered",
-        "RegisterFile is requested: Completed",
-        "is a failure: rescheduled",
-        "To be done with pending operations.",
-        ("data not registered",),
-        (*END, "rescheduled", "request.0"),
-        besides=FOLLOWS,
     ),
     Difference(
         "Requests a payload leaves: *_request.json",

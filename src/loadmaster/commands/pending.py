@@ -252,7 +252,7 @@ def _export(
         at = file.storage_element or element_of(file.url, site)
         target = getattr(each.request, "wanted", None)
         done = (
-            (register(RequestFile.of(file), se=at, catalog=""),)
+            (register(RequestFile.of(file), se=at),)
             if target is None
             else move(RequestFile.of(file), source_se=at, target_se=element_of(target, site))
         )

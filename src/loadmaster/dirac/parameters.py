@@ -26,6 +26,7 @@ from loadmaster.events import (
     ParameterReported,
     PayloadExited,
     PayloadStarted,
+    RegistrationRequested,
     SlotGranted,
 )
 from loadmaster.names import base_name, is_lfn
@@ -77,7 +78,7 @@ class Parameters:
                 return {name: value}
             case ComputingEnded(failure=failure):
                 return self._of_a_failure(failure)
-            case FileStagedOut(file=file) | FailoverRequested(file=file):
+            case FileStagedOut(file=file) | FailoverRequested(file=file) | RegistrationRequested(file=file):
                 self._keep(file)
             case OutputMissing(name=name):
                 if "*" not in name and self._declared("output_sandbox", name):

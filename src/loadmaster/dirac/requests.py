@@ -12,7 +12,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from loadmaster.description import JobDescription
 from loadmaster.dirac.words import JobStatus
-from loadmaster.events import Event, FailoverRequested
+from loadmaster.events import Event, FailoverRequested, RegistrationRequested
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
 
@@ -24,6 +24,9 @@ FILES_PER_OPERATION: Final = 10_000
 """DIRAC takes no more in one operation."""
 
 TIME_FORMAT: Final = "%Y-%m-%d %H:%M:%S"
+
+CATALOG: Final = "FileCatalog"
+"""DIRAC's own."""
 
 STATUS_SERVICE: Final = "WorkloadManagement/JobStateUpdate"
 
@@ -82,7 +85,7 @@ def move(file: RequestFile, *, source_se: str, target_se: str) -> tuple[Operatio
     )
 
 
-def register(file: RequestFile, *, se: str, catalog: str) -> Operation:
+def register(file: RequestFile, *, se: str, catalog: str = CATALOG) -> Operation:
     """A file that is stored, into the catalog that could not be told."""
     return Operation(Kind.REGISTER_FILE, (file,), target_se=se, catalog=catalog)
 
@@ -100,13 +103,16 @@ def forward_status(job_id: str, said: Iterable[tuple[datetime, JobStatus]], *, s
 
 
 def failover_operations(events: Iterable[Event], site: Site) -> list[Operation]:
-    """The operations of everything that is safe, but elsewhere than asked for. What has no logical name is left out:
-    DIRAC cannot move it."""
+    """The operations of everything that is safe, but elsewhere than asked for, or not in the catalog. What has no logical
+    name is left out: DIRAC cannot move it."""
     operations: list[Operation] = []
     for event in events:
-        if isinstance(event, FailoverRequested) and event.file.lfn is not None:
-            source = event.file.storage_element or element_of(event.file.url, site)
-            operations += move(RequestFile.of(event.file), source_se=source, target_se=element_of(event.wanted, site))
+        if isinstance(event, FailoverRequested | RegistrationRequested) and event.file.lfn is not None:
+            at, file = event.file.storage_element or element_of(event.file.url, site), RequestFile.of(event.file)
+            if isinstance(event, FailoverRequested):
+                operations += move(file, source_se=at, target_se=element_of(event.wanted, site))
+            else:
+                operations.append(register(file, se=at))
     return operations
 
 

@@ -17,7 +17,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -114,6 +114,34 @@ async def end_left(known: PayloadStarted) -> bool:
         if not (gone := await to_thread.run_sync(is_other_boot, known.boot_id)):
             gone, _ = await _end_left(_started_of(known), None)
     return gone
+
+
+async def end_held(state: Path) -> bool:
+    """End the payload that a state directory holds, and nobody knows of any more: its journal has lost it.
+
+    False when something is still there 30 s after it was killed, or another agent has it. Shielded, and bounded.
+    """
+    gone = False
+    with anyio.CancelScope(shield=True), suppress(PayloadHeld):
+        try:
+            directory = await _take(state)
+        except (FileNotFoundError, NotOurs):
+            return True
+        try:
+            gone = await _end_found(await _find(directory, None, ""), directory)
+        finally:
+            directory.close()
+    return gone
+
+
+async def _end_found(found: Found, directory: StateDirectory) -> bool:
+    if isinstance(found, AdoptedTree):
+        found.hold(await to_thread.run_sync(_group_of, directory, NO_LIMITS))
+        try:
+            return await found.end(0)
+        finally:
+            found.leave()
+    return not (isinstance(found, ToEnd) and (await _lost(found, directory)).left_behind)
 
 
 async def _take(state: Path) -> StateDirectory:
