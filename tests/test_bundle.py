@@ -210,7 +210,7 @@ def test_a_payload_whose_agent_was_killed_is_kept_and_its_end_is_known(desk: Des
     assert desk.run("prepare")[0] == 0
     count = desk.directory / "bundle" / "work" / "7" / "count"
     desk.kill_when("payload", count.exists)
-    assert desk.stage() is Stage.RUNNING
+    assert desk.stage() in {Stage.GRANTED, Stage.RUNNING}  # it may have been killed before it had told of the start
     go.touch()
     assert desk.run("payload")[0] == 0
     assert desk.run("finish")[0] == 0

@@ -12,7 +12,7 @@ from typing import Final
 
 import anyio
 
-ECHO_SECONDS: Final = 0.5
+ECHO_SECONDS: Final = 0.1
 """A program that ends another one signals it and then its group, as timeout(1) does: that is one order."""
 
 
