@@ -146,6 +146,8 @@ async def _end_found(found: Found, directory: StateDirectory) -> bool:
 
 async def _take(state: Path) -> StateDirectory:
     """The directory, once nobody else has it. Raises as `StateDirectory.open` does."""
+    # For about a second: a child that the dead agent was just starting holds its locks until it executes. No lock tells
+    # when it is free but to a thread that blocks in it, which could not be taken back.
     with anyio.move_on_after(HELD_SECONDS):
         while True:
             try:
