@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
-from anyio import CapacityLimiter, to_thread
+from anyio import to_thread
 
 from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
@@ -135,7 +135,7 @@ class Payload:
         """
         try:
             with anyio.fail_after(seconds):
-                return await briefly(partial(function, *args, **kw), abandon_on_cancel=True, limiter=CapacityLimiter(1))
+                return await briefly(partial(function, *args, **kw), abandon_on_cancel=True)
         except RuntimeError:
             return function(*args, **kw)
         except TimeoutError:
