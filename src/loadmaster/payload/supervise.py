@@ -285,7 +285,7 @@ class Payload:
         if left_behind:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
-        outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
+        outcome = self._outcome(by, verdict, ending_seconds=ending, left_behind=left_behind)
         try:
             if self._group is not None:
                 outcome = await self._in_thread(LAST_WORDS_SECONDS, self._leave_group, self._group, outcome)
@@ -339,7 +339,9 @@ class Payload:
         except OSError as exc:  # no descriptor is free, say: the kill that follows must not depend on it
             log.warning("process %d: its last usage is not known: %s", self.tree.pid, exc)
 
-    def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
+    def _outcome(
+        self, by: EndedBy, verdict: Verdict | None, *, ending_seconds: float, left_behind: bool
+    ) -> PayloadOutcome:
         wall = self.wall_seconds
         record, seen = self.tree.reap(), self._seen
         if self.tree.adopted and record.wall_seconds is not None:
@@ -362,6 +364,8 @@ class Payload:
             peak_pss_bytes=seen.peak_pss_bytes or None,
             peak_processes=seen.peak_processes or None,
             stop_signal=self._soft_stop.number if self._soft_stop and self._heard_softly else None,
+            ending_seconds=ending_seconds,
+            left_behind=left_behind,
         )
 
 
