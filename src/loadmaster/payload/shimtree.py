@@ -234,7 +234,7 @@ class Channels:
         try:
             self.report.setblocking(mode is Containment.SESSION)
             self._environment = os.memfd_create("environment", os.MFD_CLOEXEC)
-            data = memoryview(b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in launch.env.items()))
+            data = memoryview(os.fsencode("".join([f"{name}={value}\0" for name, value in launch.env.items()])))
             while data:
                 data = data[os.write(self._environment, data) :]
         except BaseException:
