@@ -175,7 +175,7 @@ async def run_part(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
                 )
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
+                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
                 )
                 straight.until = until
                 handle.begin(tasks, straight.beat)
@@ -201,7 +201,7 @@ class _Flight:
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, heartbeat_seconds: float,
+        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -210,6 +210,7 @@ class _Flight:
         self.slots = slots
         self.handle = handle
         self.record = handle.record
+        self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
         self.limits = limits_of(job.description, job.ce, os.environ)
         self.standard = JobExecutionCoordinator(job.description, job.ce)
@@ -364,7 +365,8 @@ class _Flight:
             await self._make_coordinator()
             self.job.payload = payload
             self.job.stage_beside()
-            async with self.job.companions.alongside(), self._followed(payload):
+            followed = self._followed(payload) if self.handle.output_followed else nullcontext()
+            async with self.job.companions.alongside(self.tasks), followed:
                 verdict = await watch(
                     payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample
                 )
@@ -498,10 +500,7 @@ class _Flight:
 
     @asynccontextmanager
     async def _followed(self, payload: Payload) -> AsyncIterator[None]:
-        """Tell what the payload prints, if there is anybody who wants that as it starts."""
-        if not self.handle.output_followed:
-            yield
-            return
+        """Tell what the payload prints."""
         with single_error():
             async with anyio.create_task_group() as beside:
                 beside.start_soon(
