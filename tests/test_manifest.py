@@ -84,7 +84,7 @@ def test_every_bad_line_is_named_by_its_number() -> None:
         "line 6: checksum: 'md7:12': no checksum we know; there is adler32, crc32c, md5, sha256",
         "line 7: file://elsewhere/a: not a file:// URL of this host",
         "line 8: target: directory/: names a directory, not a file",
-        "line 9: Input should be an object",
+        "line 9: an object {...} is expected",
         "line 10: source: a path or URL may not have control characters",
         "line 11: Invalid JSON: invalid unicode code point at line 1 column 13",
     ]

@@ -756,7 +756,7 @@ def test_a_bad_manifest_is_1_and_nothing_is_begun(manifest: Path, tmp_path: Path
     [
         (["--streams", "0"], "a number from 1 to 256 is expected"),
         (["--retries", "many"], "a number from 0 to 100 is expected"),
-        (["--deadline", "soon"], "a time is expected, as 90, 30s, 5m or 2h"),
+        (["--deadline", "soon"], "a time is expected: seconds, or with a unit, as 90, 30s, 5m"),
     ],
 )
 def test_options_that_mean_nothing_are_told(manifest: Path, tmp_path: Path, options: list[str], message: str) -> None:
