@@ -34,6 +34,24 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_slots(parser: argparse.ArgumentParser) -> None:
+    """What jobs may have of the machine."""
+    parser.add_argument(
+        "--cores", type=number(1, 100_000), metavar="N", help="of so many cores (default: all there are)"
+    )
+    parser.add_argument(
+        "--memory", type=size_bytes, metavar="SIZE", help="of so much memory, as 500M or 16G (default: all there is)"
+    )
+
+
+def add_scratch(parser: argparse.ArgumentParser) -> None:
+    """Where work directories are made; `--root` is what it was called for one job."""
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="where work directories are made (default: a temporary directory)"
+    )
+    parser.add_argument("--root", dest="scratch", type=Path, help=argparse.SUPPRESS)
+
+
 def number(least: int, most: int) -> Callable[[str], int]:
     """A whole number between two."""
 
