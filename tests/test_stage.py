@@ -745,7 +745,11 @@ def test_a_bad_manifest_is_1_and_nothing_is_begun(manifest: Path, tmp_path: Path
         file.write('{"source": "in/1"}\n\n{"source": "in/1", "target": "out/deep/1"}\nnonsense\n')
     done = command(tmp_path, "m.jsonl")
     assert done.returncode == 1
-    assert [line.partition(": ")[2].partition(":")[0] for line in done.stderr.splitlines()] == ["line 13", "line 16"]
+    assert [line.partition(": ")[2].partition(":")[0] for line in done.stderr.splitlines()] == [
+        "line 13",
+        "line 15",
+        "line 16",
+    ]
     assert not (tmp_path / "out").exists()
     assert command(tmp_path, "nowhere.jsonl").stderr == "nowhere.jsonl: No such file or directory\n"
     assert command(tmp_path, "-", given='{"source": "odd://h/a", "target": "b"}').returncode == 1

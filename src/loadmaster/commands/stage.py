@@ -21,6 +21,7 @@ from loadmaster.manifest import BadManifest, Manifest
 from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
 from loadmaster.stage import Terms, stage
+from loadmaster.storage.kinds import unserved
 
 WHAT: Final = """Move the files of a manifest, many at once, each verified: downloads, uploads, copies, and from server to
 server. What is there already is left alone, so running it again does only what is missing."""
@@ -89,7 +90,7 @@ def _open_manifest(name: str) -> Iterator[Manifest]:
     """A manifest that has been read and is good. Raises `BadManifest`."""
     try:
         with sys.stdin.buffer if name == "-" else open(name, "rb") as stream:
-            manifest = Manifest.read(stream, name, os.getcwd())
+            manifest = Manifest.read(stream, name, os.getcwd(), unserved=unserved)
     except OSError as exc:
         raise BadManifest(name, [exc.strerror or str(exc)]) from exc
     with closing(manifest):
