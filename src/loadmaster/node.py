@@ -510,21 +510,22 @@ class Node:
         """Begin who may begin, end who never will, and tell who waits for a change. The only task that does: once for
         all that has happened in a turn of the event loop."""
         while True:
-            self._news = anyio.Event()
-            if self._unrecorded:
-                await self._record_them()
-            while self._unstarted:
-                await self._end_early(*self._unstarted.popleft())
-            now = anyio.current_time()
-            while (entry := self._next(now)) is not None:
-                self._begin(entry, now)
-            self._look()
-            self._wake()
-            if (slow := next_slow(self._terms, self._preparing, now)) == inf:
-                await self._news.wait()
-                continue
-            with anyio.CancelScope(deadline=slow):  # then a place becomes free: a source may be asked
-                await self._news.wait()
+            with anyio.CancelScope() as until_slow:
+                while not until_slow.cancel_called:
+                    self._news = anyio.Event()
+                    if self._unrecorded:
+                        await self._record_them()
+                    while self._unstarted:
+                        await self._end_early(*self._unstarted.popleft())
+                    now = anyio.current_time()
+                    while (entry := self._next(now)) is not None:
+                        self._begin(entry, now)
+                    self._look()
+                    self._wake()
+                    # Then a place becomes free: a source may be asked.
+                    until_slow.deadline = next_slow(self._terms, self._preparing, now)
+                    await self._news.wait()
+                    until_slow.deadline = inf
 
     async def _beat(self) -> None:
         """Heartbeats of all jobs, for whoever wants them."""
@@ -866,7 +867,7 @@ def _phase(stage: Stage) -> str:
     """Of a job that is gone on with. One that has a slot may have a payload: it is not to be given back."""
     if stage in {Stage.GRANTED, Stage.RUNNING}:
         return COMPUTING
-    return STAGING_IN if stage.value < Stage.GRANTED.value else DELIVERING
+    return STAGING_IN if stage < Stage.GRANTED else DELIVERING
 
 
 GIVEN_BACK: Final = "given back: the node was drained before it computed"
