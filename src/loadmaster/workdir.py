@@ -84,13 +84,13 @@ class Workdir:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
                 raise BlockingIOError(errno.EAGAIN, "was removed meanwhile")
-            if os.listdir(descriptor) and not _is_ours(descriptor):
+            if not made and os.listdir(descriptor) and not _is_ours(descriptor):
                 raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
             with suppress(OSError):
                 os.setxattr(descriptor, MARK, b"")
             own = _identity(descriptor)
             continued = not made and own == identity
-            if not continued:
+            if not made and not continued:
                 _empty(descriptor)
         except BlockingIOError as exc:
             os.close(descriptor)
@@ -142,11 +142,14 @@ class Workdir:
         Parents are made; links are not followed. What has the name is removed, not opened: it may be a FIFO, or be open
         elsewhere.
         """
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_APPEND if append else 0)
         with self._parent(name, make=True) as (parent, last):
-            with suppress(FileNotFoundError):
-                os.unlink(last, dir_fd=parent)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(last, flags | os.O_APPEND if append else flags, 0o644, dir_fd=parent)
+            try:
+                return os.open(last, flags, 0o644, dir_fd=parent)
+            except FileExistsError:
+                with suppress(FileNotFoundError):
+                    os.unlink(last, dir_fd=parent)
+                return os.open(last, flags, 0o644, dir_fd=parent)
 
     def reopen_file(self, name: str) -> int:
         """A descriptor of a file that was created, for reading and writing; links are not followed."""
@@ -409,10 +412,14 @@ def _empty(top: int) -> None:
 
 def _unlink(name: str, folder: int) -> bool:
     """Remove what is not a directory; False when it is one."""
-    if stat.S_ISDIR(_mode(name, folder)):
-        return False
-    with suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=folder)
+    try:
+        os.unlink(name, dir_fd=folder)  # of a directory no file system of Linux does it
+    except FileNotFoundError:
+        return True
+    except OSError:
+        if stat.S_ISDIR(_mode(name, folder)):
+            return False
+        raise
     return True
 
 
