@@ -96,7 +96,9 @@ class Payload:
     def __init__(
         self, tree: Tree, output: Output, *, group: Group | None = None, soft_stop: SoftStop | None = None,
         kept_bytes: int | None = None, outputs_bytes: Callable[[], int] | None = None, state: StateDirectory | None = None,
+        stopped_softly: bool = False,
     ) -> None:  # fmt: skip
+        """`stopped_softly`: an earlier agent has asked it to wind down, and nobody asks again."""
         self.tree = tree
         self._state = state
         self.last_lines: tuple[str, ...] = ()
@@ -106,7 +108,8 @@ class Payload:
         self._output = output
         self._group = group
         self._soft_stop = soft_stop
-        self._stopped_softly = self._heard_softly = self._hurried = self._disk_hangs = False
+        self._stopped_softly = self._heard_softly = stopped_softly
+        self._hurried = self._disk_hangs = False
         self._kept_bytes = kept_bytes
         self._outputs_bytes = outputs_bytes
         self._outputs_known = 0
@@ -521,8 +524,9 @@ async def _start_contained(
 
 
 async def watch(
-    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]]
-) -> Verdict | None:
+    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]],
+    before_soft_stop: Callable[[], Awaitable[None]] | None = None,
+) -> Verdict | None:  # fmt: skip
     """Wait until the payload ends, then None, or until it exceeds a limit, then the verdict.
 
     It is looked at when a limit could be reached at the earliest, and for heartbeats: the first after a tenth of a
@@ -537,6 +541,8 @@ async def watch(
         look = seconds_until_look(usage, limits, now=now, cores=cores, heartbeat_seconds=beat)
         soft_stop = payload.soft_stop_due(usage, limits, now=now)
         if soft_stop <= 0:
+            if before_soft_stop is not None:
+                await before_soft_stop()
             await payload.stop_softly()
             continue
         look = min(look, max(soft_stop, SHORTEST_LOOK_SECONDS))
