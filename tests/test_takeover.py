@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from anyio import to_thread
 
 from conftest import sh, until
-from following import kinds
-from loadmaster import JobDescription, JobResult, Site, Status, run_job
+from following import happens, kinds
+from loadmaster import JobDescription, JobHandle, JobResult, Site, Status, run_job
 from loadmaster.description import Containment
 from loadmaster.events import Event, PayloadExited, PayloadStarted
 from loadmaster.journal import open_journal
@@ -119,7 +120,7 @@ def place(tmp_path: Path, root: Path) -> Iterator[Place]:
     place.kill()
 
 
-STUBBORN = "trap 'touch heard' TERM; touch ready; echo x >> ran; cp ran {place}/ran; while :; do sleep 0.05; done"
+STUBBORN = "trap 'touch heard' TERM; echo x >> ran; cp ran {place}/ran; touch ready; while :; do sleep 0.05; done"
 
 
 def stubborn(place: Place, **words: Any) -> dict[str, Any]:
@@ -178,3 +179,32 @@ async def test_a_payload_that_was_asked_to_wind_down_is_not_asked_twice_and_may_
     assert result.outcome.stopped_softly
     assert (place.place / "heard").read_text() == "x\n"
     assert kinds(await place.events())[5:8] == ["PayloadStarted", "SoftStopOrdered", "PayloadAdopted"]
+
+
+# -- a shim that was killed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held_by", "status"), [(Containment.PID_NAMESPACE, Status.RESCHEDULED), (Containment.SESSION, Status.FAILED)]
+)
+async def test_a_shim_that_is_killed_loses_the_payload_also_while_the_agent_lives(
+    place: Place, held_by: Containment, status: Status
+) -> None:
+    """Without a shim it is the payload that is killed, and that is its own end."""
+    place.world["containment"] = [held_by]
+    handle, results = JobHandle(), list[JobResult]()
+
+    async def run() -> None:
+        described = JobDescription(job_id="7", **sh("sleep 1000"))
+        results.append(await run_job(described, handle=handle, root=place.root, site=place.site))
+
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(run)
+        await happens(PayloadStarted)(handle)
+        started = handle.life.started
+        assert started is not None
+        os.kill(started.shim_pid or started.pid, signal.SIGKILL)
+    (result,) = results
+    assert result.status is status, result.failure
+    if status is Status.RESCHEDULED:
+        assert str(result.failure) == "PayloadLost: what held the payload is gone, and how it ended is not known"

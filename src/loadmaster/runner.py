@@ -533,7 +533,7 @@ def _short(value: object) -> str:
 def _error_of(outcome: PayloadOutcome) -> JobError | None:
     """What an outcome means for the job."""
     if outcome.ended_by is EndedBy.LOST:
-        return PayloadLost("what held the payload is gone with an agent that died: how it ended is not known")
+        return PayloadLost("what held the payload is gone, and how it ended is not known")
     if outcome.ended_by is EndedBy.CANCELLATION:
         return PayloadLost("the agent left while the payload ran, and ended it")
     if outcome.ended_by is EndedBy.ORPHANED:

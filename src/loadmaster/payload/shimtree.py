@@ -21,7 +21,7 @@ import anyio
 from loadmaster.description import Containment, Isolation
 from loadmaster.payload.launch import Group, Launch, Refused, shim_command, shim_kind
 from loadmaster.payload.process import Account, ExitRecord
-from loadmaster.payload.sweep import kill_below, kill_session
+from loadmaster.payload.sweep import kill_below, kill_init, kill_session
 from loadmaster.payload.tree import KILL_SECONDS, Tree, in_thread
 from loadmaster.payload.usage import BLOCK_BYTES, TreeUsage, read_session, read_stat, read_tree
 
@@ -41,12 +41,14 @@ LACKS: Final = (errno.EAGAIN, errno.ENOMEM)
 class HeldByShim(Tree):
     """A payload below a shim (shim.c), whoever has started that."""
 
-    fenced: bool = False
-    """Whether the payload can neither signal nor trace anybody outside."""
+    init_pid: int = 0
+    init_start_ticks: int = 0
+    """Of process 1 of its namespace, where it has one: when that is gone, all are."""
     _pidfd: int = -1
     _group: Group | None = None
     _helpers: int = 0
     _silent: bool = False
+    _reported: bool = False
 
     @abstractmethod
     def _has_record(self) -> bool:
@@ -100,9 +102,22 @@ class HeldByShim(Tree):
         """What a shim that was killed has left: those in the group, and those who have stayed in the session."""
         if self._group is not None:
             await in_thread(self._group.kill)
-        if self.pid and self.containment is not Containment.PID_NAMESPACE and not self._has_record():
+        if not self.pid or self._has_record():
+            return
+        if self.containment is Containment.PID_NAMESPACE:  # the kernel is about to, when a shim is killed
+            for pidfd in await in_thread(lambda: kill_init(self.init_pid, self.init_start_ticks)):
+                try:
+                    await anyio.wait_readable(pidfd)
+                finally:
+                    os.close(pidfd)
+        else:
             found = await in_thread(lambda: kill_session(self.pid, self.start_ticks))
             log.warning("process %d: its shim was killed; killed %d of its session", self.pid, found)
+
+    @property
+    def holds_all(self) -> bool:
+        """By its namespace; or the shim has said that nobody is left, and only the payload's status was lost."""
+        return self.containment is Containment.PID_NAMESPACE or self._reported
 
     def hurry(self) -> None:
         self._order(signal.SIGUSR1)
@@ -186,6 +201,7 @@ class ShimTree(HeldByShim):
         check_started(facts)
         self.pid, self.start_ticks = int(facts["payload_pid"]), int(facts["payload_start"])
         self.shim_start_ticks = int(facts["shim_start"])
+        self.init_pid, self.init_start_ticks = int(facts["init_pid"]), int(facts["init_start"])
         self.fenced = facts["fenced"] == "1"
 
     def _has_record(self) -> bool:
@@ -208,6 +224,7 @@ class ShimTree(HeldByShim):
         with suppress(ChildProcessError):
             os.waitpid(self._popen.pid, os.WNOHANG)
         self._popen.returncode = 0
+        self._reported = bool(said)
         return record_of(said) if said else ExitRecord()
 
 

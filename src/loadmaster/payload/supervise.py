@@ -284,12 +284,16 @@ class Payload:
             with suppress(TimeoutError):
                 await self._in_thread(LAST_WORDS_SECONDS, self._last_look)
         left_behind = not await self.tree.end(grace_seconds)
+        emptied = None
         if self._group is not None:  # who had lost the shim is only just being killed
-            left_behind = not await self._empty(self._group) or left_behind
+            emptied = await self._empty(self._group)
+            left_behind = emptied is False or left_behind
         if left_behind:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
         outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
+        if outcome.ended_by is EndedBy.ITSELF and outcome.has_no_status:
+            outcome = self._lost(outcome, certain=(self.tree.holds_all or emptied is True) and not left_behind)
         try:
             if self._group is not None:
                 outcome = await self._in_thread(LAST_WORDS_SECONDS, self._leave_group, self._group, outcome)
@@ -306,13 +310,23 @@ class Payload:
                 self._state.close()
         return outcome
 
-    async def _empty(self, group: Group) -> bool:
-        """Whether nobody is in the group any more."""
+    def _lost(self, outcome: PayloadOutcome, *, certain: bool) -> PayloadOutcome:
+        """Of one whose shim was killed: if nothing of it can be left, it may be run again, as after the death of an agent.
+
+        If something can, that is said; and a payload that could have killed its shim has failed, as it would again.
+        """
+        if not certain and not self.tree.fenced:
+            return outcome
+        log.warning("process %d: its shim was killed: how it ended is not known", self.tree.pid)
+        return replace(outcome, ended_by=EndedBy.LOST, left_behind=not certain)
+
+    async def _empty(self, group: Group) -> bool | None:
+        """Whether nobody is in the group any more; None when that cannot be known."""
         try:
             return not await self._in_thread(LAST_WORDS_SECONDS, group.is_populated) or await group.end(KILL_SECONDS)
         except OSError as exc:
             log.warning("process %d: %r: %s", self.tree.pid, group, exc)
-            return True
+            return None
 
     def _leave_group(self, group: Group, outcome: PayloadOutcome) -> PayloadOutcome:
         """What the group has counted to the end, and whether the kernel has judged in it; then it is removed."""
