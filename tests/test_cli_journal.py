@@ -107,7 +107,7 @@ def test_a_node_that_was_killed_is_gone_on_with_and_its_jobs_are_not_run_again(s
 
 def test_one_job_is_gone_on_with_where_it_was(shell: Shell) -> None:
     (shell.directory / "job.json").write_text(json.dumps(sh("7", "echo x >> ../../count")))
-    words = ("run", "job.json", "--root", "scratch", "--journal", "journal")
+    words = ("run", "job.json", "--scratch", "scratch", "--journal", "journal")
     assert "Done" in shell.run(*words).stdout
     assert "Done" in shell.run(*words).stdout
     assert (shell.directory / "count").read_text() == "x\n"

@@ -20,6 +20,7 @@ FLOORS: dict[str, float] = {
     # words
     "errors": 0,
     "names": 1,
+    "units": 1,
     "description": 1.5,
     "result": 1.5,
     "events": 2,

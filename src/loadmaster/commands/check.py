@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Final
 
 import anyio
 
 from loadmaster.commands.arguments import Commands, add_job
-from loadmaster.commands.codes import NOT_PREPARED, OK
+from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import read_coordinator, read_job, read_site
 from loadmaster.description import JobDescription
 from loadmaster.site import Site
@@ -18,10 +19,13 @@ from loadmaster.staging.inquiry import Inquiry, ask_for_inputs
 from loadmaster.staging.plan import check_outputs
 from loadmaster.terminal import printable
 
+ENDS: Final = f"""Exit codes: 0 nothing is wrong with it, as far as can be known here; 1 something is, each is named;
+{BAD_USAGE}"""
+
 
 def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
-    check = commands.add_parser("check", help=line)
+    check = commands.add_parser("check", help=line, epilog=ENDS)
     add_job(check)
     check.add_argument("--online", action="store_true", help="ask servers too whether they have the inputs")
     check.set_defaults(command=_check)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 import anyio
 
 from loadmaster.board import open_board, told
-from loadmaster.commands.arguments import Commands, number, size_bytes
-from loadmaster.commands.codes import NOT_PREPARED, OK, PAYLOAD_FAILED
+from loadmaster.commands.arguments import Commands, add_scratch, add_slots
+from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
 from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json
 from loadmaster.commands.reporting import Reporting, add_reporter
 from loadmaster.coordinator import Coordinator
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
 ones come while others compute. The first Ctrl-C lets what computes finish, the second kills it, the third leaves."""
 
-ENDS: Final = """Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
-named, the others were run); 2 jobs failed; 130 and 143 told to stop before all were done."""
+ENDS: Final = f"""Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
+named, the others were run); 2 jobs failed; 130, 143 and 129 told to stop by SIGINT, SIGTERM or SIGHUP before all were done;
+{BAD_USAGE}"""
 
 
 def add(commands: Commands, line: str) -> None:
@@ -63,9 +64,8 @@ def add_node(node: argparse.ArgumentParser) -> None:
     node.add_argument("--ce", type=Path, metavar="CE.json", help="the computing element")
     node.add_argument("--config", type=Path, metavar="SITE.toml", help="storage elements, catalog, sandbox store")
     node.add_argument("--coordinator", metavar="MODULE:CLASS", help="a coordinator, as for `run`")
-    node.add_argument("--cores", type=number(1, 100_000), metavar="N", help="of so many cores (default: all there are)")
-    node.add_argument("--memory", type=size_bytes, metavar="SIZE", help="of so much memory (500M, 16G)")
-    node.add_argument("--scratch", type=Path, metavar="DIR", help="where work directories are made")
+    add_slots(node)
+    add_scratch(node)
     node.add_argument("--output", type=Path, metavar="DIR", help="where outputs go that have no other target (outputs)")
     node.add_argument("--events", type=Path, metavar="FILE", help="write every event as a line of JSON")
     node.add_argument("--results", type=Path, metavar="DIR", help="write each job's result to a file there")

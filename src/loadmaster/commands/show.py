@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from loadmaster.commands.arguments import Commands, number
-from loadmaster.commands.codes import NOT_PREPARED, OK
+from loadmaster.commands.codes import LOOKED, NOT_PREPARED, OK
 from loadmaster.events import (
     CompanionFailed,
     ComputingEnded,
@@ -41,7 +41,7 @@ from loadmaster.terminal import printable, size, stderr_display
 
 def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
-    show = commands.add_parser("show", help=line)
+    show = commands.add_parser("show", help=line, epilog=LOOKED)
     show.set_defaults(command=_show)
     show.add_argument("journal", type=Path, metavar="JOURNAL", help="the directory of the journal")
     show.add_argument("job", metavar="JOB", help="the job's id")

@@ -48,6 +48,7 @@ class HeldByShim(Tree):
     _group: Group | None = None
     _helpers: int = 0
     _silent: bool = False
+    _over: bool = False
     _reported: bool = False
 
     @abstractmethod
@@ -56,10 +57,13 @@ class HeldByShim(Tree):
 
     @property
     def gone(self) -> bool:
-        return self._pidfd < 0 or is_readable(self._pidfd)
+        if not self._over:
+            self._over = self._pidfd < 0 or is_readable(self._pidfd)
+        return self._over
 
     async def wait(self) -> None:
         await anyio.wait_readable(self._pidfd)
+        self._over = True
 
     async def end(self, grace_seconds: float) -> bool:
         """The grace is the one the shim was started with; a shorter one here is kept by killing earlier.
@@ -74,11 +78,18 @@ class HeldByShim(Tree):
             self._order(signal.SIGUSR1)
             with anyio.move_on_after(ANSWER_SECONDS[self.containment]):
                 await self.wait()
+        if self.gone and self._group is None and not self._shim_was_killed:
+            return True
         with anyio.move_on_after(KILL_SECONDS) as killing:
             while not self.gone:
                 await self._end_without_shim()
             await self._end_rest()
         return not killing.cancelled_caught
+
+    @property
+    def _shim_was_killed(self) -> bool:
+        """Whether the shim's end came before that of all the others."""
+        return bool(self.pid) and not self._has_record()
 
     async def _end_without_shim(self) -> None:
         if not self._silent:
@@ -102,9 +113,9 @@ class HeldByShim(Tree):
         """What a shim that was killed has left: those in the group, and those who have stayed in the session."""
         if self._group is not None:
             await in_thread(self._group.kill)
-        if not self.pid or self._has_record():
+        if not self._shim_was_killed:
             return
-        if self.containment is Containment.PID_NAMESPACE:  # the kernel is about to, when a shim is killed
+        if self.containment is Containment.PID_NAMESPACE:  # the kernel is about to
             for pidfd in await in_thread(lambda: kill_init(self.init_pid, self.init_start_ticks)):
                 try:
                     await anyio.wait_readable(pidfd)
@@ -150,6 +161,7 @@ class ShimTree(HeldByShim):
         self.started = time.monotonic()
         self._group = launch.group
         self._text = b""
+        self._last_words: dict[str, str] = {}
         self._helpers = helpers_of(containment, launch.isolation)
         mode = Containment.SUBREAPER if containment is Containment.CGROUP else containment
         command = shim_command()
@@ -209,11 +221,14 @@ class ShimTree(HeldByShim):
 
     def _said(self) -> dict[str, str]:
         """All of what it has said of the end, or nothing."""
+        if self._last_words:
+            return self._last_words
         with suppress(OSError):  # nothing more; or a reset, by somebody who had our end and wrote to it
             while more := os.read(self._report, 65536):
                 self._text += more
         facts = facts_of(self._text.partition(b"\n\n")[2])
-        return facts if "grace_expired" in facts else {}
+        self._last_words = facts if "grace_expired" in facts else {}
+        return self._last_words
 
     def reap(self) -> ExitRecord:
         """The record came through a socket of the shim's own; without it the shim was killed and the status is lost."""
@@ -240,7 +255,7 @@ class Channels:
         try:
             self.report.setblocking(mode is Containment.SESSION)
             self._environment = os.memfd_create("environment", os.MFD_CLOEXEC)
-            data = memoryview(b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in launch.env.items()))
+            data = memoryview(os.fsencode("".join([f"{name}={value}\0" for name, value in launch.env.items()])))
             while data:
                 data = data[os.write(self._environment, data) :]
         except BaseException:

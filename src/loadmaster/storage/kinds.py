@@ -143,6 +143,23 @@ class Storages:
                 self._all_closed.set()
 
 
+def unserved(scheme: str) -> str | None:
+    """Why nobody here serves a scheme: there is no such storage, or what it needs is not installed; None if somebody does.
+
+    Blocks, while it is loaded.
+    """
+    from importlib.metadata import entry_points  # as below
+
+    try:
+        _find(scheme)
+    except LookupError as exc:
+        known = {*OURS, *entry_points(group=ENTRY_POINTS).names}
+        return f"{exc.args[0]}; there is {'://, '.join(sorted(known))}://"
+    except ImportError as exc:
+        return _missing(scheme, exc)
+    return None
+
+
 def _find(scheme: str) -> StorageFactory:
     """The factory of a scheme. Raises LookupError when nobody offers one, ImportError when what it needs is missing."""
     from importlib.metadata import entry_points  # slow to import, and seldom needed
