@@ -28,7 +28,7 @@ async def test_of_a_good_job_there_is_nothing_to_say(tmp_path: Path) -> None:
     (tmp_path / "in").write_text("cargo")
     site = Site(output_directory=str(tmp_path / "out"), cache=str(tmp_path / "cache"))
     limits = {"deadline": "2999-01-01T00:00:00Z"}
-    words = {
+    words: dict[str, Any] = {
         "input_data": [str(tmp_path / "in")],
         "output_data": ["o"],
         "output_sandbox": ["std.out"],
