@@ -541,7 +541,8 @@ class JobDescription(Words):
     def words(self) -> dict[str, Any]:
         """The description as JSON's types, for `load`: what was set, also to what is the default, and what is not the
         default. Coordinators of DIRAC's kind read what was set."""
-        words = self.model_dump(mode="json", exclude_defaults=True)
+        # The id apart: to know its default, pydantic would make one.
+        words = {"job_id": self.job_id} | self.model_dump(mode="json", exclude_defaults=True, exclude={"job_id"})
         usual = self.model_fields_set - words.keys()
         return self.model_dump(mode="json", include=usual) | words if usual else words
 

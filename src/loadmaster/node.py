@@ -464,7 +464,7 @@ class Node:
             if not handle.life.has_reached(Stage.STAGING_IN):  # else there may be a payload to be ended
                 self._stop(entry, JobWasKilled(handle.kill_reason or ""))
 
-        handle.reserve(job.job_id, attempt, audience=self, at_kill=at_kill)
+        handle.reserve(job.job_id, attempt, audience=self, at_kill=at_kill, tasks=self._group)
         self._phases[WAITING] += 1
         return entry
 

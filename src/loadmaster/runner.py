@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 from anyio import lowlevel
+from anyio.abc import TaskGroup
 from pydantic import ValidationError
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
@@ -164,31 +165,34 @@ async def run_part(
             except OSError as exc:
                 log.warning("%s: is left there: %s", handle.state, exc.strerror)
 
-    async def in_its_own_task() -> None:
-        async with AsyncExitStack() as stack:
-            stack.callback(handle.close)
-            moving = transfers
-            if moving is None:
-                moving = await stack.enter_async_context(open_transfers(site or Site()))
-            workdir = await stack.enter_async_context(
-                open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
-            )
-            whole = until is Stage.FINISHED
-            flight = JobInFlight(job, ce or ComputingElement(), workdir, moving, handle, beside=whole)
-            straight = _Flight(flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds)
-            straight.until = until
-            stack.enter_context(handle.beaten(straight.beat))
-            stack.enter_context(handle.obeyed_in(own))
-            if not handle.has_audience:  # which has one task for the heartbeats of many jobs
-                beating = anyio.CancelScope()
-                stack.callback(beating.cancel)
-                own.start_soon(straight.go_on_beating, beating)
-            await straight.fly()
+    async def fly(tasks: TaskGroup) -> None:
+        beating = anyio.CancelScope()
+        moved = nullcontext(transfers) if transfers is not None else open_transfers(site or Site())
+        made = open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
+        try:
+            async with moved as moving, made as workdir:
+                flight = JobInFlight(
+                    job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
+                )
+                straight = _Flight(
+                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
+                )
+                straight.until = until
+                handle.begin(tasks, straight.beat)
+                if not handle.has_audience:  # which has one task for the heartbeats of many jobs
+                    tasks.start_soon(straight.go_on_beating, beating)
+                await straight.fly()
+        finally:
+            beating.cancel()
+            handle.close()
 
+    if handle.tasks is not None:
+        await fly(handle.tasks)
+        return handle.result
     # In a task of its own, so that a native asyncio cancellation arrives as a scope's: one that respects our shields.
     with single_error():
         async with anyio.create_task_group() as own:
-            own.start_soon(in_its_own_task)
+            own.start_soon(fly, own)
     return handle.result
 
 
@@ -292,7 +296,8 @@ class _Flight:
         self._enter(Phase.PAYLOAD)
         with self._in_time() as waiting:
             async with self.slots.lease(self.job.description) as slot:
-                waiting.deadline = inf  # from here on the payload's own supervision keeps it
+                if waiting is not None:
+                    waiting.deadline = inf  # from here on the payload's own supervision keeps it
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
                 return await self._supervise(with_slot(spec, slot), frozenset(slot.cpus))
 
@@ -438,12 +443,12 @@ class _Flight:
     def _enter(self, phase: Phase) -> None:
         self.phase, self.phase_began = phase, time.monotonic()
 
+    def _in_time(self) -> AbstractContextManager[anyio.CancelScope | None]:
+        """While no payload runs: raise `LimitExceeded` when the job's deadline comes, if it has one."""
+        return nullcontext() if self.limits.deadline is None else self._until(self.limits.deadline)
+
     @contextmanager
-    def _in_time(self) -> Iterator[anyio.CancelScope]:
-        """While no payload runs: raise `LimitExceeded` when the job's deadline comes."""
-        if self.limits.deadline is None:
-            yield anyio.CancelScope()  # never entered: nothing to keep
-            return
+    def _until(self, deadline: datetime) -> Iterator[anyio.CancelScope]:
         delivering = self.phase is Phase.STAGE_OUT
         usage = Usage(wall_seconds=0.0, outputs_bytes=0 if self._has_outputs and not delivering else None)
         only = {"deadline", "grace_seconds", "upload_bytes_per_second"}
@@ -452,7 +457,7 @@ class _Flight:
         with anyio.CancelScope(deadline=anyio.current_time() + left) as scope:
             yield scope
         if scope.cancelled_caught:
-            raise LimitExceeded(str(deadline_verdict(self.limits.deadline, usage, self.limits, now=datetime.now(UTC))))
+            raise LimitExceeded(str(deadline_verdict(deadline, usage, self.limits, now=datetime.now(UTC))))
 
     @property
     def _boot_id(self) -> str:

@@ -78,7 +78,7 @@ class World(BaseModel):
 
     def environment(self, pilots: Mapping[str, str] = os.environ) -> dict[str, str]:
         """What of the pilot's environment a payload gets."""
-        usual = {name: pilots[name] for name in INHERITED if name in pilots}
+        usual = {name: value for name in INHERITED if (value := pilots.get(name)) is not None}
         if not self.inherit:
             return usual
         wanted = {n: v for n, v in pilots.items() if any(fnmatchcase(n, pattern) for pattern in self.inherit)}

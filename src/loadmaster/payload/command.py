@@ -31,6 +31,7 @@ LONG_COMMAND: Final = 4096
 """Characters of a command that are not looked at for what they are: shlex takes time by the square (3 MB: hours)."""
 
 _PLAIN = re.compile(r"[\w@%+=:,./ '\"-]+", re.ASCII)
+_QUOTES = frozenset("'\"")
 _EXPANDED = frozenset("$*?[~<>{")
 _BETWEEN = ";&|()`\n"
 """What separates commands, or makes one of several; not in quotes."""
@@ -111,9 +112,14 @@ def argv_of(spec: PayloadSpec, cwd: Path, *, near: bool) -> list[str]:
     Raises `PayloadNotStarted` when the program it names is not there, before a shell turns that into exit code 127.
     """
     command, path = spec.command, spec.env.get("PATH", DEFAULT_PATH)
-    program = command[0] if isinstance(command, tuple) else program_of(command)
-    found = _check(program, path, cwd) if program is not None else None
     words = list(command) if isinstance(command, tuple) else _plain_words(command)
+    if isinstance(command, tuple):
+        program: str | None = command[0]
+    elif words is not None:
+        program = words[0] if "/" in words[0] else None
+    else:
+        program = program_of(command)
+    found = _check(program, path, cwd) if program is not None else None
     if words is not None and found is not None and not (near and not _is_local_program(Path(found), cwd)):
         return [found, *words[1:]]
     if isinstance(command, tuple):
@@ -145,7 +151,7 @@ def _plain_words(command: str) -> list[str] | None:
     if len(command) > LONG_COMMAND or not _PLAIN.fullmatch(command):
         return None
     try:
-        words = shlex.split(command)
+        words = shlex.split(command) if _QUOTES & set(command) else command.split()
     except ValueError:  # as above
         return None
     return words if words and "=" not in words[0] else None

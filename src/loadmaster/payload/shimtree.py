@@ -47,6 +47,7 @@ class HeldByShim(Tree):
     _group: Group | None = None
     _helpers: int = 0
     _silent: bool = False
+    _over: bool = False
 
     @abstractmethod
     def _has_record(self) -> bool:
@@ -54,10 +55,13 @@ class HeldByShim(Tree):
 
     @property
     def gone(self) -> bool:
-        return self._pidfd < 0 or is_readable(self._pidfd)
+        if not self._over:
+            self._over = self._pidfd < 0 or is_readable(self._pidfd)
+        return self._over
 
     async def wait(self) -> None:
         await anyio.wait_readable(self._pidfd)
+        self._over = True
 
     async def end(self, grace_seconds: float) -> bool:
         """The grace is the one the shim was started with; a shorter one here is kept by killing earlier.
@@ -72,11 +76,18 @@ class HeldByShim(Tree):
             self._order(signal.SIGUSR1)
             with anyio.move_on_after(ANSWER_SECONDS[self.containment]):
                 await self.wait()
+        if self.gone and self._group is None and not self._shim_was_killed:
+            return True
         with anyio.move_on_after(KILL_SECONDS) as killing:
             while not self.gone:
                 await self._end_without_shim()
             await self._end_rest()
         return not killing.cancelled_caught
+
+    @property
+    def _shim_was_killed(self) -> bool:
+        """Whether the shim's end, where it is not that of a namespace, came before that of all the others."""
+        return bool(self.pid) and self.containment is not Containment.PID_NAMESPACE and not self._has_record()
 
     async def _end_without_shim(self) -> None:
         if not self._silent:
@@ -100,7 +111,7 @@ class HeldByShim(Tree):
         """What a shim that was killed has left: those in the group, and those who have stayed in the session."""
         if self._group is not None:
             await in_thread(self._group.kill)
-        if self.pid and self.containment is not Containment.PID_NAMESPACE and not self._has_record():
+        if self._shim_was_killed:
             found = await in_thread(lambda: kill_session(self.pid, self.start_ticks))
             log.warning("process %d: its shim was killed; killed %d of its session", self.pid, found)
 
@@ -223,7 +234,7 @@ class Channels:
         try:
             self.report.setblocking(mode is Containment.SESSION)
             self._environment = os.memfd_create("environment", os.MFD_CLOEXEC)
-            data = memoryview(b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in launch.env.items()))
+            data = memoryview(os.fsencode("".join([f"{name}={value}\0" for name, value in launch.env.items()])))
             while data:
                 data = data[os.write(self._environment, data) :]
         except BaseException:
