@@ -36,7 +36,7 @@ def add(commands: Commands, line: str) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     job, ce = read_job(options)
-    site = read_site(options, job)
+    site = read_site(options)
     words = job.model_dump(mode="json", exclude_defaults=True, exclude={"extra"})
     print(
         json.dumps(words | {"computing_element": ce.model_dump(mode="json", exclude_defaults=True)}, indent=2),
