@@ -232,7 +232,14 @@ class _Flight:
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
-            await self.record(JobAccepted, self.job.description.words(), reference_of(self.coordinator_class))
+            reference, site = reference_of(self.coordinator_class), self.site
+            await self.record(
+                JobAccepted,
+                self.job.description.words(),
+                reference,
+                outputs=site.output_directory or "",
+                site=site.file,
+            )
         await self.handle.keep_order()
         async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
             self.job.outcome = self.life.outcome
