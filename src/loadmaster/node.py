@@ -778,7 +778,11 @@ class Node:
         self._forget(entry)
 
     async def _record_beginning(self, entry: _Entry) -> None:
-        await entry.handle.record(JobAccepted, entry.job.words(), reference_of(entry.coordinator))
+        site = self._site if self._transfers is None else self._transfers.site
+        await entry.handle.record(
+            JobAccepted, entry.job.words(), reference_of(entry.coordinator),
+            outputs=site.output_directory or "", site=site.file,
+        )  # fmt: skip
 
     def _begin_next_attempt(self, entry: _Entry) -> None:
         """The next one to go on with, if an attempt was lost."""
