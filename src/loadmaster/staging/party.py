@@ -48,6 +48,9 @@ FEW_FILES: Final = 16
 FEW_BYTES: Final = 1024**2
 """So many files, that are no larger together, are one batch and told of when all have arrived; as is a single one."""
 
+LEAST_FILES: Final = 64
+"""So many small ones go together even where there are lanes for each: what a batch costs is then shared by some."""
+
 RESUME_BYTES: Final = 1024**2
 """Less than this is not worth being continued."""
 
@@ -93,6 +96,8 @@ class Party:
         self._batches: dict[int, anyio.CancelScope] = {}
         self._changed = anyio.Event()
         self._group: TaskGroup | None = None
+        self._crowding = {"file"}
+        """Schemes of storages that move small files in one thread, whatever lanes they have."""
         self._in_one_go = False
         self._granted: tuple[int, Road, list[Errand]] | None = None
         self._deadline_seconds: float | None = None
@@ -248,15 +253,16 @@ class Party:
     def take(self, road: Road) -> None:
         """Have a batch moved by this road: some small files, or a large one."""
         queue = self._queues[road]
-        if self._lanes.limit(road.element) is not None:
-            most = 1
-        elif self._in_one_go:
-            most = len(queue)
-        else:
-            most = max(1, min(BATCH_FILES, -(-len(queue) // self._lanes.width(road))))  # a fair share
+        alone = self._lanes.limit(road.element) is not None
+        share = 1 if alone else min(BATCH_FILES, -(-len(queue) // self._lanes.width(road)))
+        least = 1 if alone else len(queue) if self._in_one_go else LEAST_FILES if road.scheme in self._crowding else 1
         batch: list[Errand] = []
         size = 0
-        while queue and len(batch) < most and (not batch or size + queue[0][2].weight <= BATCH_BYTES):
+        while queue:
+            heavier = size + queue[0][2].weight
+            fits = len(batch) < share and heavier <= BATCH_BYTES or len(batch) < least and heavier <= FEW_BYTES
+            if batch and not fits:
+                break
             errand = heappop(queue)[2]
             size += errand.weight
             batch.append(errand)
@@ -287,6 +293,8 @@ class Party:
                     for errand in batch:
                         self._failed(errand, exc)
                     return
+                if Ability.SIDE_BY_SIDE in storage.abilities:
+                    self._crowding.add(road.scheme)
                 transfers = [self._transfer(errand, storage, number) for errand in batch]
                 count = self._parts(transfers, storage)
                 if count > 1:
