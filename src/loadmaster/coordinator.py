@@ -36,6 +36,7 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
+from loadmaster.hooks import warn_of_misspellings
 from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
@@ -81,6 +82,10 @@ class JobExecutionCoordinator:
 
     job: JobInFlight
     """The standard steps and what is known of the job; there from `stageIn` on."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        warn_of_misspellings(cls)
 
     def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
         self.jobArgs = jobArgs
