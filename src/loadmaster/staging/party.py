@@ -260,7 +260,7 @@ class Party:
         size = 0
         while queue:
             heavier = size + queue[0][2].weight
-            fits = len(batch) < share and heavier <= BATCH_BYTES or len(batch) < least and heavier <= FEW_BYTES
+            fits = (len(batch) < share and heavier <= BATCH_BYTES) or (len(batch) < least and heavier <= FEW_BYTES)
             if batch and not fits:
                 break
             errand = heappop(queue)[2]
