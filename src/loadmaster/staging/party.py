@@ -19,7 +19,7 @@ from itertools import count
 from typing import Final
 
 import anyio
-from anyio import to_thread
+from anyio import lowlevel, to_thread
 from anyio.abc import TaskGroup
 
 from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
@@ -33,6 +33,9 @@ from loadmaster.tasks import single_error
 
 LOOK_AHEAD: Final = 4096
 """Files that are queued at once: enough to find the biggest, and to fill all lanes."""
+
+TURN_FILES: Final = 128
+"""So many are queued, or told of, without another task's turn: some milliseconds."""
 
 UNTOLD: Final = 2048
 """Files that have arrived and are still to be told of; while there are more, nothing is begun."""
@@ -130,7 +133,7 @@ class Party:
 
     async def _move_few(self, deadline: float) -> bool:
         """What makes one batch, and has its lane at once, needs no tasks. Whether that was all there is to be done."""
-        self._refill()
+        await self._refill()
         if not self.has_all or self._enough is not None or not await self._are_few():
             return False
         self._in_one_go = True
@@ -174,7 +177,7 @@ class Party:
         while True:
             if not self._late and anyio.current_time() >= deadline:
                 self._expire()
-            self._refill()
+            await self._refill()
             self._lanes.assign()
             self._tell()
             if self._is_over():
@@ -195,8 +198,8 @@ class Party:
 
     # -- what is to be moved ------------------------------------------------------------------------------------------
 
-    def _refill(self) -> None:
-        """Queue what is due, and some more of the source."""
+    async def _refill(self) -> None:
+        """Queue what is due, and some more of the source. Now and then others have their turn."""
         now = anyio.current_time()
         while self._due and self._due[0][0] <= now:
             self._queue(heappop(self._due)[2])
@@ -204,19 +207,27 @@ class Party:
             self._room.set()
         if self._source is None or self._queued > LOOK_AHEAD // 2:
             return
-        for errand in self._source:
+        for begun, errand in enumerate(self._source, 1):
             self._begin(errand)
             if self._queued >= LOOK_AHEAD or len(self._ended) > UNTOLD:
                 return
+            if begun % TURN_FILES == 0:
+                await lowlevel.checkpoint()
+                if self._stopped:
+                    return
         self._source = None
 
     async def _feed(self, source: AsyncIterable[Errand]) -> None:
         """Queue what comes, no more of it than there is room for."""
+        begun = 0
         async for errand in source:
             if self._stopped:
                 break
             self._begin(errand)
             self._changed.set()
+            begun += 1
+            if begun % TURN_FILES == 0:
+                await lowlevel.checkpoint()
             if self._queued >= LOOK_AHEAD or len(self._ended) > UNTOLD:
                 self._room = anyio.Event()
                 await self._room.wait()
@@ -423,8 +434,12 @@ class Party:
 
     async def _teller(self) -> None:
         try:
+            told = 0
             while self._ended:
                 await self._tell_one(*self._ended.popleft())
+                told += 1
+                if told % TURN_FILES == 0:
+                    await lowlevel.checkpoint()
         finally:
             self._telling -= 1
             self._changed.set()
