@@ -177,12 +177,10 @@ class Workdir:
         Raises `NotDeliverable` for links out of the directory, FIFOs, sockets, devices and names no file of ours may
         have, and `OSError` as usual.
         """
-        top = os.path.realpath(self.path)
         try:
-            real = os.path.realpath(self.path / check_local_name(name))
-            if not real.startswith(top + "/"):
-                raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
-            inside = check_local_name(real[len(top) + 1 :])
+            inside = check_local_name(name)
+            if "/" in inside or stat.S_ISLNK(_mode(inside, self._fd)):
+                inside = self._behind_links(inside)
         except ValueError as exc:
             raise NotDeliverable(errno.EINVAL, str(exc), name) from exc
         with self._parent(inside) as (parent, last):
@@ -194,6 +192,13 @@ class Workdir:
             os.close(descriptor)
             raise NotDeliverable(errno.EPERM, "was swapped for something that is not a file", name)
         return descriptor
+
+    def _behind_links(self, name: str) -> str:
+        """What a name leads to, by its own name. Raises `NotDeliverable` when that is elsewhere."""
+        top, real = os.path.realpath(self.path), os.path.realpath(self.path / name)
+        if not real.startswith(top + "/"):
+            raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
+        return check_local_name(real[len(top) + 1 :])
 
     def matches(self, pattern: str) -> list[str]:
         """The names a pattern stands for: what is called exactly so, else what matches it as in a shell; sorted.
