@@ -23,7 +23,7 @@ from blockbuster import blockbuster_ctx
 from hypothesis import settings
 
 import loadmaster
-from loadmaster import JobDescription, JobResult, Site, run_job
+from loadmaster import JobDescription, JobResult, Site, run_job, threads
 from loadmaster.workdir import Workdir
 from loadmaster.world import World
 
@@ -38,8 +38,8 @@ BACKENDS = [
     pytest.param(("trio", {}), id="trio"),
 ]
 
-POOLED_THREADS = ("AnyIO worker thread", "Trio thread")
-"""Idle threads the event loops keep for a while; not ours to end."""
+POOLED_THREADS = ("AnyIO worker thread", "Trio thread", threads.NAME)
+"""Idle threads that are kept for a while."""
 
 
 @pytest.fixture(params=BACKENDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from loadmaster.cli import COMMANDS
 
 SUBCLASS = "from loadmaster import *\nclass C(JobExecutionCoordinator):"
 
@@ -28,7 +31,7 @@ class Shell:
     def start(self, job: dict[str, Any] | str, *options: str, command: str = "run") -> subprocess.Popen[str]:
         (self.directory / "job.json").write_text(job if isinstance(job, str) else json.dumps(job))
         return subprocess.Popen(
-            [*LOADMASTER, command, "job.json", *(["--root", "scratch"] if command == "run" else []), *options],
+            [*LOADMASTER, command, "job.json", *(["--scratch", "scratch"] if command == "run" else []), *options],
             cwd=self.directory, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -249,6 +252,28 @@ def test_check_names_every_input_that_cannot_be_found(shell: Shell) -> None:
     assert "https://127.0.0.1:1/b: " in done.stderr
 
 
+def test_check_names_all_that_is_wrong_at_once_and_misspelled_hooks(shell: Shell) -> None:
+    """It called valid what no node could have run: a program that is nowhere, a scheme nobody serves, a deadline in 1970."""
+    (shell.directory / "mine.py").write_text(f"{SUBCLASS}\n async def preprocess(self, c, e): ...")
+    job = sh(
+        "true", limits={"deadline": 3600}, OutputData={"pattern": "o", "target": "odd://h/o"}, Executable="nothing"
+    )
+    done = shell.run(job, "--coordinator", "mine.py:C", command="check")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["job_id"] == "7"
+    assert [line[:60] for line in done.stderr.splitlines()] == [
+        "warning: C.preprocess is never called: the hook is preProcess"[:60],
+        "job.json: limits.deadline: 1970-01-01 01:00:00 UTC lies in the past"[:60],
+        "job.json: executable 'nothing': neither a file of the job nor in PATH"[:60],
+        "job.json: output_data: odd://h/o: no storage for odd://; there is"[:60],
+    ]
+    done = shell.run(sh("true"), "--coordinator", "nobody.py:C", command="check")
+    assert done.returncode == 1
+    assert (
+        "job.json: coordinator nobody.py:C: cannot import it: FileNotFoundError: nobody.py: no such file" in done.stderr
+    )
+
+
 def test_a_live_display_works_on_a_terminal(shell: Shell) -> None:
     pytest.importorskip("rich")
     (shell.directory / "job.json").write_text(json.dumps(sh("sleep 1.5", InputData=[__file__])))
@@ -265,7 +290,7 @@ def test_a_live_display_works_on_a_terminal(shell: Shell) -> None:
 @pytest.mark.parametrize("stderr", ["2>/dev/full", "2>&-", "2>&1 | head -n 1 >/dev/null; exit ${PIPESTATUS[0]}"])
 def test_a_display_that_is_gone_stops_no_job(shell: Shell, stderr: str) -> None:
     (shell.directory / "job.json").write_text(json.dumps(sh("echo hi; sleep 0.2")))
-    command = " ".join([*LOADMASTER, "run", "job.json", "--root", "scratch", stderr])
+    command = " ".join([*LOADMASTER, "run", "job.json", "--scratch", "scratch", stderr])
     done = subprocess.run(["bash", "-c", command], cwd=shell.directory, capture_output=True, timeout=30)
     assert done.returncode == 0
     assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "hi\n"
@@ -281,8 +306,10 @@ def test_events_that_cannot_be_written_stop_no_job(shell: Shell) -> None:
     ("options", "message"),
     [
         (["--events", "job.json/e"], "--events job.json/e: "),
-        (["--result", "."], "--result .: cannot be written"),
-        (["--root", "/proc/nowhere"], "/proc/nowhere/7: cannot make the work directory"),
+        (["--result", "."], "--result .: Is a directory"),
+        (["--result", "/proc/r.json"], "--result /proc/r.json: No such file or directory"),
+        (["--result", "job.json/r"], "--result job.json/r: File exists"),
+        (["--scratch", "/proc/nowhere"], "/proc/nowhere/7: cannot make the work directory"),
         (["--coordinator", "mine.py"], "which class? mine.py:CLASS"),
     ],
 )
@@ -292,6 +319,51 @@ def test_a_place_that_cannot_be_used_is_told_in_one_line_before_anything_runs(
     done = shell.run(sh("touch ran"), *options)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_a_result_that_cannot_be_written_in_the_end_is_said_and_the_job_is_told_all_the_same(
+    shell: Shell, small_disk: Path
+) -> None:
+    """Of a job that was Done nothing was to be seen but `No space left on device`."""
+    done = shell.run(sh(f'head -c 2M /dev/zero > "{small_disk}/full"; true'), "--result", f"{small_disk}/r.json")
+    assert done.returncode == 3
+    assert done.stdout.startswith("Done\n")
+    assert f"--result {small_disk}/r.json: No space left on device: it was not written" in done.stderr
+    assert [path.name for path in small_disk.iterdir()] == ["full"]
+
+
+def test_a_job_may_be_given_less_than_all_of_the_machine(shell: Shell) -> None:
+    words = {"OutputSandbox": "std.out", "NumberOfProcessors": 2}
+    done = shell.run(sh("true", **words), "--cores", "1")
+    assert (done.returncode, "needs 2 cores" in done.stderr) == (1, True), done.stderr
+    assert shell.run(sh("echo $LOADMASTER_CORES", NumberOfProcessors=1), "--cores", "1").returncode == 0
+    assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "1\n"
+    assert shell.run(sh("true", Memory=2000), "--memory", "1G").returncode == 1
+
+
+def test_where_work_directories_are_made_is_said_as_for_a_node_or_as_it_used_to_be(shell: Shell) -> None:
+    for option in ("--scratch", "--root"):
+        assert shell.run(sh("pwd"), option, "elsewhere").returncode == 0
+        assert (shell.directory / "outputs" / "7" / "std.out").read_text() == f"{shell.directory}/elsewhere/7\n"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_names_its_exit_codes(command: str) -> None:
+    done = subprocess.run([*LOADMASTER, command, "--help"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0
+    _, _, codes = " ".join(done.stdout.split()).partition("Exit codes: ")
+    named = {code for code in ("0", "1", "2", "3", "4", "64", "129", "130", "143") if re.search(rf"\b{code}\b", codes)}
+    looks = {"0", "1", "64"}
+    runs = {**dict.fromkeys(("check", "jobs", "show", "pending"), looks), "stage": looks | {"3", "129", "130", "143"}}
+    runs |= dict.fromkeys(("node", "resume"), looks | {"2", "129", "130", "143"})
+    assert named == runs.get(command, looks | {"2", "3", "4", "129", "130", "143"})
+
+
+def test_words_that_make_no_sense_are_no_payload_that_failed() -> None:
+    for words in ([], ["run"], ["fly", "job.json"], ["run", "job.json", "--cores", "many"]):
+        done = subprocess.run([*LOADMASTER, *words], capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout) == (64, "")
+        assert "usage: loadmaster" in done.stderr
 
 
 def test_a_result_goes_through_a_link_and_not_in_place_of_it(shell: Shell) -> None:

@@ -405,3 +405,22 @@ async def test_a_job_that_goes_on_with_a_later_hook_has_a_coordinator_all_the_sa
 
     result = await fly({"coordinator": Resumed})
     assert (result.failure, len(made)) == (None, 1)
+
+
+async def test_what_a_hook_returns_besides_command_and_env_is_told_to_be_read_by_nobody(
+    fly: Fly, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Misspells:
+        def __init__(self, jobArgs: dict[str, Any], ceArgs: dict[str, Any]) -> None:
+            self.id = jobArgs["JobID"]
+
+        def preProcess(self, command: str, exeEnv: dict[str, str]) -> dict[str, Any]:
+            return S_OK({"command": command, "enviroment": {**exeEnv, "A": "1"}})
+
+        def postProcess(self) -> dict[str, Any]:
+            return S_OK()
+
+    result = await fly({"coordinator": adapt(Misspells)}, job_id="7")
+    assert result.status is Status.DONE
+    (told,) = [record.getMessage() for record in caplog.records if "nobody reads" in record.getMessage()]
+    assert told == "job 7: Misspells.preProcess returned enviroment, which nobody reads: only command and env are"

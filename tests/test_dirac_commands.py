@@ -48,7 +48,7 @@ def extension(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("coordinator", ["dirac", "dirac:LmCommunity"])
 def test_a_jdl_file_runs_with_the_coordinator_of_the_installed_extension(extension: Path, coordinator: str) -> None:
-    done = loadmaster(extension, "run", "job.jdl", "--coordinator", coordinator, "--root", "scratch")
+    done = loadmaster(extension, "run", "job.jdl", "--coordinator", coordinator, "--scratch", "scratch")
     assert "exit code 3" in done.stderr
     assert (extension / "outputs" / "7" / "std.out").read_text() == "LmCommunity 7\n"
 

@@ -43,6 +43,7 @@ from loadmaster.diracx.preferences import Preferences
 from loadmaster.diracx.reporter import Reporter, open_reporter
 from loadmaster.diracx.sandboxes import sandboxes
 from loadmaster.events import PayloadStarted
+from loadmaster.logbook import Logbook
 from loadmaster.staging.engine import open_transfers
 from servers_diracx import DiracxServer, Proxy, Said, diracx_server
 
@@ -710,3 +711,31 @@ def test_what_is_missing_is_told_before_anything_is_begun(
     _, problems = done.communicate(timeout=60)
     assert done.returncode == 1
     assert told in problems
+
+
+@pytest.mark.parametrize(
+    ("words", "file", "told"),
+    [
+        (["run", "job.json"], None, "No such file or directory"),
+        (["node", "job.json"], "", "not a file of DiracX's credentials"),
+        (["resume", "journal"], None, "No such file or directory"),
+    ],
+)
+def test_without_credentials_nothing_is_begun_that_could_not_be_told(
+    tmp_path: Path, words: list[str], file: str | None, told: str
+) -> None:
+    """The job ran to its end, and the command hung for a minute before it said that nobody had heard of it."""
+    (tmp_path / "job.json").write_text(json.dumps({"job_id": "7", **sh(f"touch {tmp_path}/ran")}))
+    Logbook.open(tmp_path / "journal").close()
+    path = tmp_path / "credentials.json"
+    if file is not None:
+        path.write_text(file)
+    environ = {"DIRACX_URL": "http://127.0.0.1:9", "DIRACX_CREDENTIALS_PATH": str(path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "loadmaster", *words, "--reporter", "diracx"],
+        cwd=tmp_path, env={**os.environ, **environ}, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    problem = f"loadmaster: --reporter diracx: {path}: {told} (DIRACX_CREDENTIALS_PATH says where they are)\n"
+    assert done.stderr == problem
+    assert not (tmp_path / "ran").exists()

@@ -14,7 +14,7 @@ from pathlib import Path
 import anyio
 import pytest
 
-from loadmaster.diracx.credentials import Credentials, Tokens
+from loadmaster.diracx.credentials import Credentials, Tokens, check_credentials
 from loadmaster.diracx.errors import CredentialsRefused, DiracxUnavailable
 
 
@@ -192,3 +192,35 @@ async def test_no_file_and_nothing_to_refresh_with_are_told(path: Path) -> None:
 
 def test_tokens_are_not_shown(path: Path) -> None:
     assert "SECRET" not in repr(Tokens("SECRET", "SECRET", 7.0)) + repr(Credentials(path))
+
+
+@pytest.mark.parametrize("seconds", [3600, 5, -5])
+def test_credentials_that_are_good_or_may_become_so_are_looked_at_and_left_alone(path: Path, seconds: float) -> None:
+    write(path, seconds=seconds)
+    before = path.read_bytes()
+    check_credentials(path)
+    check_credentials(write(path.with_name("short"), refresh=None, seconds=5))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (None, "No such file or directory"),
+        ("", "not a file of DiracX's credentials"),
+        ("{}", "not a file of DiracX's credentials"),
+        ('{"access_token": "se\\ncret"}', "not a file of DiracX's credentials"),
+        ('{"access_token": "", "expires_on": 9000000000}', "the token is no longer good, and cannot be refreshed"),
+        (
+            '{"access_token": "secret", "expires_on": 1000000000}',
+            "the token is no longer good, and cannot be refreshed",
+        ),
+    ],
+)
+def test_credentials_that_can_never_do_are_named_with_the_reason(path: Path, text: str | None, told: str) -> None:
+    path.unlink()
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(CredentialsRefused) as caught:
+        check_credentials(path)
+    assert str(caught.value) == f"{path}: {told}"

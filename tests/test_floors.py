@@ -20,6 +20,7 @@ FLOORS: dict[str, float] = {
     # words
     "errors": 0,
     "names": 1,
+    "units": 1,
     "description": 1.5,
     "result": 1.5,
     "events": 2,
@@ -54,6 +55,7 @@ FLOORS: dict[str, float] = {
     "companions": 5.5,
     # one job
     "coordinator": 6,
+    "takeover": 6,
     "runner": 7,
     "reporter": 7,
     "sources": 7,

@@ -266,14 +266,14 @@ async def test_an_order_is_in_the_journal_before_it_is_obeyed() -> None:
     async with anyio.create_task_group() as group:
         group.start_soon(compute)
         await anyio.wait_all_tasks_blocked()
-        with handle.obeyed_in(group):
-            assert handle.kill("enough")
-            await anyio.wait_all_tasks_blocked()
-            assert not ended.is_set()
-            assert [event.kind for event in paper.written] == ["JobAccepted"]
-            paper.ready.set()
-            with anyio.fail_after(5):
-                await ended.wait()
+        handle.begin(group, lambda: None)
+        assert handle.kill("enough")
+        await anyio.wait_all_tasks_blocked()
+        assert not ended.is_set()
+        assert [event.kind for event in paper.written] == ["JobAccepted"]
+        paper.ready.set()
+        with anyio.fail_after(5):
+            await ended.wait()
     assert [event.kind for event in paper.written] == ["JobAccepted", "KillOrdered"]
     assert handle.life.kill_reason == "enough"
 

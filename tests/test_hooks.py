@@ -329,3 +329,54 @@ async def test_a_failed_hook_says_where_its_author_will_look() -> None:
 
     with pytest.raises(HookFailed, match=r"hook raised ValueError: no such run \(test_hooks.py:\d+\)"):
         await call_hook("hook", hook)
+
+
+# -- misspelled hooks --------------------------------------------------------------------------------------------
+
+MISSPELLED = """
+from loadmaster import JobExecutionCoordinator
+class Mine(JobExecutionCoordinator):
+    async def preprocess(self, command, exeEnv): ...
+    async def post_process(self): ...
+    async def stage_in_order(self): ...
+    stagein = 5
+class Half:
+    def preProcess(self, job): ...
+    def postProcess(self): ...
+    def stageout(self): ...
+class Careful(JobExecutionCoordinator):
+    async def preProcess(self, command, exeEnv): return await self.pre_process(command, exeEnv)
+    async def pre_process(self, command, exeEnv): ...
+    def _postprocess(self): ...
+class Careless(Careful):
+    async def pre_process(self, command, exeEnv): ...
+    async def StageOut(self): ...
+class Nearly:
+    def preProcess(self, job): ...
+    def postprocess(self): ...
+"""
+
+
+def test_a_method_that_looks_like_a_hook_and_is_none_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`preprocess` ran silently: the job was Done, and nothing of what its author had written had happened."""
+    (tmp_path / "misspelled.py").write_text(MISSPELLED)
+    for name in ("Mine", "Half"):
+        caplog.clear()
+        find_coordinator(f"{tmp_path}/misspelled.py:{name}")
+        told = [record.getMessage() for record in caplog.records if record.getMessage().startswith(name)]
+        assert (
+            told
+            == {
+                "Mine": [
+                    "Mine.preprocess is never called: the hook is preProcess",
+                    "Mine.post_process is never called: the hook is postProcess",
+                ],
+                "Half": ["Half.stageout is never called: the hook is stageOut"],
+            }[name]
+        )
+        said = [record.getMessage() for record in caplog.records if record.getMessage().startswith("Care")]
+        assert said == ["Careless.StageOut is never called: the hook is stageOut"]
+    with pytest.raises(InvalidJob, match=r"has no postProcess, but postprocess$"):
+        find_coordinator(f"{tmp_path}/misspelled.py:Nearly")

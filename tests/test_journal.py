@@ -218,15 +218,15 @@ async def test_an_order_to_end_is_on_disk_before_it_is_obeyed(slow: Slow) -> Non
         handle = await opened(journal)
         slow.sizes.clear()
         slow.held.clear()
-        with handle.obeyed_in(tasks):
-            handle.kill("unwanted")
-            await until(lambda: bool(slow.sizes))  # on its way
-            with anyio.CancelScope() as job, handle.computing():
-                await anyio.wait_all_tasks_blocked()
-                await lowlevel.checkpoint()
-                assert not job.cancel_called
-                slow.held.set()
-                await anyio.sleep_forever()
+        handle.begin(tasks, lambda: None)
+        handle.kill("unwanted")
+        await until(lambda: bool(slow.sizes))  # on its way
+        with handle.computing():
+            await anyio.wait_all_tasks_blocked()
+            await lowlevel.checkpoint()
+            assert handle.stage is Stage.ACCEPTED
+            slow.held.set()
+            await anyio.sleep_forever()
         assert kinds(handle.history) == ["JobAccepted", "KillOrdered"]
 
 

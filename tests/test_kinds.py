@@ -15,6 +15,7 @@ from loadmaster import InvalidSite, Site, Status, open_transfers
 from loadmaster.errors import StorageError
 from loadmaster.staging.engine import Moved, Wanted
 from loadmaster.storage.base import FileInfo, StorageOptions
+from loadmaster.storage.kinds import unserved
 from loadmaster.storage.local import LocalStorage
 from loadmaster.testing import MemoryStorage
 
@@ -196,7 +197,7 @@ async def test_s3_is_served_by_pycurl_where_there_is_both() -> None:
 async def test_a_kind_of_url_nobody_serves_is_named_each_time() -> None:
     async with open_transfers(Site()) as transfers:
         for _ in range(2):
-            with pytest.raises(StorageError, match="gopher://host/a: no storage for gopher://; there is file://"):
+            with pytest.raises(StorageError, match=r"gopher://host/a: no storage for gopher://; there is .*file://"):
                 await transfers.storage("gopher://host/a")
 
 
@@ -206,3 +207,13 @@ async def test_the_local_one_may_have_words_too(tmp_path: Path) -> None:
         assert isinstance(storage, LocalStorage)
         (tmp_path / "a").write_bytes(b"cargo")
         assert await storage.stat(f"file://{tmp_path}/a") == FileInfo(5)
+
+
+def test_a_scheme_that_nobody_serves_is_told_with_those_that_somebody_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unserved("file") is unserved("https") is unserved("diracx") is None
+    told = unserved("gopher")
+    assert told is not None
+    assert told.startswith("no storage for gopher://; there is abfs://, ")
+    assert "diracx://" in told
+    without(monkeypatch, "pycurl")
+    assert unserved("https") == "pycurl is not installed: pip install 'loadmaster[http]'"

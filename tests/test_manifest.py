@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadmaster.manifest import KEPT_LINES, MAX_LINE_BYTES, BadManifest, Entry, Manifest
+from loadmaster.manifest import KEPT_LINES, MAX_LINE_BYTES, MOST_PROBLEMS, BadManifest, Entry, Manifest
 from loadmaster.names import local_path
 from loadmaster.storage.checksums import Checksum
 
@@ -84,7 +84,7 @@ def test_every_bad_line_is_named_by_its_number() -> None:
         "line 6: checksum: 'md7:12': no checksum we know; there is adler32, crc32c, md5, sha256",
         "line 7: file://elsewhere/a: not a file:// URL of this host",
         "line 8: target: directory/: names a directory, not a file",
-        "line 9: Input should be an object",
+        "line 9: an object {...} is expected",
         "line 10: source: a path or URL may not have control characters",
         "line 11: Invalid JSON: invalid unicode code point at line 1 column 13",
     ]
@@ -106,6 +106,40 @@ def test_a_file_that_is_made_by_another_line_is_no_source() -> None:
     ) == [
         "line 1: its source is the target of line 2",
         "line 3: its source is the target of itself",
+    ]
+
+
+def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_lines() -> None:
+    """A bad line hid the two below that were for one place, and these the scheme that nobody serves."""
+
+    def unserved(scheme: str) -> str | None:
+        return None if scheme == "file" else f"no storage for {scheme}://"
+
+    lines = [
+        '{"source": "a", "target": "b"}',
+        '{"source": "odd://h/a", "target": "b"}',
+        "{",
+        '{"source": "b", "target": "c"}',
+    ]
+    with pytest.raises(BadManifest) as told:
+        Manifest.read(io.BytesIO("\n".join(lines).encode()), "m", BASE, unserved=unserved)
+    assert told.value.problems == [
+        "line 2: odd://h/a: no storage for odd://",
+        "line 2: the target of line 1 again: file:///work/b",
+        "line 3: Invalid JSON: EOF while parsing an object at line 1 column 1",
+        "line 4: its source is the target of line 1",
+    ]
+
+
+def test_of_a_file_that_is_no_manifest_the_first_lines_are_named_and_the_rest_counted() -> None:
+    told = problems(*["nonsense"] * 5000, *[{"source": "a", "target": "b"}] * (KEPT_LINES + 3))
+    assert len(told) == MOST_PROBLEMS + 1
+    assert told[MOST_PROBLEMS - 1].startswith(f"line {MOST_PROBLEMS}: Invalid JSON")
+    assert told[-1] == f"and {5000 + KEPT_LINES + 2 - MOST_PROBLEMS} more"
+    told = problems("nonsense", *[{"source": "a", "target": "b"}] * (KEPT_LINES + 3))
+    assert told[:2] == [
+        "line 1: Invalid JSON: expected ident at line 1 column 2",
+        "line 3: the target of line 2 again: file:///work/b",
     ]
 
 

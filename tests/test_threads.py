@@ -9,7 +9,18 @@ import anyio
 import pytest
 
 from conftest import until
-from loadmaster.threads import briefly
+from loadmaster import threads
+from loadmaster.threads import NAME, briefly
+
+
+def clerks() -> set[threading.Thread]:
+    return {each for each in threading.enumerate() if each.name == NAME}
+
+
+@pytest.fixture
+def before() -> set[threading.Thread]:
+    """Those of other tests, who are still there."""
+    return clerks()
 
 
 class Gate:
@@ -64,7 +75,7 @@ async def test_a_turn_of_somebody_who_has_left_goes_to_the_next() -> None:
     done: list[int] = []
 
     async def wait(number: int) -> None:
-        await briefly(lambda: done.append(number))
+        await briefly(lambda: done.append(number), abandon_on_cancel=True)
 
     async with anyio.create_task_group() as group:
         group.start_soon(partial(briefly, gate))
@@ -102,8 +113,33 @@ async def test_one_that_hangs_is_waited_for_once_and_not_by_each_of_the_next() -
         gate.open.set()
 
 
-async def test_a_limiter_of_ones_own_is_used() -> None:
-    limiter = anyio.CapacityLimiter(1)
-    seen = []
-    await briefly(lambda: seen.append(limiter.borrowed_tokens), limiter=limiter)
-    assert seen == [1]
+async def test_many_who_wait_behind_one_that_hangs_need_one_more_thread(before: set[threading.Thread]) -> None:
+    gate = Gate()
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(briefly, gate))
+        async with anyio.create_task_group() as others:
+            for _ in range(20):
+                others.start_soon(briefly, int)
+        assert len(clerks() - before) == 2
+        gate.open.set()
+
+
+async def test_it_goes_home_when_there_is_nothing_to_do_and_the_next_errand_is_done_all_the_same(
+    before: set[threading.Thread], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "LINGER_SECONDS", 0.001)
+    for _ in range(200):  # some of them come just when it leaves
+        assert await briefly(lambda: "done") == "done"
+        await anyio.sleep(0.001)
+    await until(lambda: not clerks() - before)
+
+
+async def test_without_a_thread_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            await briefly(lambda: pytest.fail("nobody is there to do it"))
+    assert await briefly(lambda: "and goes on") == "and goes on"

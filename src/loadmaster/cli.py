@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import version
-from typing import Final
+from typing import Final, NoReturn
 
-from loadmaster.commands.codes import NOT_PREPARED
+from loadmaster.commands.codes import NOT_PREPARED, USAGE
 from loadmaster.errors import LoadmasterError
 from loadmaster.tasks import leaves
 from loadmaster.terminal import stderr_display
 
 COMMANDS: Final[Mapping[str, str]] = {
     "run": "run one job",
-    "check": "say what a job description means, what is wrong with it, what inputs are missing",
+    "check": "say what a job description means, and what is wrong with it here",
     "node": "run many jobs",
     "stage": "move many files",
     "pending": "what jobs of a journal have left to be done",
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.command(options)
     except (LoadmasterError, OSError) as exc:
-        stderr_display(quiet=True).say(f"loadmaster: {exc}")
+        stderr_display(quiet=True).say(f"loadmaster: {_told(exc)}")
         return NOT_PREPARED
     except (KeyboardInterrupt, BaseExceptionGroup) as exc:  # the second Ctrl-C while a coordinator blocks the loop
         if not any(isinstance(each, KeyboardInterrupt) for each in leaves(exc)):
@@ -58,9 +58,23 @@ def command() -> None:
     os._exit(code)  # every file has been closed by now; threads that still run are somebody's blocking calls
 
 
+def _told(error: LoadmasterError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Leaves with an exit code of its own where the words make no sense."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"{self.prog}: error: {message}\n")
+
+
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """For these words: only the command that is among them is loaded."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="loadmaster",
         description="Run a batch job: bring its files in, watch its payload, take its outputs out. Or move many files.",
     )

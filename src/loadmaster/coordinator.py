@@ -36,6 +36,7 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
+from loadmaster.hooks import warn_of_misspellings
 from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
@@ -81,6 +82,10 @@ class JobExecutionCoordinator:
 
     job: JobInFlight
     """The standard steps and what is known of the job; there from `stageIn` on."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        warn_of_misspellings(cls)
 
     def __init__(self, jobArgs: JobDescription, ceArgs: ComputingElement) -> None:
         self.jobArgs = jobArgs
@@ -335,8 +340,16 @@ class JobInFlight:
         early: EarlyOutputs | None = None,
     ) -> None:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
-        found, missing, refused = await briefly(lambda: self._expand(files, of_directory))
-        planned = [replace(delivery(file, name), file=self._archives.get(name)) for name, file in found.items()]
+
+        def look() -> tuple[dict[str, OutputFile], dict[str, str], dict[str, str], list[int | None]]:
+            found, missing, refused = self._expand(files, of_directory)
+            return found, missing, refused, [self._files.seen_size(self._archives.get(name, name)) for name in found]
+
+        found, missing, refused, sizes = await briefly(look)
+        planned = [
+            replace(delivery(file, name), file=self._archives.get(name), size_bytes=size)
+            for (name, file), size in zip(found.items(), sizes, strict=True)
+        ]
         planned = [each for each in planned if self._sent_before.isdisjoint((each.name, at.url) for at in each.targets)]
         deliveries, colliding = without_collisions(planned, self._delivered)
         refused |= colliding

@@ -32,6 +32,7 @@ from pydantic import (
 
 from loadmaster.errors import InvalidJob
 from loadmaster.names import SANDBOX_PREFIX, base_name, check_local_name, is_lfn, is_url, parse_lfn
+from loadmaster.units import bytes_of, mib_of, seconds_of
 
 RESCHEDULE_EXIT_CODE: Final = 222
 """A payload that ends with it asks to be rescheduled (DIRAC's EWMSRESC, 1502, seen through 8 bits)."""
@@ -253,6 +254,8 @@ CHECKSUM: Final = (
 )
 """The spellings of a checksum, as `storage.checksums` reads them."""
 
+ADLER32: Final = "^[0-9a-fA-F]{1,8}$"
+
 
 class InputFile(BaseModel):
     """One file the payload needs: where it is, and what it is called in the work directory."""
@@ -263,8 +266,8 @@ class InputFile(BaseModel):
     """`LFN:/vo/...`, a URL, a plain path, or `SB:<storage element>|<path>`."""
     name: LocalName = ""
     """Its name in the work directory; the last part of the source when not given."""
-    size_bytes: int | None = Field(default=None, ge=0)
-    adler32: str | None = Field(default=None, pattern="^[0-9a-fA-F]{1,8}$")
+    size_bytes: Bytes | None = Field(default=None, ge=0)
+    adler32: str | None = Field(default=None, pattern=ADLER32)
     checksum: str | None = Field(default=None, pattern=CHECKSUM)
     """`<algorithm>:<digits>` (adler32, crc32c, md5, sha256), the digits of an adler32, or a multihash."""
     arrives: Literal["before", "during"] = "before"
@@ -342,6 +345,11 @@ class OutputFile(BaseModel):
         return target
 
 
+# Numbers, or texts with a unit: `"2 GB"`, `"5m"`; what is stored is the number.
+Bytes = Annotated[int, BeforeValidator(bytes_of)]
+Mebibytes = Annotated[int, BeforeValidator(mib_of)]
+Seconds = Annotated[float, BeforeValidator(seconds_of)]
+
 InputFiles = Annotated[tuple[InputFile, ...], BeforeValidator(_items)]
 OutputFiles = Annotated[tuple[OutputFile, ...], BeforeValidator(_items)]
 Names = Annotated[tuple[Text, ...], BeforeValidator(_items)]
@@ -349,7 +357,8 @@ Amounts = Annotated[
     dict[Annotated[str, Field(min_length=1, max_length=64)], Annotated[int, Field(ge=0)]], Field(max_length=16)
 ]
 """Of named things, how many."""
-JobId = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+JOB_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"
+JobId = Annotated[str, Field(min_length=1, max_length=128, pattern=JOB_ID)]
 
 
 class Limits(BaseModel):
@@ -357,28 +366,28 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(defer_build=True, frozen=True, extra="forbid", allow_inf_nan=False)
 
-    wall_seconds: float | None = Field(default=None, gt=0)
-    cpu_seconds: float | None = Field(default=None, gt=0)
+    wall_seconds: Seconds | None = Field(default=None, gt=0)
+    cpu_seconds: Seconds | None = Field(default=None, gt=0)
     """Of all cores, user and system time."""
     deadline: AwareDatetime | None = None
     """When the whole job has to be over; a time with its zone. The payload is stopped before it, early enough that what
     it has made of its outputs so far can still be delivered: the grace, 30 s, and the time their bytes take."""
-    upload_bytes_per_second: float = Field(default=10_000_000.0, gt=0)
+    upload_bytes_per_second: Annotated[float, BeforeValidator(bytes_of)] = Field(default=10_000_000.0, gt=0)
     """What that time is reckoned with."""
-    memory_bytes: int | None = Field(default=None, gt=0)
+    memory_bytes: Bytes | None = Field(default=None, gt=0)
     """By proportional size (PSS): pages that processes share count once. Memory nobody has mapped is not seen."""
     processes: int | None = Field(default=None, gt=0)
-    workdir_bytes: int | None = Field(default=None, gt=0)
+    workdir_bytes: Bytes | None = Field(default=None, gt=0)
     """Blocks on the disk, inputs included."""
-    free_disk_bytes: int | None = Field(default=None, gt=0)
+    free_disk_bytes: Bytes | None = Field(default=None, gt=0)
     """The least that must stay free on the disk of the work directory (DIRAC's MinDiskSpace), whoever fills it."""
-    output_bytes: int | None = Field(default=None, gt=0)
+    output_bytes: Bytes | None = Field(default=None, gt=0)
     """Standard output and error together."""
     cpu_ratio: float | None = Field(default=None, gt=0)
     """The least CPU time per wall time, as a fraction of one core (DIRAC's MinCPUWallClockRatio is 0.05)."""
-    cpu_ratio_window_seconds: float = Field(default=1800.0, gt=0)
+    cpu_ratio_window_seconds: Seconds = Field(default=1800.0, gt=0)
     """Over how long that is measured (DIRAC's CPUSampleTime)."""
-    grace_seconds: float = Field(default=10.0, ge=0, le=600)
+    grace_seconds: Seconds = Field(default=10.0, ge=0, le=600)
     """Between the polite signal (TERM) and the one that cannot be refused (KILL); bounded, for a pilot keeps it too."""
 
 
@@ -429,7 +438,7 @@ class JobDescription(Words):
     std_error: LocalName = Field(default="std.err", validate_default=True)
     """May be the same file as the standard output."""
 
-    cpu_work: float | None = Field(default=None, ge=0)
+    cpu_work: Seconds | None = Field(default=None, ge=0)
     """CPU time the user foresees, in seconds of a core whose normalization factor is 1 (DIRAC's CPUTime); 0: unknown."""
     priority: int = 0
     """A higher one is granted a slot before a lower one."""
@@ -440,8 +449,8 @@ class JobDescription(Words):
     whole_node: Annotated[bool, BeforeValidator(lambda value: False if value == "" else value)] = False
     """All cores, memory and GPUs of the node, and nobody beside it."""
     number_of_gpus: int = Field(default=0, ge=0)
-    memory_mb: int | None = Field(default=None, ge=1)
-    disk_bytes: int | None = Field(default=None, ge=0)
+    memory_mb: Mebibytes | None = Field(default=None, ge=1)
+    disk_bytes: Bytes | None = Field(default=None, ge=0)
     """What its files take on the node's disk at most, for its whole stay."""
     resources: Amounts = Field(default_factory=dict)
     """Other things the node has so many of, under names of the site's: `{"licences": 1}`."""
@@ -454,7 +463,7 @@ class JobDescription(Words):
     `stop_seconds` before a limit of wall time, CPU time or the deadline is reached, and first of all when the job is
     killed. A payload that then ends with 128 + the signal's number, or by the signal, has succeeded (as in DIRAC)."""
     stop_signal: int = Field(default=2, ge=1, le=64)
-    stop_seconds: float = Field(default=1800.0, ge=0)
+    stop_seconds: Seconds = Field(default=1800.0, ge=0)
 
     @classmethod
     def _keys(cls) -> Mapping[str, str]:
@@ -532,7 +541,8 @@ class JobDescription(Words):
     def words(self) -> dict[str, Any]:
         """The description as JSON's types, for `load`: what was set, also to what is the default, and what is not the
         default. Coordinators of DIRAC's kind read what was set."""
-        words = self.model_dump(mode="json", exclude_defaults=True)
+        # The id apart: to know its default, pydantic would make one.
+        words = {"job_id": self.job_id} | self.model_dump(mode="json", exclude_defaults=True, exclude={"job_id"})
         usual = self.model_fields_set - words.keys()
         return self.model_dump(mode="json", include=usual) | words if usual else words
 
@@ -595,9 +605,9 @@ class ComputingElement(Words):
     queue: Text = ""
     number_of_processors: int | None = Field(default=None, ge=1)
     number_of_gpus: int | None = Field(default=None, ge=0)
-    memory_mb: int | None = Field(default=None, ge=1)
+    memory_mb: Mebibytes | None = Field(default=None, ge=1)
     cpu_normalization_factor: float = Field(default=1.0, gt=0)
-    cpu_work_left: float | None = Field(default=None, ge=0)
+    cpu_work_left: Seconds | None = Field(default=None, ge=0)
 
     @classmethod
     def _keys(cls) -> Mapping[str, str]:
@@ -631,6 +641,28 @@ class PayloadSpec(BaseModel):
         return command
 
 
+RULES: Final[Mapping[str, str]] = {
+    JOB_ID: "only letters, digits and . _ + - may be in it, and a letter or a digit comes first",
+    CHECKSUM: "a checksum is expected, as adler32:0a1b2c3d, crc32c:..., md5:... or sha256:..., all of its digits",
+    ADLER32: "up to 8 hexadecimal digits are expected",
+}
+"""What patterns mean."""
+
+_A_MOMENT: Final = "a date and a time with its zone are expected, as 2031-12-24T18:00:00Z"
+_A_NUMBER: Final = "a number is expected"
+_A_WHOLE_NUMBER: Final = "a whole number is expected"
+_PLAINER: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("datetime_type", "datetime_parsing", "datetime_from_date_parsing", "timezone_aware"), _A_MOMENT),
+    **dict.fromkeys(("float_type", "float_parsing"), _A_NUMBER),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), _A_WHOLE_NUMBER),
+    "missing": "is missing",
+    "extra_forbidden": "there is no such field",
+    "tuple_type": "a list is expected",
+    "dict_type": "an object {...} is expected",
+    "model_type": "an object {...} is expected",
+}
+"""What is said in place of pydantic's words, by the kind of error."""
+
 W = TypeVar("W", bound=Words)
 
 
@@ -657,10 +689,8 @@ def complaints(
         spelled = keys.get(str(field), field) if dirac and field not in used else field
         spelled = stand_in if stand_in is not None and spelled not in used else spelled
         where = ".".join(str(part) for part in (spelled, *rest) if part not in {"", "[key]"})
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "missing":
-            message = "is missing"
-        elif item["type"] == "extra_forbidden":
-            message = "there is no such field"
+        message = _PLAINER.get(item["type"]) or item["msg"].removeprefix("Value error, ")
+        if item["type"] == "string_pattern_mismatch":
+            message = RULES.get(item["ctx"]["pattern"], message)
         lines.append(f"{where}: {message}" if where else message)
     return lines

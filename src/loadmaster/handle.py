@@ -83,7 +83,8 @@ class JobHandle:
         self._journal = journal
         self._life = Lifecycle()
         self._events: list[Event] = []
-        self._followers: WeakSet[_Follower] = WeakSet()
+        self._followers: WeakSet[_Follower] | tuple[()] = ()
+        """Seldom anybody: to make a WeakSet, and to go through it, costs more than all the rest."""
         self._writing = anyio.Lock(fast_acquire=True)
         self._stage = Stage.NEW
         self._ordered = False
@@ -104,6 +105,8 @@ class JobHandle:
         self._at_kill: Callable[[], None] | None = None
         self._beat: Callable[[], None] | None = None
         self._obeying: TaskGroup | None = None
+        self.tasks: TaskGroup | None = None
+        """Whose task runs the job, if it is known before it does."""
         self.kill_reason: str | None = None
 
     @classmethod
@@ -214,6 +217,7 @@ class JobHandle:
 
     def _follower(self, *, transient: bool, output: bool = False) -> _Follower:
         follower = _Follower(self, transient=transient, output=output)
+        self._followers = self._followers or WeakSet()
         self._followers.add(follower)
         return follower
 
@@ -222,7 +226,7 @@ class JobHandle:
     @property
     def followed(self) -> bool:
         """Whether anybody wants heartbeats and progress: they cost something to make."""
-        return (len(self._followers) > 0 and any(follower.transient for follower in self._followers)) or (
+        return any(follower.transient for follower in self._followers) or (
             self._audience is not None and self._audience.wants_offers
         )
 
@@ -241,14 +245,10 @@ class JobHandle:
         if self._beat is not None:
             self._beat()
 
-    @contextmanager
-    def beaten(self, beat: Callable[[], None]) -> Iterator[None]:
-        """While the job runs: what gives its heartbeats."""
-        self._beat = beat
-        try:
-            yield
-        finally:
-            self._beat = None
+    def begin(self, tasks: TaskGroup, beat: Callable[[], None]) -> None:
+        """The job runs, until `close`: an order to end has a task in there which has it written, and then obeyed; `beat`
+        gives a heartbeat."""
+        self._obeying, self._beat = tasks, beat
 
     def ends_as(self, failure: Failure | None) -> Status:
         """The status the job has if it finishes now, with this failure if it had none before."""
@@ -266,10 +266,13 @@ class JobHandle:
             raise RuntimeFault(f"this handle was already used for job {self._identity[0]}; make one for each job")
         self._identity = job_id, attempt
 
-    def reserve(self, job_id: str, attempt: int, *, audience: Audience, at_kill: Callable[[], None]) -> None:
-        """Keep this handle for a job that will begin later, and open until `let_go`. `at_kill`: it will not begin."""
+    def reserve(
+        self, job_id: str, attempt: int, *, audience: Audience, at_kill: Callable[[], None], tasks: TaskGroup
+    ) -> None:
+        """Keep this handle for a job that will begin later, in a task of `tasks`, and open until `let_go`. `at_kill`: it
+        will not begin."""
         self.open(job_id, attempt)
-        self._reserved, self._audience, self._at_kill = True, audience, at_kill
+        self._reserved, self._audience, self._at_kill, self.tasks = True, audience, at_kill, tasks
 
     def recall(self, events: Iterable[Event]) -> None:
         """This job has been before: it has this history and result, and is over."""
@@ -294,15 +297,6 @@ class JobHandle:
         finally:
             self._computing = None
             self._computed = True
-
-    @contextmanager
-    def obeyed_in(self, tasks: TaskGroup) -> Iterator[None]:
-        """An order to end has a task in there which has it written, and then obeyed."""
-        self._obeying = tasks
-        try:
-            yield
-        finally:
-            self._obeying = None
 
     async def keep_order(self) -> None:
         """Have an order to end in the job's history, if there is one and it is not; then obey it."""
@@ -427,6 +421,7 @@ class JobHandle:
 
     def close(self) -> None:
         """The job is over, finished or interrupted: followers see what is left and end."""
+        self._obeying = self._beat = None
         if self._reserved:
             return
         self._closed = True
@@ -447,9 +442,8 @@ class JobHandle:
         self._stage = stage
         self._ordered = self._ordered or isinstance(event, KillOrdered)
         self._events.append(event)
-        if len(self._followers):  # seldom; and to go through a WeakSet costs more than all the rest
-            for follower in self._followers:
-                follower.wake()
+        for follower in self._followers:
+            follower.wake()
         if self._audience is not None:
             self._audience.hear(event)
 

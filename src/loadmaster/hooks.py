@@ -29,6 +29,8 @@ ENTRY_POINTS: Final = "loadmaster.coordinators"
 
 STANDARD: Final = "loadmaster.coordinator:JobExecutionCoordinator"
 
+HOOKS: Final = ("stageIn", "preProcess", "postProcess", "stageOut")
+
 FILE_MODULE: Final = "loadmaster_coordinator_"
 """What the module of a coordinator's file is called, before the file's name."""
 
@@ -142,6 +144,22 @@ def _thrower(steps: Generator[Any, Any, Any], exc: BaseException) -> Callable[[]
     return lambda: steps.throw(exc)
 
 
+def warn_of_misspellings(coordinator: type[Any]) -> None:
+    """Say in the log which methods of a class nobody calls, for all that they look like hooks: `preprocess`.
+
+    Where a class has both, as one that calls `pre_process` from its `preProcess`, it is meant.
+    """
+    hooks = {hook.lower(): hook for hook in HOOKS}
+    classes = [vars(each) for each in coordinator.__mro__]
+    for own in classes:
+        for name in own:
+            hook = hooks.get(name.replace("_", "").lower())
+            if hook is None or name == hook or name.startswith("_") or not callable(own[name]):
+                continue
+            if not any(name in each and hook in each for each in classes):
+                log.warning("%s.%s is never called: the hook is %s", coordinator.__qualname__, name, hook)
+
+
 def reference_of(coordinator: type[Any]) -> str:
     """How the class is written in a journal, for `find_coordinator`; nothing for the standard one."""
     name = f"{coordinator.__module__}:{coordinator.__qualname__}"
@@ -200,5 +218,12 @@ def _class(found: object, reference: str) -> type[Any]:
         raise InvalidJob(f"coordinator {reference}: is not a class but {found!r:.60}")
     for hook in ("preProcess", "postProcess"):
         if not callable(getattr(found, hook, None)):
-            raise InvalidJob(f"coordinator {reference}: has no {hook}")
+            raise InvalidJob(f"coordinator {reference}: has no {hook}{_like(found, hook)}")
+    if STANDARD not in {f"{each.__module__}:{each.__qualname__}" for each in found.__mro__}:  # of these it was said
+        warn_of_misspellings(found)
     return found
+
+
+def _like(found: type[Any], hook: str) -> str:
+    alike = [name for name in dir(found) if name.replace("_", "").lower() == hook.lower()]
+    return f", but {', '.join(alike)}" if alike else ""

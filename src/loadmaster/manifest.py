@@ -12,11 +12,13 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from itertools import pairwise
+from operator import itemgetter
 from tempfile import TemporaryFile
 from typing import Annotated, BinaryIO, Final
 
@@ -37,11 +39,14 @@ KEPT_LINES: Final = 16_384
 """A manifest of no more lines is kept as it was understood, in some 10 MB: to understand it twice takes as long as copying
 small files. What is longer is read again."""
 
+MOST_PROBLEMS: Final = 100
+"""So many are named, the first ones, and the rest counted: nobody reads more of a file that is no manifest."""
+
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 class BadManifest(LoadmasterError):
-    """A manifest that cannot be used; `problems` names every line at fault by its number."""
+    """A manifest that cannot be used; `problems` names the lines at fault by their numbers."""
 
     def __init__(self, name: str, problems: list[str]) -> None:
         super().__init__(f"{name}: " + "; ".join(problems))
@@ -120,33 +125,38 @@ class Manifest:
         """All of them, if they are few."""
 
     @classmethod
-    def read(cls, stream: BinaryIO, name: str, base: str) -> Manifest:
-        """Check a stream to its end, keeping its lines in a temporary file. Raises `BadManifest`. Blocks.
+    def read(
+        cls, stream: BinaryIO, name: str, base: str, *, unserved: Callable[[str], str | None] = lambda scheme: None
+    ) -> Manifest:
+        """Check a stream to its end, keeping its lines in a temporary file. Blocks.
 
-        `base`: the directory relative paths are taken from.
+        `base`: the directory relative paths are taken from; `unserved`: why there is no storage for a scheme, if there is
+        none. Raises `BadManifest` with all that is wrong, in the order of the lines, `MOST_PROBLEMS` at most.
         """
         lines = TemporaryFile(prefix="loadmaster-manifest-")  # noqa: SIM115 - the manifest's, until it is closed
         try:
-            return cls._read(stream, name, base, lines)
+            return cls._read(stream, name, base, lines, cache(unserved))
         except BaseException:
             lines.close()
             raise
 
     @classmethod
-    def _read(cls, stream: BinaryIO, name: str, base: str, lines: BinaryIO) -> Manifest:
-        problems: list[str] = []
+    def _read(
+        cls, stream: BinaryIO, name: str, base: str, lines: BinaryIO, unserved: Callable[[str], str | None]
+    ) -> Manifest:
+        problems = _Problems()
         sources, targets = array("Q"), array("Q")
         schemes: dict[str, str] = {}
         entries: list[Entry] | None = []
         number = known = unknown = 0
         for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
-                problems.append(f"line {number}: of more than {MAX_LINE_BYTES} bytes; nothing after it was read")
+                problems.add(number, f"of more than {MAX_LINE_BYTES} bytes; nothing after it was read")
                 break
             try:
                 entry = _entry(number, line, base)
             except ValueError as exc:
-                problems.append(f"line {number}: {exc}")
+                problems.add(number, str(exc))
                 entry = None
             lines.write(line)
             if number > KEPT_LINES:
@@ -157,17 +167,19 @@ class Manifest:
                 known += entry.size_bytes or 0
                 unknown += entry.size_bytes is None
                 for url in (entry.source, entry.target):
-                    schemes.setdefault(url.partition("://")[0], url)
+                    schemes.setdefault(scheme := url.partition("://")[0], url)
+                    if (why := unserved(scheme)) is not None:
+                        problems.add(number, f"{url}: {why}")
                 sources.append(_short(entry.source))
                 targets.append(_short(entry.target))
         size_bytes = None if unknown else known
         manifest = cls(name, lines, base, files=len(targets), last_line=number, size_bytes=size_bytes, schemes=schemes)
         manifest._entries = entries
-        wanted = _repeated(targets) | _common(sources, targets)
-        if wanted and not problems:
-            problems = list(manifest._collisions(wanted))
-        if problems:
-            raise BadManifest(name, problems)
+        if wanted := _repeated(targets) | _common(sources, targets):
+            for at, problem in manifest._collisions(wanted):
+                problems.add(at, problem)
+        if problems.count:
+            raise BadManifest(name, problems.told())
         return manifest
 
     def entries(self) -> Iterator[Entry]:
@@ -182,29 +194,63 @@ class Manifest:
 
     def lines_with(self, schemes: Mapping[str, str]) -> list[str]:
         """The lines that need one of these kinds of storage, by number, with what is wrong with it. Blocks."""
-        return [
-            f"line {entry.line}: {url}: {schemes[scheme]}"
-            for entry in self.entries()
-            for url in (entry.source, entry.target)
-            if (scheme := url.partition("://")[0]) in schemes
-        ]
+        problems = _Problems()
+        for entry in self.entries():
+            for url in (entry.source, entry.target):
+                if (scheme := url.partition("://")[0]) in schemes:
+                    problems.add(entry.line, f"{url}: {schemes[scheme]}")
+        return problems.told()
 
     def close(self) -> None:
         """Remove the temporary file."""
         self._entries = None
         self._lines.close()
 
-    def _collisions(self, wanted: set[int]) -> Iterator[str]:
-        """The lines that stand in each other's way, told by number."""
+    def _good_entries(self) -> Iterator[Entry]:
+        """Those of the lines that are good."""
+        if self._entries is not None:
+            yield from self._entries
+            return
+        self._lines.seek(0)
+        for number, line in enumerate(self._lines, 1):
+            with suppress(ValueError):
+                if (entry := _entry(number, line, self._base)) is not None:
+                    yield entry
+
+    def _collisions(self, wanted: set[int]) -> Iterator[tuple[int, str]]:
+        """The lines that stand in each other's way: their numbers, and why."""
         first: dict[str, int] = {}
-        for entry in self.entries():
+        for entry in self._good_entries():
             if _short(entry.target) in wanted:
                 key = _key(entry.target)
                 if (other := first.setdefault(key, entry.line)) != entry.line:
-                    yield f"line {entry.line}: the target of line {other} again: {entry.target}"
-        for entry in self.entries():
+                    yield entry.line, f"the target of line {other} again: {entry.target}"
+        for entry in self._good_entries():
             if (line := first.get(_key(entry.source))) is not None:
-                yield f"line {entry.line}: its source is the target of {'itself' if line == entry.line else f'line {line}'}"
+                yield entry.line, f"its source is the target of {'itself' if line == entry.line else f'line {line}'}"
+
+
+class _Problems:
+    """The first ones of each look at a manifest, and how many there are."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[tuple[int, str]] = []
+
+    def add(self, line: int, problem: str) -> None:
+        self.count += 1
+        self._first.append((line, problem))
+        if len(self._first) >= 2 * MOST_PROBLEMS:
+            self._cut()
+
+    def told(self) -> list[str]:
+        """In the order of the lines; of more than are named, the last line says how many."""
+        self._cut()
+        more = self.count - len(self._first)
+        return [f"line {line}: {problem}" for line, problem in self._first] + ([f"and {more} more"] if more else [])
+
+    def _cut(self) -> None:
+        self._first = sorted(self._first, key=itemgetter(0))[:MOST_PROBLEMS]
 
 
 def _entry(number: int, line: bytes, base: str) -> Entry | None:

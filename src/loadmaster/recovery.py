@@ -72,6 +72,8 @@ class Succession(KeepsState):
             accepted.description,
             accepted.coordinator,
             accepted.lost + 1,
+            accepted.outputs,
+            accepted.site,
         )
 
         def both(fault: Exception | None) -> None:

@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from loadmaster.description import LocalName, MaybeComponent, Names, complaints
+from loadmaster.description import Bytes, LocalName, MaybeComponent, Names, Seconds, complaints
 from loadmaster.errors import InvalidSite
 from loadmaster.names import as_url, is_url
 from loadmaster.world import USUAL, World
@@ -71,7 +71,7 @@ class Site(BaseModel):
     sandbox_store: Place | None = None
     sandbox_format: Literal["files", "tar.bz2", "tar.zst"] = "files"
     """What an output sandbox goes out as: its files one by one, or all of them in one archive, flat, as DIRAC's does."""
-    sandbox_limit_bytes: int = Field(default=10 * 1024**2, ge=1)
+    sandbox_limit_bytes: Bytes = Field(default=10 * 1024**2, ge=1)
     """The largest archive the sandbox_store takes (the default is DIRAC's); a larger one goes to grid storage."""
     output_directory: Place | None = None
     """Where outputs go that have no other target, and sandboxes if there is no store for them. Jobs that share it
@@ -87,17 +87,17 @@ class Site(BaseModel):
     """What each kind of storage is told, by URL scheme; it is the storage that checks it, when it is first used."""
     retries: int = Field(default=3, ge=0, le=100)
     """How often a file is tried again at each place, if what went wrong may be better later."""
-    retry_seconds: float = Field(default=1.0, gt=0, le=3600)
+    retry_seconds: Seconds = Field(default=1.0, gt=0, le=3600)
     """The first wait before that, at most; each next one may be twice as long, up to a minute."""
-    stall_seconds: float = Field(default=60.0, gt=0)
+    stall_seconds: Seconds = Field(default=60.0, gt=0)
     """A transfer that moves next to nothing for so long is given up, and tried again."""
-    staging_seconds: float | None = Field(default=None, gt=0)
+    staging_seconds: Seconds | None = Field(default=None, gt=0)
     """How long the files of one step of a job may take altogether; None for no limit but those above."""
 
     cache: Place | None = None
     """A directory on a local disk that all jobs of a node share, so that a file is brought in once. Only loadmaster may
     write to it."""
-    cache_bytes: int = Field(default=50 * 10**9, ge=0)
+    cache_bytes: Bytes = Field(default=50 * 10**9, ge=0)
     """How much it may hold; what was used longest ago goes first."""
     cache_link: Literal["copy", "hard"] = "copy"
     """How a job is given a file: "copy" (one of its own, sharing its blocks where the file system can) or "hard" (the same

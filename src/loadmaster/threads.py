@@ -2,78 +2,160 @@
 
 A thread that makes system calls gives the interpreter's lock away at each of them and has to get it back: several at once,
 beside an event loop that is busy, spend more time on taking turns than on what they are there for (measured with four
-slots of /bin/true: three times the system time, and a fifth fewer jobs a second). So these go one after another, as long
-as they are as short as they should be.
+slots of /bin/true: three times the system time, and a fifth fewer jobs a second). So an event loop has one thread, a clerk,
+for what takes no longer than it should. He takes errands in the order in which they come, and calls the loop once for all
+that are done by then.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from typing import Final, TypeVar
+from collections.abc import Callable
+from contextlib import suppress
+from math import inf
+from queue import Empty, SimpleQueue
+from typing import Any, Final, Generic, TypeVar
 
 import anyio
-from anyio import CapacityLimiter, to_thread
+from anyio import lowlevel
 from anyio.lowlevel import RunVar
 
 T = TypeVar("T")
 
 PATIENCE_SECONDS: Final = 0.1
-"""Nobody waits longer for those before him, but takes a thread of his own: theirs may hang, on a disk that is gone. It is
-ten times what the longest of them take on a healthy one."""
+"""An errand that takes longer may hang, on a disk that is gone: another clerk takes the others over. It is ten times what
+the longest of them take on a healthy one."""
+
+LINGER_SECONDS: Final = 1.0
+"""A clerk who has had nothing to do for that long goes home."""
+
+NAME: Final = "loadmaster clerk"
 
 
-class _Line:
-    """Those of one event loop."""
+class _Errand(Generic[T]):
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self._error: BaseException | None = None
+        self.over = anyio.Event()
+        self.begun = self.withdrawn = False
+
+    def run(self) -> None:
+        if self.withdrawn:
+            return
+        self.begun = True
+        try:
+            self._result = self._function()
+        except BaseException as exc:  # noqa: BLE001 - whoever waits for it has it raised
+            self._error = exc
+
+    def outcome(self) -> T:
+        if self._error is not None:
+            try:
+                raise self._error
+            finally:
+                self._error = None  # else it holds the frames that hold it
+        return self._result
+
+
+class _Clerks:
+    """Those of one event loop: one, and those who hang. All but `_work` and `_finish` is for the loop's thread."""
 
     def __init__(self) -> None:
-        self._holder: object | None = None
-        self._waiting = deque[anyio.Event]()
+        self._loop = weakref.ref(lowlevel.current_token().native_token)
+        self._errands = SimpleQueue[_Errand[Any]]()
+        self._done = deque[_Errand[Any]]()
+        self._called = False
+        self._open = 0
+        self._clerk: threading.Thread | None = None
+        self._since = inf
+        """When the clerk began what he does; infinite when he does nothing."""
 
-    @asynccontextmanager
-    async def turn(self) -> AsyncIterator[None]:
-        """One's turn. Who loses patience takes it: from somebody who hangs, so that the next ones need none."""
-        holder = await self._wait() if self._holder is not None else object()
-        self._holder = holder
-        try:
-            yield
-        finally:
-            if self._holder is holder:
-                self._pass_on()
+    def take(self, errand: _Errand[Any]) -> bool:
+        """Have it done; whether others are before it. Raises RuntimeError when there is no thread to be had."""
+        self._errands.put(errand)
+        self._open += 1
+        if self._clerk is None:  # looked at after it was put there: see `_work`
+            self._hire()
+        return self._open > 1
 
-    async def _wait(self) -> object:
-        turn = anyio.Event()
-        self._waiting.append(turn)
+    def relieve(self) -> None:
+        """Have another clerk if this one hangs. Raises RuntimeError as `take` does."""
+        if time.monotonic() - self._since >= PATIENCE_SECONDS:
+            self._hire()
+
+    def _hire(self) -> None:
+        clerk = threading.Thread(target=self._work, name=NAME, daemon=True)  # one that hangs is no reason to stay
+        self._clerk, self._since = clerk, inf
         try:
-            with anyio.move_on_after(PATIENCE_SECONDS):
-                await turn.wait()
-        except BaseException:
-            if self._holder is turn:
-                self._pass_on()
+            clerk.start()
+        except RuntimeError:
+            self._clerk = None
             raise
-        finally:
-            if not turn.is_set():
-                self._waiting.remove(turn)
-        return turn
 
-    def _pass_on(self) -> None:
-        self._holder = self._waiting.popleft() if self._waiting else None
-        if isinstance(self._holder, anyio.Event):
-            self._holder.set()
+    def _work(self) -> None:
+        me = threading.current_thread()
+        while True:
+            try:
+                errand = self._errands.get(timeout=LINGER_SECONDS)
+            except Empty:
+                if self._clerk is me:
+                    self._clerk = None
+                try:
+                    errand = self._errands.get_nowait()  # of somebody who came before that, and saw a clerk
+                except Empty:
+                    return
+                self._clerk = self._clerk or me
+            self._since = time.monotonic()
+            errand.run()
+            self._finish(errand)
+            del errand  # it holds what its function holds
+            if self._clerk is not me:  # somebody lost patience
+                return
+            self._since = inf
+
+    def _finish(self, errand: _Errand[Any]) -> None:
+        self._done.append(errand)
+        loop: Any = self._loop()
+        if loop is None or self._called:
+            return
+        self._called = True
+        with suppress(RuntimeError):  # the loop is over: nobody waits any more
+            (loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe)(
+                self._tell
+            )  # trio, asyncio
+
+    def _tell(self) -> None:
+        self._called = False
+        while self._done:
+            self._open -= 1
+            self._done.popleft().over.set()
 
 
-_LINE = RunVar[_Line]("loadmaster.threads")
+_CLERKS = RunVar[_Clerks]("loadmaster.threads")
 
 
-async def briefly(
-    function: Callable[[], T], *, abandon_on_cancel: bool = False, limiter: CapacityLimiter | None = None
-) -> T:
-    """What a function returns that blocks for a moment. Cancellation waits for it, or leaves the thread to itself, and
-    `limiter` says who else waits for a thread, as in `to_thread.run_sync`."""
+async def briefly(function: Callable[[], T], *, abandon_on_cancel: bool = False) -> T:
+    """What a function returns that blocks for a moment. Cancellation waits for it, or leaves the clerk to it; it may have
+    been done all the same. Raises RuntimeError when there is no thread to be had."""
+    await lowlevel.checkpoint_if_cancelled()
     try:
-        line = _LINE.get()
+        clerks = _CLERKS.get()
     except LookupError:
-        _LINE.set(line := _Line())
-    async with line.turn():
-        return await to_thread.run_sync(function, abandon_on_cancel=abandon_on_cancel, limiter=limiter)
+        _CLERKS.set(clerks := _Clerks())
+    errand = _Errand(function)
+    try:
+        behind = clerks.take(errand)
+        while not errand.over.is_set():
+            deadline = anyio.current_time() + PATIENCE_SECONDS if behind else inf
+            with anyio.CancelScope(shield=not abandon_on_cancel, deadline=deadline) as waiting:
+                await errand.over.wait()
+            if waiting.cancelled_caught:
+                clerks.relieve()
+                behind = not errand.begun
+    except BaseException:
+        errand.withdrawn = True
+        raise
+    return errand.outcome()

@@ -17,7 +17,7 @@ from typing import Annotated, Final, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from loadmaster.description import Containment, Isolation, Names
+from loadmaster.description import Bytes, Containment, Isolation, Names, Seconds
 
 BEST_FIRST: Final = tuple(Containment)
 
@@ -63,9 +63,9 @@ class World(BaseModel):
     nice: int = Field(default=0, ge=0, le=19)
     umask: Annotated[int, BeforeValidator(_octal), Field(ge=0, le=0o777)] = 0o022
     """Outputs can be read by the site's other accounts, as DIRAC's wrapper has it."""
-    kept_output_bytes: int | None = Field(default=1_000_000_000, ge=1_000_000)
+    kept_output_bytes: Bytes | None = Field(default=1_000_000_000, ge=1_000_000)
     """So much of each of its two logs is kept, beginning and end; it may print more, and is not stopped for it."""
-    orphan_seconds: float = Field(default=600.0, ge=0, le=2_000_000)
+    orphan_seconds: Seconds = Field(default=600.0, ge=0, le=2_000_000)
     """How long a payload that can be adopted runs on without an agent before it is ended; 0: for ever."""
 
     @model_validator(mode="after")
@@ -78,7 +78,7 @@ class World(BaseModel):
 
     def environment(self, pilots: Mapping[str, str] = os.environ) -> dict[str, str]:
         """What of the pilot's environment a payload gets."""
-        usual = {name: pilots[name] for name in INHERITED if name in pilots}
+        usual = {name: value for name in INHERITED if (value := pilots.get(name)) is not None}
         if not self.inherit:
             return usual
         wanted = {n: v for n, v in pilots.items() if any(fnmatchcase(n, pattern) for pattern in self.inherit)}

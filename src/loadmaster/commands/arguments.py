@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+from loadmaster.units import A_SIZE, A_TIME, bytes_of, seconds_of
+
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """Where a command's parser is added."""
 
@@ -32,6 +34,24 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_slots(parser: argparse.ArgumentParser) -> None:
+    """What jobs may have of the machine."""
+    parser.add_argument(
+        "--cores", type=number(1, 100_000), metavar="N", help="of so many cores (default: all there are)"
+    )
+    parser.add_argument(
+        "--memory", type=size_bytes, metavar="SIZE", help="of so much memory, as 500M or 16G (default: all there is)"
+    )
+
+
+def add_scratch(parser: argparse.ArgumentParser) -> None:
+    """Where work directories are made; `--root` is what it was called for one job."""
+    parser.add_argument(
+        "--scratch", type=Path, metavar="DIR", help="where work directories are made (default: a temporary directory)"
+    )
+    parser.add_argument("--root", dest="scratch", type=Path, help=argparse.SUPPRESS)
+
+
 def number(least: int, most: int) -> Callable[[str], int]:
     """A whole number between two."""
 
@@ -44,21 +64,22 @@ def number(least: int, most: int) -> Callable[[str], int]:
 
 
 def size_bytes(text: str) -> int:
-    """`500M`, `16G`, `1000`: in powers of 1024, as memory has it."""
-    factor = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}.get(text.upper().removesuffix("IB")[-1:], 1)
-    digits = text.upper().removesuffix("IB").rstrip("KMGT")
-    if not digits.isdecimal() or not 0 < int(digits) < 2**40:
-        raise argparse.ArgumentTypeError(f"{text!r}: a size is expected, as 500M or 16G")
-    return int(digits) * factor
+    """`500M`, `16G`, `2 GB`, `1000`."""
+    try:
+        size = int(str(bytes_of(text)))
+    except ValueError:
+        size = 0
+    if not 0 < size < 2**80:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: {A_SIZE}")
+    return size
 
 
 def seconds(text: str) -> float:
     """`90`, `90s`, `1.5m`, `2h`."""
-    unit = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:], 1.0)
     try:
-        seconds = float(text.rstrip("smh")) * unit
+        seconds = float(str(seconds_of(text)))
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < 1e9:
-        raise argparse.ArgumentTypeError(f"{text!r}: a time is expected, as 90, 30s, 5m or 2h")
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: {A_TIME}")
     return seconds

@@ -16,9 +16,16 @@ PAYLOAD_FAILED: Final = 2
 NOT_DELIVERED: Final = 3
 RESCHEDULE: Final = 4
 
-TABLE: Final = """Exit codes: 0 done or completed; 1 the description is bad or the job could not be prepared; 2 the
-payload failed or was stopped by a limit; 3 outputs could not be delivered; 4 reschedule; 130 and 143 told to stop by
-SIGINT or SIGTERM."""
+USAGE: Final = 64
+"""BSD's EX_USAGE. argparse's own 2 is a payload that failed."""
+
+BAD_USAGE: Final = f"{USAGE} the words of the command make no sense."
+
+TABLE: Final = f"""Exit codes: 0 done or completed; 1 the description is bad or the job could not be prepared; 2 the
+payload failed or was stopped by a limit; 3 outputs, or the --result, could not be delivered; 4 reschedule; 130, 143 and 129
+told to stop by SIGINT, SIGTERM or SIGHUP; {BAD_USAGE}"""
+
+LOOKED: Final = f"Exit codes: 0 it is told; 1 there is no such journal or job, or it cannot be read; {BAD_USAGE}"
 
 
 def part_code(ended: Ended) -> int:

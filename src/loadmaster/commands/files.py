@@ -9,7 +9,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from errno import EACCES, EISDIR
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Protocol, TextIO
 
 from loadmaster import dirac
@@ -19,6 +21,7 @@ from loadmaster.errors import InvalidJob
 from loadmaster.hooks import find_coordinator
 from loadmaster.names import file_url
 from loadmaster.site import Site
+from loadmaster.terminal import stderr_display
 
 
 def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
@@ -71,11 +74,22 @@ def _object(path: Path, text: str) -> Mapping[str, Any]:
     return data
 
 
-def read_site(options: argparse.Namespace, job: JobDescription) -> Site:
-    """The site of --config, with a place for outputs that have none."""
-    output = (options.output or Path("outputs") / job.job_id).absolute()
-    site = Site.load(options.config) if options.config else Site()
-    return site if site.output_directory else site.model_copy(update={"output_directory": file_url(output)})
+def read_site(options: argparse.Namespace) -> Site:
+    """The site of --config, with a place for outputs that have none; see `with_outputs`."""
+    return with_outputs(options, Site.load(options.config) if options.config else Site())
+
+
+def with_outputs(options: argparse.Namespace, site: Site) -> Site:
+    """The same site, with --output, or a directory for each job below `outputs`, where it has no directory."""
+    if site.output_directory:
+        return site
+    place = usual_outputs() if options.output is None else file_url(options.output.absolute())
+    return site.model_copy(update={"output_directory": place})
+
+
+def usual_outputs() -> str:
+    """Where outputs go when nobody says anything: a directory for each job."""
+    return f"{file_url(Path('outputs').absolute())}/{{job_id}}"
 
 
 def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
@@ -91,11 +105,32 @@ def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
 
 
 def check_writable(path: Path | None, option: str = "--result") -> None:
-    """Refuse a place for the result now, rather than when there is one."""
-    if path is not None:
+    """Refuse a place for the result now, rather than when there is one. Raises `InvalidJob` with the reason."""
+    if path is None:
+        return
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise InvalidJob(f"{option} {path}: cannot be written")
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        if _is_written_through(path):
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(EACCES, os.strerror(EACCES))
+        else:
+            with TemporaryFile(dir=path.parent):  # what permissions say is not all: read-only disks, /proc, no space
+                pass
+    except OSError as exc:
+        raise InvalidJob(f"{option} {path}: {exc.strerror}") from exc
+
+
+def keep(path: Path | None, text: str, option: str = "--result") -> bool:
+    """Write what came of it, and say so if that cannot be: it has happened all the same."""
+    try:
+        if path is not None:
+            write_whole(path, text)
+    except OSError as exc:
+        stderr_display(quiet=True).say(f"loadmaster: {option} {path}: {exc.strerror}: it was not written")
+        return False
+    return True
 
 
 def open_new(path: Path | None) -> TextIO | None:
@@ -111,7 +146,7 @@ def open_new(path: Path | None) -> TextIO | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a file beside its name and rename it; what is no file of its own (a link, /dev/stdout) is written to."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
+    if _is_written_through(path):
         path.write_text(text, encoding="utf-8")
         return
     beside = path.with_name(f".{path.name}.part")
@@ -121,6 +156,10 @@ def write_whole(path: Path, text: str) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def _is_written_through(path: Path) -> bool:
+    return path.is_symlink() or (path.exists() and not path.is_file())
 
 
 class Sayer(Protocol):

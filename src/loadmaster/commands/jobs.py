@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from loadmaster.commands.arguments import Commands, number
-from loadmaster.commands.codes import OK
+from loadmaster.commands.codes import LOOKED, OK
 from loadmaster.logbook import JobLine, Logbook
 from loadmaster.terminal import printable
 
@@ -17,7 +17,7 @@ LISTED = 20
 
 def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
-    jobs = commands.add_parser("jobs", help=line)
+    jobs = commands.add_parser("jobs", help=line, epilog=LOOKED)
     jobs.set_defaults(command=_jobs)
     jobs.add_argument("journal", type=Path, metavar="JOURNAL", help="the directory of the journal")
     jobs.add_argument(

@@ -16,7 +16,7 @@ import anyio
 
 from loadmaster import pending
 from loadmaster.commands.arguments import Commands
-from loadmaster.commands.codes import NOT_PREPARED, OK
+from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import log_to, write_whole
 from loadmaster.commands.unsent import drop_unsent, facts, name_of, read_unsent, told
 from loadmaster.description import JobDescription
@@ -36,9 +36,8 @@ WHAT: Final = """List what jobs have left to be done: files that are safe, but n
 catalog took; reports that no server took (r1, r2, ...). A node with this journal does it by itself, as long as it may
 succeed."""
 
-ENDS: Final = (
-    """Exit codes: 0 done; 1 the journal cannot be read, there is no such operation, or --retry has left some."""
-)
+ENDS: Final = f"""Exit codes: 0 done; 1 the journal cannot be read, there is no such operation, or --retry has left some;
+{BAD_USAGE}"""
 
 
 def add(commands: Commands, line: str) -> None:

@@ -58,7 +58,8 @@ class Reporting:
     """What the options mean, checked before anything is begun."""
 
     def __init__(self, options: argparse.Namespace, ce: ComputingElement) -> None:
-        """Raises `InvalidSite` when it is not said which server, or what is needed is not installed."""
+        """Raises `InvalidSite` when it is not said which server, there are no credentials for it, or what is needed is not
+        installed."""
         self._ce = ce
         self._outbox: Path | None = options.outbox
         if options.reporter is not None and options.outbox is None and options.journal is not None:
@@ -102,6 +103,15 @@ def _preferences() -> Preferences:
         import_module("loadmaster.diracx.exchange")  # with httpx, loaded when it is asked for
     except ImportError as exc:
         raise InvalidSite(f"--reporter diracx: {exc}") from exc
-    from loadmaster.diracx.preferences import Preferences
+    from loadmaster.diracx.credentials import check_credentials
+    from loadmaster.diracx.errors import CredentialsRefused
+    from loadmaster.diracx.preferences import CREDENTIALS, OWNER, Preferences
 
-    return Preferences.load(os.environ)
+    preferences = Preferences.load(os.environ)
+    for path, said_by in ((preferences.credentials_path, CREDENTIALS), (preferences.owner_credentials_path, OWNER)):
+        try:
+            if path is not None:
+                check_credentials(path)
+        except CredentialsRefused as exc:
+            raise InvalidSite(f"--reporter diracx: {exc} ({said_by} says where they are)") from exc
+    return preferences

@@ -13,25 +13,28 @@ from typing import Final, TextIO
 
 import anyio
 
-from loadmaster.commands.arguments import Commands, add_job
-from loadmaster.commands.codes import TABLE, exit_code
+from loadmaster.commands.arguments import Commands, add_job, add_scratch, add_slots
+from loadmaster.commands.begun import as_begun
+from loadmaster.commands.codes import NOT_DELIVERED, OK, TABLE, exit_code
 from loadmaster.commands.files import (
     check_writable,
+    keep,
     log_to,
     open_new,
     read_coordinator,
     read_job,
-    read_site,
-    write_whole,
+    with_outputs,
 )
 from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
 from loadmaster.handle import JobHandle
+from loadmaster.ledger import Ledger
 from loadmaster.names import shown
 from loadmaster.orders import Orders, told_to_stop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
 from loadmaster.result import JobResult, Status
 from loadmaster.runner import run_job
+from loadmaster.site import Site
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
 from loadmaster.terminal import Display, follow, printable, size, stderr_display
@@ -46,9 +49,8 @@ def add(commands: Commands, line: str) -> None:
     run = commands.add_parser("run", help=line, epilog=TABLE)
     add_job(run)
     run.set_defaults(command=_run)
-    run.add_argument(
-        "--root", type=Path, metavar="DIR", help="where work directories are made (default: a temporary directory)"
-    )
+    add_slots(run)
+    add_scratch(run)
     run.add_argument(
         "--journal",
         type=Path,
@@ -68,9 +70,14 @@ def _run(options: argparse.Namespace) -> int:
     job, ce = read_job(options)
     job, reporting = with_id(options, job), Reporting(options, ce)
     coordinator = read_coordinator(options)
-    root = (options.root or default_root()).absolute()
+    root = (options.scratch or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
-    site = reporting.site(read_site(options, job))
+    site = Site.load(options.config) if options.config else Site()
+    if options.journal is not None:
+        site = as_begun(
+            options, site if options.output is None else with_outputs(options, site), coordinator, job_id=job.job_id
+        )
+    site = reporting.site(with_outputs(options, site))
     heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
     check_outputs(job, site)
     check_writable(options.result)
@@ -78,7 +85,7 @@ def _run(options: argparse.Namespace) -> int:
     with told_to_stop() as orders, log_to(display):
         run = partial(
             run_job, job, ce=ce, coordinator=coordinator, site=site, root=root,
-            keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
+            slots=_slots(options, root), keep_workdir=options.keep_workdir, heartbeat_seconds=heartbeat,
         )  # fmt: skip
         try:
             fly = partial(_fly, run, orders, display, events, options.follow, reporting)
@@ -91,13 +98,24 @@ def _run(options: argparse.Namespace) -> int:
     if result is None:
         display.say("abandoned: the payload was stopped, nothing more was delivered")
         return 128 + orders.seen[0]
-    if options.result:
-        write_whole(options.result, json.dumps(result.to_json(), indent=2) + "\n")
+    written = keep(options.result, json.dumps(result.to_json(), indent=2) + "\n")
     if not options.quiet:
         print_result(result, kept=root / job.job_id if options.keep_workdir else None)
     elif result.failure is not None:
         display.say(f"loadmaster: job {result.job_id}: {result.failure}")
-    return 128 + orders.seen[0] if result.status is Status.KILLED and orders.seen else exit_code(result)
+    if result.status is Status.KILLED and orders.seen:
+        return 128 + orders.seen[0]
+    return exit_code(result) or (OK if written else NOT_DELIVERED)
+
+
+def _slots(options: argparse.Namespace, root: Path) -> Ledger | None:
+    """What there is, if that is said; or else a lone job is granted what it asks."""
+    if options.cores is None and options.memory is None:
+        return None
+    from loadmaster.machine import MIB, detect  # loaded when used
+
+    here = next(path for path in (root, *root.parents) if path.exists())
+    return detect(here).ledger(cores=options.cores, memory_mb=options.memory // MIB if options.memory else None)
 
 
 async def _with_journal(

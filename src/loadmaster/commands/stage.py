@@ -14,19 +14,21 @@ import anyio
 
 from loadmaster.account import Record, Report, told
 from loadmaster.commands.arguments import Commands, number, seconds
-from loadmaster.commands.codes import NOT_DELIVERED, NOT_PREPARED, OK
-from loadmaster.commands.files import check_writable, log_to, open_new, write_whole
+from loadmaster.commands.codes import BAD_USAGE, NOT_DELIVERED, NOT_PREPARED, OK
+from loadmaster.commands.files import check_writable, keep, log_to, open_new
 from loadmaster.gauge import stderr_gauge
 from loadmaster.manifest import BadManifest, Manifest
 from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
 from loadmaster.stage import Terms, stage
+from loadmaster.storage.kinds import unserved
 
 WHAT: Final = """Move the files of a manifest, many at once, each verified: downloads, uploads, copies, and from server to
 server. What is there already is left alone, so running it again does only what is missing."""
 
-ENDS: Final = """Exit codes: 0 everything is in its place; 1 the manifest is bad (every bad line is named, nothing was
-moved); 3 files failed (each is named, with the reason); 130 and 143 told to stop before all files were begun."""
+ENDS: Final = f"""Exit codes: 0 everything is in its place; 1 the manifest is bad (every bad line is named, nothing was
+moved); 3 files failed (each is named, with the reason), or the --summary could not be written; 130, 143 and 129 told to stop
+by SIGINT, SIGTERM or SIGHUP before all files were begun; {BAD_USAGE}"""
 
 
 def add(commands: Commands, line: str) -> None:
@@ -68,8 +70,7 @@ def _stage(options: argparse.Namespace) -> int:
             opened.enter_context(log_to(gauge))
             report = Report(gauge, record, manifest)
             tally = anyio.run(stage, manifest, site.model_copy(update=words), terms, report, orders)
-            if options.summary:
-                write_whole(options.summary, record.summary(tally))
+            written = options.summary is None or keep(options.summary, record.summary(tally), "--summary")
     except BadManifest as exc:
         for problem in exc.problems:
             gauge.say(f"{exc.name}: {problem}")
@@ -81,7 +82,7 @@ def _stage(options: argparse.Namespace) -> int:
             print(told(tally), flush=True)
     if orders.seen and tally.left:
         return 128 + orders.seen[0]
-    return NOT_DELIVERED if tally.failed else OK
+    return NOT_DELIVERED if tally.failed or not written else OK
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def _open_manifest(name: str) -> Iterator[Manifest]:
     """A manifest that has been read and is good. Raises `BadManifest`."""
     try:
         with sys.stdin.buffer if name == "-" else open(name, "rb") as stream:
-            manifest = Manifest.read(stream, name, os.getcwd())
+            manifest = Manifest.read(stream, name, os.getcwd(), unserved=unserved)
     except OSError as exc:
         raise BadManifest(name, [exc.strerror or str(exc)]) from exc
     with closing(manifest):

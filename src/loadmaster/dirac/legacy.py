@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -12,6 +13,8 @@ from loadmaster.description import ComputingElement, JobDescription, PayloadSpec
 from loadmaster.dirac.dictionaries import payload_command, payload_environment, write_job_info
 from loadmaster.dirac.thread import HookThread
 from loadmaster.errors import HookFailed, RescheduleJob
+
+log = logging.getLogger(__name__)
 
 EWMSRESC: Final = 1502
 """DErrno of "job to be rescheduled"."""
@@ -97,6 +100,11 @@ def adapt(legacy: type[Any]) -> type[Coordinator]:
             value = _value(returned, f"{legacy.__name__}.preProcess")
             if value is not None and not isinstance(value, Mapping):
                 raise HookFailed(f"{legacy.__name__}.preProcess returned S_OK({value!r:.80}): a dictionary is expected")
+            if others := sorted(map(str, (value or {}).keys() - {"command", "env"})):
+                log.warning(
+                    "job %s: %s.preProcess returned %s, which nobody reads: only command and env are",
+                    self.jobArgs.job_id, legacy.__name__, ", ".join(others),
+                )  # fmt: skip
             return value
 
         def _post_process(self) -> None:

@@ -51,6 +51,23 @@ Refresh = Callable[[str], Awaitable[Tokens]]
 """Turns a refresh token into new tokens. Raises `DiracxError`."""
 
 
+def check_credentials(path: Path) -> None:
+    """Look whether there are credentials that are good, or may become so. Blocks.
+
+    Raises `CredentialsRefused` that names the file and what is wrong with it.
+    """
+    try:
+        file = _File(path)
+    except OSError as exc:
+        raise CredentialsRefused(f"{path}: {exc.strerror}") from exc
+    try:
+        tokens = file.read()
+    finally:
+        file.close()
+    if tokens.refresh is None and not (tokens.access and tokens.good_for(time.time()) > 0):
+        raise CredentialsRefused(f"{path}: the token is no longer good, and cannot be refreshed")
+
+
 class Credentials:
     """The tokens of one file, for all tasks of this process."""
 

@@ -21,6 +21,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 from loadmaster.description import complaints
 from loadmaster.errors import InvalidSite
 
+CREDENTIALS: Final = "DIRACX_CREDENTIALS_PATH"
 OWNER: Final = "LOADMASTER_OWNER_CREDENTIALS_PATH"
 """Not one of DiracX's: its own client refuses files with variables DIRACX_... that it does not know."""
 
@@ -55,7 +56,7 @@ class Preferences(BaseModel):
         said = {**_files(environ), **environ}
         words = {
             "url": said.get("DIRACX_URL"),
-            "credentials_path": said.get("DIRACX_CREDENTIALS_PATH")
+            "credentials_path": said.get(CREDENTIALS)
             or Path(environ.get("HOME", "/"), ".cache", "diracx", "credentials.json"),
             "owner_credentials_path": said.get(OWNER),
             "ca_path": said.get("DIRACX_CA_PATH"),

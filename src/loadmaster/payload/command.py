@@ -31,9 +31,11 @@ LONG_COMMAND: Final = 4096
 """Characters of a command that are not looked at for what they are: shlex takes time by the square (3 MB: hours)."""
 
 _PLAIN = re.compile(r"[\w@%+=:,./ '\"-]+", re.ASCII)
+_QUOTES = frozenset("'\"")
 _EXPANDED = frozenset("$*?[~<>{")
 _BETWEEN = ";&|()`\n"
 """What separates commands, or makes one of several; not in quotes."""
+_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|t\w?[gx]z|tbz2?|tzst)$", re.ASCII | re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -79,6 +81,27 @@ def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdi
     return f"{found} {job.arguments}".strip()
 
 
+def executable_problem(job: JobDescription, world: World) -> str | None:
+    """Why `default_command` will not find the executable on this machine; None if it will, or if only the job's files, once
+    they are there and unpacked, will tell. Blocks."""
+    env = {"PATH": DEFAULT_PATH, **world.environment(), **job.environment}
+    executable = _expand(job.executable, env)
+    if not executable.startswith("/"):
+        names = {file.name for file in (*job.input_sandbox, *job.input_data)}
+        if os.path.normpath(executable) in names or _VARIABLE.search(executable):  # $PWD, as a rule
+            return None
+        if any(_ARCHIVE.search(file.name) for file in job.input_sandbox):
+            return None
+        if "/" in executable:
+            return f"executable {executable!r}: is none of the job's inputs"
+        if shutil.which(executable, path=env["PATH"]) is None:
+            return f"executable {executable!r}: neither a file of the job nor in PATH ({env['PATH']})"
+        return None
+    if not os.path.isfile(executable):
+        return f"executable {executable!r}: {'is not a file' if os.path.exists(executable) else 'no such file'}"
+    return None if os.access(executable, os.X_OK) else f"executable {executable!r}: may not be executed"
+
+
 def argv_of(spec: PayloadSpec, cwd: Path, *, near: bool) -> list[str]:
     """What is executed for a command. Blocks.
 
@@ -89,9 +112,14 @@ def argv_of(spec: PayloadSpec, cwd: Path, *, near: bool) -> list[str]:
     Raises `PayloadNotStarted` when the program it names is not there, before a shell turns that into exit code 127.
     """
     command, path = spec.command, spec.env.get("PATH", DEFAULT_PATH)
-    program = command[0] if isinstance(command, tuple) else program_of(command)
-    found = _check(program, path, cwd) if program is not None else None
     words = list(command) if isinstance(command, tuple) else _plain_words(command)
+    if isinstance(command, tuple):
+        program: str | None = command[0]
+    elif words is not None:
+        program = words[0] if "/" in words[0] else None
+    else:
+        program = program_of(command)
+    found = _check(program, path, cwd) if program is not None else None
     if words is not None and found is not None and not (near and not _is_local_program(Path(found), cwd)):
         return [found, *words[1:]]
     if isinstance(command, tuple):
@@ -123,7 +151,7 @@ def _plain_words(command: str) -> list[str] | None:
     if len(command) > LONG_COMMAND or not _PLAIN.fullmatch(command):
         return None
     try:
-        words = shlex.split(command)
+        words = shlex.split(command) if _QUOTES & set(command) else command.split()
     except ValueError:  # as above
         return None
     return words if words and "=" not in words[0] else None

@@ -22,10 +22,10 @@ import resource
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import anyio
-from anyio import to_thread
 
 from loadmaster.description import Containment
 from loadmaster.payload.isolation import isolated
@@ -36,6 +36,7 @@ from loadmaster.payload.shimtree import Channels, ShimTree, check_started, facts
 from loadmaster.payload.state import mark_executed
 from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import TreeUsage, read_session
+from loadmaster.threads import briefly
 
 log = logging.getLogger(__name__)
 
@@ -130,35 +131,54 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree
     Raises OSError when it cannot be executed, or the node has no process left for it, and `Refused` when it allows none
     of them, or not its isolation. Cancelled, it leaves nothing.
     """
+    return await settled(launch, *await briefly(partial(spawn, launch, wanted)))
+
+
+def spawn(launch: Launch, wanted: Sequence[Containment]) -> tuple[Tree, Sequence[Containment]]:
+    """A tree in the first of `wanted` that can be tried, and those after it: for `settled`, without which nobody knows
+    whether a payload runs in it. Blocks for about a millisecond; raises as `start_contained`."""
     refusal = Refused("no containment was named")
-    for containment in wanted:
+    for number, containment in enumerate(wanted, start=1):
         try:
             if containment is Containment.SESSION:
                 if launch.state >= 0:
                     mark_executed(launch.state)
-                return await to_thread.run_sync(SessionTree.start, launch)
+                return SessionTree.start(launch), ()
             if containment is Containment.CGROUP and launch.group is None:
                 raise Refused("cgroup: no group was made for the payload")
-            return await _start_shim(containment, launch)
+            return ShimTree(containment, isolated(launch, containment)), wanted[number:]
         except Refused as exc:
             refusal = exc
     raise refusal
 
 
-async def _start_shim(containment: Containment, launch: Launch) -> ShimTree:
-    tree = await to_thread.run_sync(lambda: ShimTree(containment, isolated(launch, containment)))
+async def settled(launch: Launch, tree: Tree, others: Sequence[Containment]) -> Tree:
+    """The tree in which the payload runs: this one, or one of the others if it is refused. Raises as `start_contained`;
+    cancelled, it leaves nothing."""
+    while isinstance(tree, ShimTree):
+        try:
+            await _begin(tree)
+        except Refused:
+            if not others:
+                raise
+            tree, others = await briefly(partial(spawn, launch, others))
+        else:
+            return tree
+    return tree
+
+
+async def _begin(tree: ShimTree) -> None:
     try:
         # A payload that runs is one, also for somebody who is cancelled just then: he ends it with its grace, and says so.
         with anyio.move_on_after(BEGIN_SECONDS, shield=True):
             await tree.begin()
-            return tree
+            return
         await tree.begin()
     except BaseException:
         with anyio.CancelScope(shield=True):  # `end` is bounded
             await tree.end(0)
             tree.reap()
         raise
-    return tree
 
 
 def _start_through_shim(launch: Launch) -> Process:

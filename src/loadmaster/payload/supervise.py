@@ -8,7 +8,7 @@ import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
-from anyio import CapacityLimiter, to_thread
 
 from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
@@ -34,11 +33,11 @@ from loadmaster.limits import (
     without_cpu_ratio,
 )
 from loadmaster.payload.command import argv_of
-from loadmaster.payload.containment import SessionTree, start_contained
+from loadmaster.payload.containment import settled, spawn
 from loadmaster.payload.launch import Launch, Refused, shim_kind
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
-from loadmaster.payload.state import LaunchRecord, StateDirectory, boot_id, mark_executed, remove_state
+from loadmaster.payload.state import LaunchRecord, StateDirectory, boot_id, remove_state
 from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import (
     DirectoryUsage,
@@ -96,7 +95,9 @@ class Payload:
     def __init__(
         self, tree: Tree, output: Output, *, group: Group | None = None, soft_stop: SoftStop | None = None,
         kept_bytes: int | None = None, outputs_bytes: Callable[[], int] | None = None, state: StateDirectory | None = None,
+        stopped_softly: bool = False,
     ) -> None:  # fmt: skip
+        """`stopped_softly`: an earlier agent has asked it to wind down, and nobody asks again."""
         self.tree = tree
         self._state = state
         self.last_lines: tuple[str, ...] = ()
@@ -106,7 +107,8 @@ class Payload:
         self._output = output
         self._group = group
         self._soft_stop = soft_stop
-        self._stopped_softly = self._heard_softly = self._hurried = self._disk_hangs = False
+        self._stopped_softly = self._heard_softly = stopped_softly
+        self._hurried = self._disk_hangs = False
         self._kept_bytes = kept_bytes
         self._outputs_bytes = outputs_bytes
         self._outputs_known = 0
@@ -135,7 +137,7 @@ class Payload:
         """
         try:
             with anyio.fail_after(seconds):
-                return await briefly(partial(function, *args, **kw), abandon_on_cancel=True, limiter=CapacityLimiter(1))
+                return await briefly(partial(function, *args, **kw), abandon_on_cancel=True)
         except RuntimeError:
             return function(*args, **kw)
         except TimeoutError:
@@ -281,12 +283,16 @@ class Payload:
             with suppress(TimeoutError):
                 await self._in_thread(LAST_WORDS_SECONDS, self._last_look)
         left_behind = not await self.tree.end(grace_seconds)
+        emptied = None
         if self._group is not None:  # who had lost the shim is only just being killed
-            left_behind = not await self._empty(self._group) or left_behind
+            emptied = await self._empty(self._group)
+            left_behind = emptied is False or left_behind
         if left_behind:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
-        outcome = replace(self._outcome(by, verdict), ending_seconds=ending, left_behind=left_behind)
+        outcome = self._outcome(by, verdict, ending_seconds=ending, left_behind=left_behind)
+        if outcome.ended_by is EndedBy.ITSELF and outcome.has_no_status:
+            outcome = self._lost(outcome, certain=(self.tree.holds_all or emptied is True) and not left_behind)
         try:
             if self._group is not None:
                 outcome = await self._in_thread(LAST_WORDS_SECONDS, self._leave_group, self._group, outcome)
@@ -303,13 +309,23 @@ class Payload:
                 self._state.close()
         return outcome
 
-    async def _empty(self, group: Group) -> bool:
-        """Whether nobody is in the group any more."""
+    def _lost(self, outcome: PayloadOutcome, *, certain: bool) -> PayloadOutcome:
+        """Of one whose shim was killed: if nothing of it can be left, it may be run again, as after the death of an agent.
+
+        If something can, that is said; and a payload that could have killed its shim has failed, as it would again.
+        """
+        if not certain and not self.tree.fenced:
+            return outcome
+        log.warning("process %d: its shim was killed: how it ended is not known", self.tree.pid)
+        return replace(outcome, ended_by=EndedBy.LOST, left_behind=not certain)
+
+    async def _empty(self, group: Group) -> bool | None:
+        """Whether nobody is in the group any more; None when that cannot be known."""
         try:
             return not await self._in_thread(LAST_WORDS_SECONDS, group.is_populated) or await group.end(KILL_SECONDS)
         except OSError as exc:
             log.warning("process %d: %r: %s", self.tree.pid, group, exc)
-            return True
+            return None
 
     def _leave_group(self, group: Group, outcome: PayloadOutcome) -> PayloadOutcome:
         """What the group has counted to the end, and whether the kernel has judged in it; then it is removed."""
@@ -340,7 +356,9 @@ class Payload:
         except OSError as exc:  # no descriptor is free, say: the kill that follows must not depend on it
             log.warning("process %d: its last usage is not known: %s", self.tree.pid, exc)
 
-    def _outcome(self, by: EndedBy, verdict: Verdict | None) -> PayloadOutcome:
+    def _outcome(
+        self, by: EndedBy, verdict: Verdict | None, *, ending_seconds: float, left_behind: bool
+    ) -> PayloadOutcome:
         wall = self.wall_seconds
         record, seen = self.tree.reap(), self._seen
         if self.tree.adopted and record.wall_seconds is not None:
@@ -363,6 +381,8 @@ class Payload:
             peak_pss_bytes=seen.peak_pss_bytes or None,
             peak_processes=seen.peak_processes or None,
             stop_signal=self._soft_stop.number if self._soft_stop and self._heard_softly else None,
+            ending_seconds=ending_seconds,
+            left_behind=left_behind,
         )
 
 
@@ -387,6 +407,19 @@ class _Seen:
         self.written_bytes = max(self.written_bytes, found.written_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A payload that may run already."""
+
+    launch: Launch
+    tree: Tree
+    others: Sequence[Containment]
+    """That may be tried."""
+    output: Output
+    group: Group | None
+    directory: StateDirectory | None
+
+
 async def start(
     spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, limits: Limits = NO_LIMITS,
     world: World = USUAL, cores: frozenset[int] = frozenset(), soft_stop: SoftStop | None = None,
@@ -404,60 +437,50 @@ async def start(
     has returned; `remove_state` removes what is left on disk. All of these have to be apart from the work directory.
     """
 
-    near = world.containment[0] is Containment.SESSION
-
     opened: list[int] = []
 
-    def prepare() -> tuple[Output, Group | None, Tree | Launch, StateDirectory | None]:
-        """What has to be done in a thread, in one: a payload that needs no shim is started with it."""
-        own = workdir.path.resolve()
-        for place in (*((state,) if state is not None else ()), *hidden):
-            if own.is_relative_to(place.resolve()) or place.resolve().is_relative_to(own):
-                raise ValueError(f"{place}: has to be apart from the work directory {own}")
+    def prepare() -> _Begun:
+        """All that has to be done in a thread, in one."""
+        near = world.containment[0] is Containment.SESSION
+        if state is not None or hidden:
+            own = workdir.path.resolve()
+            for place in (*((state,) if state is not None else ()), *hidden):
+                if own.is_relative_to(place.resolve()) or place.resolve().is_relative_to(own):
+                    raise ValueError(f"{place}: has to be apart from the work directory {own}")
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
         asked = world.cgroup != "none" or world.containment[0] is Containment.CGROUP
-        group = _group_of(workdir.path.name, world, limits) if asked and not near else None
-        directory = None
-        if state is not None:
-            try:
+        group = directory = None
+        try:
+            group = _group_of(workdir.path.name, world, limits) if asked and not near else None
+            if state is not None:
                 directory = _state_of(state, world, group)
                 opened.extend(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in hidden)
-            except BaseException:
-                _discard(output, group, directory)
-                raise
-        launch = Launch(
-            argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
-            nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation, image=world.image,
-            group=group, state=directory.descriptor if directory else -1, orphan_seconds=world.orphan_seconds,
-            hidden=tuple(opened),
-        )  # fmt: skip
-        if not near:
-            return output, group, launch, directory
-        try:
-            if directory is not None:
-                mark_executed(directory.descriptor)
-            tree = SessionTree.start(launch)
+            launch = Launch(
+                argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
+                nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation,
+                image=world.image, group=group, state=directory.descriptor if directory else -1,
+                orphan_seconds=world.orphan_seconds, hidden=tuple(opened),
+            )  # fmt: skip
+            tree, others = spawn(launch, world.containment)
         except BaseException:
-            _discard(output, None, directory)
+            _discard(output, group, directory)
             raise
-        if directory is not None:
+        if directory is not None and tree.containment is Containment.SESSION:
             _note_session(directory, tree)
-        return output, None, tree, directory
+        return _Begun(launch, tree, others, output, group, directory)
 
     try:
-        # A start waits for the new process: as many as come may do so at once.
-        output, group, tree, directory = await (to_thread.run_sync(prepare) if near else briefly(prepare))
-        if isinstance(tree, Launch):
-            tree = await _start_contained(tree, output, group, directory, world.containment)
+        begun = await briefly(prepare)
+        tree = await _settled(begun)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
     finally:
         for descriptor in opened:
             os.close(descriptor)
     return Payload(
-        tree, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes, outputs_bytes=outputs_bytes,
-        state=directory,
+        tree, begun.output, group=begun.group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes,
+        outputs_bytes=outputs_bytes, state=begun.directory,
     )  # fmt: skip
 
 
@@ -502,27 +525,26 @@ def _discard(output: Output, group: Group | None, directory: StateDirectory | No
         remove_state(directory.path)
 
 
-async def _start_contained(
-    launch: Launch, output: Output, group: Group | None, directory: StateDirectory | None,
-    containment: Sequence[Containment],
-) -> Tree:  # fmt: skip
+async def _settled(begun: _Begun) -> Tree:
+    """The tree in which it runs. Cancelled, or raising, it leaves nothing of what has begun."""
     try:
-        tree = await start_contained(launch, wanted=containment)
+        tree = await settled(begun.launch, begun.tree, begun.others)
     except BaseException:
         with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
-            await to_thread.run_sync(_discard, output, group, directory)
+            await briefly(partial(_discard, begun.output, begun.group, begun.directory))
         raise
-    if group is not None:
-        group.close_descriptors()
-    if directory is not None and tree.containment is Containment.SESSION:
+    if begun.group is not None:
+        begun.group.close_descriptors()
+    if begun.directory is not None and tree is not begun.tree and tree.containment is Containment.SESSION:
         with anyio.CancelScope(shield=True):  # a payload that runs is one, also for somebody who is cancelled just then
-            await to_thread.run_sync(_note_session, directory, tree)
+            await briefly(partial(_note_session, begun.directory, tree))
     return tree
 
 
 async def watch(
-    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]]
-) -> Verdict | None:
+    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]],
+    before_soft_stop: Callable[[], Awaitable[None]] | None = None,
+) -> Verdict | None:  # fmt: skip
     """Wait until the payload ends, then None, or until it exceeds a limit, then the verdict.
 
     It is looked at when a limit could be reached at the earliest, and for heartbeats: the first after a tenth of a
@@ -537,6 +559,8 @@ async def watch(
         look = seconds_until_look(usage, limits, now=now, cores=cores, heartbeat_seconds=beat)
         soft_stop = payload.soft_stop_due(usage, limits, now=now)
         if soft_stop <= 0:
+            if before_soft_stop is not None:
+                await before_soft_stop()
             await payload.stop_softly()
             continue
         look = min(look, max(soft_stop, SHORTEST_LOOK_SECONDS))
