@@ -68,6 +68,10 @@ class JobAccepted(Event):
     """The class of its coordinator, as `module:Class`, where it has one of its own."""
     lost: int = 0
     """How many attempts before this one, one after the other, were lost on this node."""
+    outputs: str = ""
+    """Where outputs go that have no other target: the site's `output_directory`, where it has one."""
+    site: str = ""
+    """The file of the site, where it was read from one."""
 
 
 @dataclass(frozen=True, slots=True)

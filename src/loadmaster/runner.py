@@ -181,7 +181,7 @@ async def run_part(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
                 )
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
+                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
                 )
                 straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
@@ -219,7 +219,7 @@ class _Flight:
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, heartbeat_seconds: float,
+        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -228,6 +228,7 @@ class _Flight:
         self.slots = slots
         self.handle = handle
         self.record = handle.record
+        self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
         self.limits = limits_of(job.description, job.ce, os.environ)
         self.standard = JobExecutionCoordinator(job.description, job.ce)
@@ -245,7 +246,14 @@ class _Flight:
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
-            await self.record(JobAccepted, self.job.description.words(), reference_of(self.coordinator_class))
+            reference, site = reference_of(self.coordinator_class), self.site
+            await self.record(
+                JobAccepted,
+                self.job.description.words(),
+                reference,
+                outputs=site.output_directory or "",
+                site=site.file,
+            )
         await self.handle.keep_order()
         async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
             self.job.outcome = self.life.outcome
@@ -391,7 +399,8 @@ class _Flight:
         await self._make_coordinator()
         self.job.payload = payload
         self.job.stage_beside()
-        async with self.job.companions.alongside(), self._followed(payload):
+        followed = self._followed(payload) if self.handle.output_followed else nullcontext()
+        async with self.job.companions.alongside(self.tasks), followed:
             return await watch(
                 payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample,
                 before_soft_stop=partial(self.record, SoftStopOrdered, self.job.description.stop_signal),
@@ -519,10 +528,7 @@ class _Flight:
 
     @asynccontextmanager
     async def _followed(self, payload: Payload) -> AsyncIterator[None]:
-        """Tell what the payload prints, if there is anybody who wants that as it starts."""
-        if not self.handle.output_followed:
-            yield
-            return
+        """Tell what the payload prints."""
         with single_error():
             async with anyio.create_task_group() as beside:
                 beside.start_soon(

@@ -342,5 +342,5 @@ def _account(facts: Mapping[str, str], of: str) -> Account:
 
 def facts_of(text: bytes) -> dict[str, str]:
     """The lines of a report: a name, a blank, a value."""
-    lines = (line.partition(" ") for line in text.decode(errors="replace").splitlines())
-    return {name: value for name, _, value in lines if name}
+    lines = text.decode(errors="replace").splitlines()
+    return {name: value for name, _, value in [line.partition(" ") for line in lines] if name}
