@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ from following import happens, kinds
 from loadmaster import JobDescription, JobHandle, JobResult, Site, Status, run_job
 from loadmaster.description import Containment
 from loadmaster.errors import WorkdirFault
-from loadmaster.events import Event, PayloadExited, PayloadStarted
+from loadmaster.events import Event, LimitReached, PayloadStarted
 from loadmaster.journal import open_journal
 from loadmaster.logbook import Logbook
 from loadmaster.payload.usage import read_stat
-from loadmaster.result import EndedBy
+from loadmaster.result import EndedBy, Verdict
 from loadmaster.world import World
 
 AGENT = """
@@ -113,10 +114,6 @@ class Place:
         (started,) = (event for event in await self.events() if isinstance(event, PayloadStarted))
         return started
 
-    async def exited(self) -> PayloadExited:
-        (exited,) = (event for event in await self.events() if isinstance(event, PayloadExited))
-        return exited
-
 
 @pytest.fixture
 def place(tmp_path: Path, root: Path) -> Iterator[Place]:
@@ -164,6 +161,17 @@ async def test_a_payload_that_a_limit_was_stopping_is_not_run_again(place: Place
     assert result.outcome.ended_by is EndedBy.LIMIT
     assert kinds(await place.events()).count("LimitReached") == 1
     assert (place.place / "ran").read_text() == "x\n"
+
+
+async def test_a_limit_that_an_agent_had_found_reached_and_not_acted_on_is_acted_on_by_the_next(place: Place) -> None:
+    words = sh("touch ready; trap 'exit 7' TERM; while :; do sleep 0.05; done")
+    await place.killed(words, lambda: place.file("ready").exists())
+    async with open_journal(place.place / "journal") as journal:
+        await journal.append(LimitReached("7", 1, datetime.now(UTC), Verdict("memory", 3e9, 2e9, "bytes")))
+    result = await place.goes_on(words)
+    assert str(result.failure) == "LimitExceeded: memory of 3 GB is over the limit of 2 GB"
+    assert result.outcome is not None
+    assert (result.outcome.exit_code, result.outcome.ended_by) == (7, EndedBy.LIMIT)
 
 
 @pytest.mark.parametrize("how", ["runs", "gone", "shim killed"])
@@ -234,8 +242,9 @@ def cut(journal: Path, events: int) -> None:
     database.close()
 
 
-@pytest.mark.parametrize("how", ["runs", "gone"])
-@pytest.mark.parametrize("events", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize(
+    ("events", "how"), [(0, "runs"), (1, "runs"), (4, "runs"), (4, "gone"), (5, "runs"), (5, "gone")]
+)
 async def test_a_payload_that_the_journal_has_lost_is_ended_or_adopted_and_its_job_never_failed(
     place: Place, events: int, how: str
 ) -> None:
@@ -271,8 +280,15 @@ async def test_a_payload_that_the_journal_has_lost_is_ended_or_adopted_and_its_j
 # -- one work directory, two journals ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("held_by", [Containment.PID_NAMESPACE, Containment.SUBREAPER, Containment.SESSION])
-@pytest.mark.parametrize("journal", ["another", None])
+@pytest.mark.parametrize(
+    ("held_by", "journal"),
+    [
+        (Containment.PID_NAMESPACE, "another"),
+        (Containment.SUBREAPER, "another"),
+        (Containment.SUBREAPER, None),
+        (Containment.SESSION, None),
+    ],
+)
 async def test_a_work_directory_in_which_a_payload_runs_is_nobody_elses(
     place: Place, held_by: Containment, journal: str | None
 ) -> None:

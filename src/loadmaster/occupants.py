@@ -2,7 +2,7 @@
 
 A payload's shim has a lock on the directory for its life, as has process 1 of its namespace: apart from the agent's own,
 which dies with him. A payload without a shim is noted in an attribute of the directory, where the file system has such:
-nothing of ours is to be open in it. It may take the note away, and only its own files are emptied then.
+nothing of ours is to be open in it. It may take the note away; it is its own files that are emptied then.
 
 Everything here blocks, for a moment.
 """
@@ -14,6 +14,7 @@ import os
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -95,5 +96,6 @@ def _processes() -> Iterator[int]:
     return (int(name) for name in sorted(os.listdir("/proc"), key=len) if name.isdecimal())
 
 
+@cache
 def _boot_id() -> str:
     return BOOT_ID.read_text().strip()
