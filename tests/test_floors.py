@@ -40,6 +40,7 @@ FLOORS: dict[str, float] = {
     "logbook": 3.5,
     "journal": 4.2,
     "pending": 4,
+    "occupants": 3,
     "workdir": 4,
     "world": 3,
     "site": 4,

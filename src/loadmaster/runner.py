@@ -175,6 +175,7 @@ async def run_part(
         moved = nullcontext(transfers) if transfers is not None else open_transfers(site or Site())
         made = open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
         try:
+            forgotten = await _forgotten_payload(handle)
             async with moved as moving, made as workdir:
                 flight = JobInFlight(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
@@ -182,7 +183,7 @@ async def run_part(
                 straight = _Flight(
                     flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
                 )
-                straight.until = until
+                straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
                 if not handle.has_audience:  # which has one task for the heartbeats of many jobs
                     tasks.start_soon(straight.go_on_beating, beating)
@@ -202,6 +203,18 @@ async def run_part(
         async with anyio.create_task_group() as own:
             own.start_soon(fly, own)
     return handle.result
+
+
+async def _forgotten_payload(handle: JobHandle) -> JobError | None:
+    """Why the attempt is over because of a payload that the journal does not know of; None: there is none."""
+    state = handle.state
+    if state is None or handle.life.has_reached(Stage.GRANTED) or not (handle.has_past or handle.stage is Stage.NEW):
+        return None
+    if not await briefly(partial(os.path.lexists, state)):
+        return None
+    from loadmaster.takeover import end_forgotten  # loaded when used
+
+    return await end_forgotten(handle)
 
 
 class _Flight:
@@ -232,6 +245,7 @@ class _Flight:
         self.usage: Usage | None = None
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
+        self.forgotten: JobError | None = None
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -264,6 +278,8 @@ class _Flight:
         """Everything that a kill ends."""
         failure: Failure | None = None
         try:
+            if self.forgotten is not None:
+                raise self.forgotten
             found = await self._find_payload()
             with self.handle.computing():
                 outcome: PayloadOutcome | None
