@@ -18,6 +18,7 @@ from loadmaster.errors import AccessDenied, NoSpace, NotFound, StorageError, Sto
 from loadmaster.names import local_file, local_path
 from loadmaster.storage.base import Ability, Direction, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running, running
+from loadmaster.storage.unnamed import NewFile
 
 T = TypeVar("T")
 
@@ -67,7 +68,7 @@ _ERRORS: Final[dict[int, type[StorageError]]] = {
 
 
 class LocalStorage:
-    """Files by path. Written beside the target, synced, renamed: a name never holds half a file."""
+    """Files by path. Written without a name, synced, named: a name never holds half a file, and nobody else does."""
 
     abilities = Ability.RANGES | Ability.RENAME | Ability.HOLD | Ability.COPY
 
@@ -113,6 +114,16 @@ class LocalStorage:
         """Remove the file."""
         await self._in_thread(url, Path.unlink)
 
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Remove those of these names beside it."""
+
+        def work(path: Path) -> None:
+            for part in parts:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    path.with_name(part).unlink()
+
+        await self._in_thread(url, work)
+
     async def _in_thread(self, url: str, work: Callable[[Path], T]) -> T:
         def job() -> T:
             with translated(url):
@@ -140,7 +151,6 @@ class _Batch:
         self._tell = tell
         self._block = memoryview(b"")
         self._small = memoryview(bytearray(SMALL_BYTES))
-        self._made: set[str] = set()
         self._unsynced: set[str] = set()
         self.untold: list[Transfer] = []
         self.seconds = 0.0
@@ -227,32 +237,22 @@ class _Batch:
             raise translate(exc, WORK_DIRECTORY) from exc
 
     def _upload(self, transfer: Transfer, path: str) -> FileInfo:
-        """Beside the target, synced, renamed."""
+        """Without a name, synced, named."""
         source, name = _origin(transfer)
         try:
-            folder = path.rpartition("/")[0] or "/"
-            if folder not in self._made:
-                os.makedirs(folder, exist_ok=True)
-                self._made.add(folder)
-            part = f"{folder}/.{os.urandom(8).hex()}.part"
-            target = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            new = NewFile(path, transfer.part, named=transfer.step is Step.HOLD)
             try:
-                try:
-                    self._copy(transfer, source, name, target, transfer.url)
-                    if transfer.source:
-                        transfer.is_source(transfer.info())
-                    if self._sync:
-                        os.fsync(target)
-                finally:
-                    os.close(target)
+                self._copy(transfer, source, name, new.descriptor, transfer.url)
+                if transfer.source:
+                    transfer.is_source(transfer.info())
+                if self._sync:
+                    os.fsync(new.descriptor)
                 if transfer.step is Step.HOLD:
-                    return transfer.hold(part)
-                os.replace(part, path)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(part)
-                raise
-            self._unsynced.add(folder)
+                    return transfer.hold(new.hold())
+                new.give_name(sync=self._sync)
+            finally:
+                new.close()
+            self._unsynced.add(path.rpartition("/")[0] or "/")
             return transfer.info()
         finally:
             os.close(source)
