@@ -54,6 +54,7 @@ FLOORS: dict[str, float] = {
     "manifest": 5,
     "companions": 5.5,
     # one job
+    "leftovers": 5.9,
     "coordinator": 6,
     "runner": 7,
     "reporter": 7,
