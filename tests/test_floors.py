@@ -55,6 +55,7 @@ FLOORS: dict[str, float] = {
     "manifest": 5,
     "companions": 5.5,
     # one job
+    "leftovers": 5.9,
     "coordinator": 6,
     "takeover": 6,
     "runner": 7,

@@ -444,6 +444,7 @@ class _Flight:
             await self.handle.settle()
         if self.job.failure is not None:
             await self.job.abandon_early_outputs()
+        await self.job.clear_leftovers()
         try:
             if self.job.failure is None and self._has_outputs:
                 self._check_workdir()
