@@ -40,6 +40,7 @@ FLOORS: dict[str, float] = {
     "logbook": 3.5,
     "journal": 4.2,
     "pending": 4,
+    "occupants": 3,
     "workdir": 4,
     "world": 3,
     "site": 4,
@@ -54,6 +55,7 @@ FLOORS: dict[str, float] = {
     "manifest": 5,
     "companions": 5.5,
     # one job
+    "leftovers": 5.9,
     "coordinator": 6,
     "takeover": 6,
     "runner": 7,

@@ -587,10 +587,8 @@ class Node:
                         heartbeat_seconds=self._heartbeat_seconds,
                     )  # fmt: skip
         except (WorkdirFault, PayloadHeld) as exc:
-            if handle.stage in {
-                Stage.GRANTED,
-                Stage.RUNNING,
-            }:  # its payload may run: it is the next start's to look again
+            # Its payload may run: it is the next start's to look again.
+            if isinstance(exc, PayloadHeld) or handle.stage in {Stage.GRANTED, Stage.RUNNING}:
                 log.error("job %s: is left open in the journal: %s", job.job_id, exc)  # noqa: TRY400 - a sentence
                 self._forget(entry)
                 return
