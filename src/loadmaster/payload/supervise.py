@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
+from anyio import to_thread
 
 from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
@@ -474,7 +475,8 @@ async def start(
         return _Begun(workdir, launch, tree, others, output, group, directory)
 
     try:
-        begun = await briefly(prepare)
+        # A start waits for the new process, for milliseconds where all cores are busy: as many as come may do so at once.
+        begun = await to_thread.run_sync(prepare)
         tree = await _settled(begun)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
