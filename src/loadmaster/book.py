@@ -290,4 +290,4 @@ def phase_of(stage: Stage) -> str:
     """Of a job that is gone on with. One that has a slot may have a payload: it is not to be given back."""
     if stage in {Stage.GRANTED, Stage.RUNNING}:
         return COMPUTING
-    return STAGING_IN if stage.value < Stage.GRANTED.value else DELIVERING
+    return STAGING_IN if stage < Stage.GRANTED else DELIVERING

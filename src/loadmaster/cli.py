@@ -19,7 +19,7 @@ from loadmaster.terminal import stderr_display
 
 COMMANDS: Final[Mapping[str, str]] = {
     "run": "run one job",
-    "check": "say what a job description means, what is wrong with it, what inputs are missing",
+    "check": "say what a job description means, and what is wrong with it here",
     "node": "run many jobs",
     "stage": "move many files",
     "pending": "what jobs of a journal have left to be done",

@@ -23,6 +23,7 @@ from loadmaster.ledger import Slots
 from loadmaster.lifecycle import Stage
 from loadmaster.occupancy import Meter, idle_reasons
 from loadmaster.result import Failure, JobResult, Phase
+from loadmaster.site import Site
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +41,9 @@ class Run(Protocol):
 class Dispatch:
     """Begins the jobs of a book, in those tasks, and sees each of them to its end."""
 
-    def __init__(self, book: Book, run: Run, tasks: TaskGroup, now: float) -> None:
+    def __init__(self, book: Book, run: Run, site: Site, tasks: TaskGroup, now: float) -> None:
         self.meter = Meter(now)
+        self._site = site
         self._book = book
         self._run = run
         self._tasks = tasks
@@ -51,23 +53,22 @@ class Dispatch:
         all that has happened in a turn of the event loop."""
         book = self._book
         while True:
-            rings = book.news.rings
-            while book.unstarted:
-                await self._end_early(*book.unstarted.popleft())
-            now = anyio.current_time()
-            while book.going_on:
-                self._begin(book.going_on.popleft(), now)
-            while (entry := book.line.next(now)) is not None:
-                self._begin(entry, now)
-            self.look(now)
-            book.change.ring()
-            if book.news.rings != rings:
-                continue
-            if (slow := book.line.next_slow(now)) == inf:
-                await book.news.wait()
-            else:  # then a place becomes free: a source may be asked
-                with anyio.CancelScope(deadline=slow):
-                    await book.news.wait()
+            with anyio.CancelScope() as until_slow:
+                while not until_slow.cancel_called:
+                    rings = book.news.rings
+                    while book.unstarted:
+                        await self._end_early(*book.unstarted.popleft())
+                    now = anyio.current_time()
+                    while book.going_on:
+                        self._begin(book.going_on.popleft(), now)
+                    while (entry := book.line.next(now)) is not None:
+                        self._begin(entry, now)
+                    self.look(now)
+                    book.change.ring()
+                    # Then a place becomes free: a source may be asked.
+                    until_slow.deadline = book.line.next_slow(now)
+                    await book.news.wait_beyond(rings)
+                    until_slow.deadline = inf
 
     def look(self, now: float) -> None:
         """What the cores do from now on."""
@@ -134,7 +135,7 @@ class Dispatch:
         handle, record = entry.handle, entry.handle.record
         try:
             if handle.stage is Stage.NEW:
-                await accept(entry)
+                await accept(entry, self._site)
             await handle.keep_order()
             if handle.stage is not Stage.FINISHED:
                 failure = Failure.of(why, Phase.STAGE_IN)
@@ -145,6 +146,9 @@ class Dispatch:
             self._book.close(entry)
 
 
-async def accept(entry: Entry) -> None:
+async def accept(entry: Entry, site: Site) -> None:
     """A job's first event."""
-    await entry.handle.record(JobAccepted, entry.job.words(), reference_of(entry.coordinator))
+    await entry.handle.record(
+        JobAccepted, entry.job.words(), reference_of(entry.coordinator),
+        outputs=site.output_directory or "", site=site.file,
+    )  # fmt: skip

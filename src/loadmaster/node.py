@@ -140,7 +140,7 @@ class Node:
                 run_job, ce=self.ce, transfers=self._transfers, root=root, heartbeat_seconds=self._heartbeat_seconds
             )
             self._book.begin(self._group, self.ledger, terms)
-            self._dispatch = Dispatch(self._book, run, self._group, anyio.current_time())
+            self._dispatch = Dispatch(self._book, run, self._transfers.site, self._group, anyio.current_time())
             if self._journal is not None:
                 await self._open_records(self._journal, self._transfers, root)
             self._dispatch.look(anyio.current_time())
@@ -153,7 +153,7 @@ class Node:
         from loadmaster.operations import Operations  # with sqlite3, loaded when used
         from loadmaster.records import Records
 
-        self._records = Records(journal, self._book, self._lost)
+        self._records = Records(journal, self._book, transfers.site, self._lost)
         self.resumed = await self._records.resume(root, self._coordinator)
         self._group.start_soon(self._records.work)
         self._group.start_soon(self._records.forget)

@@ -20,6 +20,7 @@ from loadmaster.lifecycle import Stage
 from loadmaster.logbook import History
 from loadmaster.recovery import Resumed, Succession, resumed, tidy
 from loadmaster.result import Status
+from loadmaster.site import Site
 from loadmaster.tasks import for_each
 
 RECORDED_AT_ONCE: Final = 200
@@ -31,9 +32,10 @@ FORGETTING_SECONDS: Final = 3600.0
 class Records:
     """The journal, for the jobs of a book. `lost`: what becomes of a job whose payload is gone with an agent."""
 
-    def __init__(self, journal: NodeJournal, book: Book, lost: Literal["rerun", "reschedule"]) -> None:
+    def __init__(self, journal: NodeJournal, book: Book, site: Site, lost: Literal["rerun", "reschedule"]) -> None:
         self._journal = journal
         self._book = book
+        self._site = site
         self._lost = lost
         self._later: dict[str, deque[Entry]] = {}  # by job id: another attempt is to end first
         book.at_end = self._begin_next_attempt
@@ -103,7 +105,7 @@ class Records:
             if attempt >= entry.handle.attempt:
                 await self._recall(entry)
             else:
-                await accept(entry)
+                await accept(entry, self._site)
                 self._book.put_in_line(entry)
             if entry.recorded is not None:
                 entry.recorded.set()

@@ -62,6 +62,8 @@ class Succession(KeepsState):
                 accepted.description,
                 accepted.coordinator,
                 accepted.lost + 1,
+                accepted.outputs,
+                accepted.site,
             )
             await self._journal.append_all([event, follows])
             self.follows = follows
