@@ -34,6 +34,7 @@ FLOORS: dict[str, float] = {
     "machine": 3.5,
     "limits": 3,
     "ahead": 3,
+    "admission": 3.5,
     "occupancy": 3.5,
     # mechanisms
     "handle": 4,
@@ -48,6 +49,7 @@ FLOORS: dict[str, float] = {
     "threads": 3,
     "streams": 3,
     "notices": 3,
+    "bell": 3,
     "hooks": 4,
     "storage": 4.5,
     "payload": 5,
@@ -65,6 +67,11 @@ FLOORS: dict[str, float] = {
     "operations": 6,
     "bundle": 8,
     # many jobs
+    "book": 7.5,
+    "leases": 7.6,
+    "dispatch": 7.7,
+    "records": 7.8,
+    "serving": 7.8,
     "node": 8,
     # the doors
     "dirac": 9,

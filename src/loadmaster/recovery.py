@@ -18,7 +18,6 @@ from loadmaster.events import Event, JobAccepted, JobFinished
 from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.hooks import find_coordinator, reference_of
 from loadmaster.journal import NodeJournal, state_name
-from loadmaster.ledger import Slot
 from loadmaster.lifecycle import Lifecycle
 from loadmaster.logbook import History
 from loadmaster.payload.adopt import end_held
@@ -126,12 +125,6 @@ def coordinator_of(reference: str, usual: type[Coordinator]) -> type[Coordinator
 
         return Missing
     return found
-
-
-def slot_of(handle: JobHandle, job: JobDescription) -> Slot | None:
-    """The slot that the job's payload was given; None: none yet."""
-    had = handle.life.slot
-    return None if had is None else Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=job.resources)
 
 
 async def tidy(journal: NodeJournal, root: Path, going_on: set[tuple[str, int]]) -> None:

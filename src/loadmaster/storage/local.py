@@ -359,16 +359,6 @@ def _origin(transfer: Transfer) -> tuple[int, str]:
         raise translate(exc, name) from exc
 
 
-def _new(part: str) -> int:
-    """A descriptor of a new file; its directory and those above it are made."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return os.open(part, flags, 0o644)
-    except FileNotFoundError:
-        os.makedirs(part.rpartition("/")[0], exist_ok=True)
-        return os.open(part, flags, 0o644)
-
-
 def _read_small(transfer: Transfer, source: int, size: int, name: str) -> bytes:
     """All of it by one reading. Most of a small file's cost is calls, of the system and of functions."""
     passed = transfer.begin()
