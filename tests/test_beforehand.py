@@ -81,6 +81,17 @@ async def test_more_than_there_is_on_this_machine_is_told_but_no_fault() -> None
     assert memory == "memory_mb: 101, and the computing element has 100"
 
 
+async def test_a_key_of_diracs_in_other_letters_is_told() -> None:
+    """It is kept for the coordinator, as any that begins with a capital: no output was delivered, and nothing was said."""
+    ce = ComputingElement.load({"MaxRam": 1000, "Mine": 1})
+    found = await ahead(ce=ce, OutputSandBox=["std.out"], MINRAM=5, Mine=1, MinRAM=6)
+    assert found.notes == (
+        "OutputSandBox means nothing here: the key is OutputSandbox",
+        "MINRAM means nothing here: the key is MinRAM",
+        "MaxRam means nothing here: the key is MaxRAM",
+    )
+
+
 async def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:
     site = Site(storage={"file": {"synk": 1}})
     found = await ahead(

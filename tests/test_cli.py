@@ -306,6 +306,8 @@ def test_events_that_cannot_be_written_stop_no_job(shell: Shell) -> None:
     ("options", "message"),
     [
         (["--events", "job.json/e"], "--events job.json/e: "),
+        (["--output", "job.json"], "--output job.json: Not a directory"),
+        (["--output", "job.json/below"], "--output job.json/below: Not a directory"),
         (["--result", "."], "--result .: Is a directory"),
         (["--result", "/proc/r.json"], "--result /proc/r.json: No such file or directory"),
         (["--result", "job.json/r"], "--result job.json/r: File exists"),

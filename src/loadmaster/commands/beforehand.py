@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from anyio import to_thread
 
 from loadmaster.coordinator import Coordinator
-from loadmaster.description import ComputingElement, JobDescription
+from loadmaster.description import CE_KEYS, DIRAC_KEYS, DIRAC_STAND_INS, ComputingElement, JobDescription, Words
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.machine import detect
 from loadmaster.payload.command import executable_problem
@@ -43,7 +44,8 @@ async def look_ahead(
 ) -> Findings:
     """`coordinator`: None when it could not be had. `online`: servers are asked whether they have the inputs."""
     problems = list(_deadline(job, datetime.now(UTC)))
-    notes = await to_thread.run_sync(lambda: list(_room(job, ce)))
+    notes = [*_misspelled(job, DIRAC_KEYS, DIRAC_STAND_INS), *_misspelled(ce, CE_KEYS)]
+    notes += await to_thread.run_sync(lambda: list(_room(job, ce)))
     if (reason := await to_thread.run_sync(executable_problem, job, site.payload)) is not None:
         if coordinator is None or _is_ours(coordinator):
             problems.append(reason)
@@ -57,6 +59,16 @@ async def look_ahead(
     if found.not_asked:
         notes.append(f"{found.not_asked} of the inputs are at servers, which were not asked: --online does")
     return Findings(tuple(dict.fromkeys(problems)), tuple(notes))
+
+
+def _misspelled(
+    words: Words, keys: Mapping[str, str], stand_ins: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+) -> Iterator[str]:
+    """Keys of DIRAC's in other letters: they are nobody's, and are kept like any that begin with a capital."""
+    known = {key.lower(): key for key in (*keys.values(), *(each for some in stand_ins.values() for each in some))}
+    for key in words.extra:
+        if (meant := known.get(key.lower())) is not None and meant != key:
+            yield f"{key} means nothing here: the key is {meant}"
 
 
 def _deadline(job: JobDescription, now: datetime) -> Iterator[str]:

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EACCES, EISDIR
+from errno import EACCES, EISDIR, ENOTDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Protocol, TextIO
@@ -83,7 +83,11 @@ def with_outputs(options: argparse.Namespace, site: Site) -> Site:
     """The same site, with --output, or a directory for each job below `outputs`, where it has no directory."""
     if site.output_directory:
         return site
-    place = usual_outputs() if options.output is None else file_url(options.output.absolute())
+    if options.output is None:
+        place = usual_outputs()
+    else:
+        check_directory(options.output, "--output")
+        place = file_url(options.output.absolute())
     return site.model_copy(update={"output_directory": place})
 
 
@@ -100,7 +104,8 @@ def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     if name == "dirac":
         return dirac.find_coordinator(package or None)
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; this process is ours
-    found = find_coordinator(options.coordinator)
+    with log_to(stderr_display(quiet=True)):
+        found = find_coordinator(options.coordinator)
     return dirac.adapt(found) if dirac.is_synchronous(found) else found
 
 
@@ -120,6 +125,14 @@ def check_writable(path: Path | None, option: str = "--result") -> None:
                 pass
     except OSError as exc:
         raise InvalidJob(f"{option} {path}: {exc.strerror}") from exc
+
+
+def check_directory(path: Path, option: str) -> None:
+    """Refuse a directory in which nothing can be put, now rather than when there is something. It is not made."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    reason = ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else EACCES
+    if reason:
+        raise InvalidJob(f"{option} {path}: {os.strerror(reason)}")
 
 
 def keep(path: Path | None, text: str, option: str = "--result") -> bool:

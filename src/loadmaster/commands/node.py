@@ -16,7 +16,7 @@ from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, add_scratch, add_slots
 from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
-from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json, usual_outputs
+from loadmaster.commands.files import check_directory, log_to, open_new, read_coordinator, read_json, usual_outputs
 from loadmaster.commands.reporting import Reporting, add_reporter
 from loadmaster.description import ComputingElement
 from loadmaster.machine import MIB, detect
@@ -83,6 +83,7 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     coordinator = read_coordinator(options)
     site = reporting.site(Site.load(options.config) if options.config else Site())
     if not site.output_directory and options.output is not None:
+        check_directory(options.output, "--output")
         site = site.model_copy(update={"output_directory": f"{file_url(options.output.absolute())}/{{job_id}}"})
     if options.journal is not None:
         site = as_begun(options, site, coordinator)
