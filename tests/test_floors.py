@@ -55,6 +55,7 @@ FLOORS: dict[str, float] = {
     "companions": 5.5,
     # one job
     "coordinator": 6,
+    "takeover": 6,
     "runner": 7,
     "reporter": 7,
     "sources": 7,

@@ -68,7 +68,8 @@ class JobHandle:
         self._journal = journal
         self._life = Lifecycle()
         self._events: list[Event] = []
-        self._followers: WeakSet[_Follower] = WeakSet()
+        self._followers: WeakSet[_Follower] | tuple[()] = ()
+        """Seldom anybody: to make a WeakSet, and to go through it, costs more than all the rest."""
         self._writing = anyio.Lock(fast_acquire=True)
         self._keeps: KeepsState | None = journal if isinstance(journal, KeepsState) else None
         self._identity: tuple[str, int] | None = None
@@ -195,6 +196,7 @@ class JobHandle:
 
     def _follower(self, *, transient: bool, output: bool = False) -> _Follower:
         follower = _Follower(self, transient=transient, output=output)
+        self._followers = self._followers or WeakSet()
         self._followers.add(follower)
         return follower
 
@@ -203,7 +205,7 @@ class JobHandle:
     @property
     def followed(self) -> bool:
         """Whether anybody wants heartbeats and progress: they cost something to make."""
-        return (len(self._followers) > 0 and any(follower.transient for follower in self._followers)) or (
+        return any(follower.transient for follower in self._followers) or (
             self._audience is not None and self._audience.wants_offers
         )
 
@@ -365,9 +367,8 @@ class JobHandle:
     def _tell(self, event: Event) -> None:
         self._life.advance(event)
         self._events.append(event)
-        if len(self._followers):  # seldom; and to go through a WeakSet costs more than all the rest
-            for follower in self._followers:
-                follower.wake()
+        for follower in self._followers:
+            follower.wake()
         if self._audience is not None:
             self._audience.hear(event)
 

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from functools import partial
 from math import inf
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -45,15 +46,19 @@ from loadmaster.errors import (
     SkipPayload,
 )
 from loadmaster.events import (
+    CompanionFailed,
     ComputingEnded,
     Heartbeat,
     JobAccepted,
     JobFinished,
+    LimitReached,
     OutputPrinted,
+    PayloadAdopted,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
     SlotGranted,
+    SoftStopOrdered,
     StageInEnded,
     StageInStarted,
     StageOutStarted,
@@ -175,7 +180,7 @@ async def run_part(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
                 )
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
+                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
                 )
                 straight.until = until
                 handle.begin(tasks, straight.beat)
@@ -201,7 +206,7 @@ class _Flight:
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, heartbeat_seconds: float,
+        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -210,6 +215,7 @@ class _Flight:
         self.slots = slots
         self.handle = handle
         self.record = handle.record
+        self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
         self.limits = limits_of(job.description, job.ce, os.environ)
         self.standard = JobExecutionCoordinator(job.description, job.ce)
@@ -267,10 +273,12 @@ class _Flight:
                         await self._stage_in()
                         spec = await self._prepare()
                     outcome = None if self.until is Stage.PREPARED else await self._run_payload(spec)
-                if outcome is not None and self.until is Stage.FINISHED:
+                if outcome is not None and self.until is Stage.FINISHED and self.life.companion_failure is None:
                     await self._post_process(outcome)
         except JobError as error:
             failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
+        if (said := self.life.companion_failure) is not None:  # maybe to an earlier agent
+            failure = None if said.kind == SkipPayload.__name__ else said
         await self.handle.keep_order()
         if self.handle.kill_reason is not None:
             return Failure.of(JobWasKilled(self.handle.kill_reason), self.phase)
@@ -309,33 +317,15 @@ class _Flight:
                 return await self._supervise(with_slot(spec, slot), frozenset(slot.cpus))
 
     async def _find_payload(self) -> Payload | None:
-        """The payload that an earlier agent has started. Of one that cannot be found nothing runs any more."""
-        state = self.handle.state
-        if self.life.stage not in {Stage.GRANTED, Stage.RUNNING} or state is None:
+        """The payload that an earlier agent has started."""
+        if self.life.stage not in {Stage.GRANTED, Stage.RUNNING}:
             return None
-        from loadmaster.payload.adopt import adopt  # loaded when used
-        from loadmaster.payload.found import Lost
+        from loadmaster.takeover import find_payload  # loaded when used
 
-        description = self.job.description
-        found = await adopt(
-            state, self.workdir, stdout=description.std_output, stderr=description.std_error,
-            boot=self._boot_id, known=self.life.started, limits=self.limits,
-            world=self.site.payload, soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
+        return await find_payload(
+            self.job.description, self.handle, self.workdir, limits=self.limits, world=self.site.payload,
+            outputs_bytes=self._outputs_bytes,
         )  # fmt: skip
-        if isinstance(found, Payload):
-            return found
-        log.info("job %s: its payload cannot be gone on with: %s", description.job_id, found.reason)
-        certain = not isinstance(found, Lost) or ((found.sure or found.rebooted) and not found.left_behind)
-        if self.life.stage is Stage.RUNNING:
-            lost = PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=not certain)
-            await self.record(PayloadExited, lost)
-        elif not isinstance(found, Lost):
-            await briefly(partial(remove_state, state))
-        elif certain:
-            raise PayloadLost(f"it may have been started: {found.reason}")
-        else:
-            raise RescheduleJob(f"it may have been started, and some of it may still be there: {found.reason}")
-        return None
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
         """As `_supervise`, for a payload that runs already, in the slot that it has."""
@@ -344,7 +334,7 @@ class _Flight:
         assert had is not None  # noqa: S101 - no payload is started without
         slot = Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=self.job.description.resources)
         with self.slots.hold(self.job.description, slot):
-            return await self._to_its_end(payload)
+            return await self._to_its_end(payload, adopted=True)
 
     async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
         """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
@@ -357,7 +347,7 @@ class _Flight:
         )  # fmt: skip
         return await self._to_its_end(payload)
 
-    async def _to_its_end(self, payload: Payload) -> PayloadOutcome:
+    async def _to_its_end(self, payload: Payload, *, adopted: bool = False) -> PayloadOutcome:
         """Watch it, and end it if need be; its end is recorded. Nothing may come between its start and this."""
         verdict: Verdict | None = None
         try:
@@ -365,26 +355,49 @@ class _Flight:
             if not self.life.has_reached(Stage.RUNNING):
                 await self.record(
                     PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim,
-                    tree.shim_pid, tree.shim_start_ticks, self._boot_id,
+                    tree.shim_pid, tree.shim_start_ticks, self.life.boot_id,
                 )  # fmt: skip
-            self._check_workdir()
-            await self._make_coordinator()
-            self.job.payload = payload
-            self.job.stage_beside()
-            async with self.job.companions.alongside(), self._followed(payload):
-                verdict = await watch(
-                    payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample
-                )
+            if adopted:
+                await self.record(PayloadAdopted, os.getpid(), gethostname())
+            if self.life.verdict is None and self.life.companion_failure is None:  # an earlier agent may be ending it
+                verdict = await self._watch(payload)
         finally:
             with anyio.CancelScope(shield=True), self.handle.hurried_by(payload.hurry):  # bounded: the grace and 30 s
                 self.job.payload = None
-                by = self._who_ends_it(verdict)
-                outcome = await payload.end(by, grace_seconds=self.limits.grace_seconds, verdict=verdict)
+                try:
+                    await self._say_why_it_ends(verdict)
+                finally:
+                    outcome = await payload.end(
+                        self.life.ending_by or EndedBy.CANCELLATION, grace_seconds=self.limits.grace_seconds,
+                        verdict=self.life.verdict,
+                    )  # fmt: skip
                 self.job.outcome = outcome
                 self.last_lines = payload.last_lines or self.last_lines
                 if self.handle.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
                     await self.record(PayloadExited, outcome, payload.last_lines)
         return outcome
+
+    async def _watch(self, payload: Payload) -> Verdict | None:
+        """Until it has ended, or is to be ended: with the limit it has reached, if it is for that."""
+        self._check_workdir()
+        await self._make_coordinator()
+        self.job.payload = payload
+        self.job.stage_beside()
+        followed = self._followed(payload) if self.handle.output_followed else nullcontext()
+        async with self.job.companions.alongside(self.tasks), followed:
+            return await watch(
+                payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample,
+                before_soft_stop=partial(self.record, SoftStopOrdered, self.job.description.stop_signal),
+            )  # fmt: skip
+
+    async def _say_why_it_ends(self, verdict: Verdict | None) -> None:
+        """Have it in the journal before it is done: the next agent is to know it, should we die in the grace."""
+        if self.handle.stage is not Stage.RUNNING:
+            return
+        if verdict is not None:
+            await self.record(LimitReached, verdict)
+        elif (error := self.job.companions.error) is not None and self.life.ending_by is None:
+            await self.record(CompanionFailed, Failure.of(error, self.phase))
 
     async def _post_process(self, outcome: PayloadOutcome) -> None:
         error = _error_of(outcome)
@@ -467,12 +480,6 @@ class _Flight:
             raise LimitExceeded(str(deadline_verdict(deadline, usage, self.limits, now=datetime.now(UTC))))
 
     @property
-    def _boot_id(self) -> str:
-        """Of the machine, when the work directory was made."""
-        stage_in = self.life.stage_in
-        return "" if stage_in is None else stage_in.identity.partition(":")[0]
-
-    @property
     def _outputs_bytes(self) -> Callable[[], int] | None:
         return self.job.outputs_bytes if self._has_outputs else None
 
@@ -505,10 +512,7 @@ class _Flight:
 
     @asynccontextmanager
     async def _followed(self, payload: Payload) -> AsyncIterator[None]:
-        """Tell what the payload prints, if there is anybody who wants that as it starts."""
-        if not self.handle.output_followed:
-            yield
-            return
+        """Tell what the payload prints."""
         with single_error():
             async with anyio.create_task_group() as beside:
                 beside.start_soon(
@@ -518,13 +522,6 @@ class _Flight:
                     yield
                 finally:
                     beside.cancel_scope.cancel()
-
-    def _who_ends_it(self, verdict: Verdict | None) -> EndedBy:
-        if verdict is not None:
-            return EndedBy.LIMIT
-        if self.handle.kill_reason is not None:
-            return EndedBy.KILL
-        return EndedBy.COORDINATOR if self.job.companions.error is not None else EndedBy.CANCELLATION
 
 
 def _as_spec(returned: object) -> PayloadSpec:
@@ -547,7 +544,7 @@ def _short(value: object) -> str:
 def _error_of(outcome: PayloadOutcome) -> JobError | None:
     """What an outcome means for the job."""
     if outcome.ended_by is EndedBy.LOST:
-        return PayloadLost("what held the payload is gone with an agent that died: how it ended is not known")
+        return PayloadLost("what held the payload is gone, and how it ended is not known")
     if outcome.ended_by is EndedBy.CANCELLATION:
         return PayloadLost("the agent left while the payload ran, and ended it")
     if outcome.ended_by is EndedBy.ORPHANED:

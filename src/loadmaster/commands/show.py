@@ -11,6 +11,7 @@ from pathlib import Path
 from loadmaster.commands.arguments import Commands, number
 from loadmaster.commands.codes import LOOKED, NOT_PREPARED, OK
 from loadmaster.events import (
+    CompanionFailed,
     ComputingEnded,
     Event,
     FailoverRequested,
@@ -19,13 +20,16 @@ from loadmaster.events import (
     JobAccepted,
     JobFinished,
     KillOrdered,
+    LimitReached,
     OutputMissing,
     ParameterReported,
+    PayloadAdopted,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
     Remembered,
     SlotGranted,
+    SoftStopOrdered,
     StageInStarted,
 )
 from loadmaster.logbook import History, Logbook
@@ -99,8 +103,16 @@ def _said(event: Event) -> str:
             return f"{outcome}; {outcome.wall_seconds:.1f} s, CPU {outcome.cpu_seconds:.1f} s, by {outcome.ended_by}"
         case ParameterReported(name=name, value=value) | Remembered(name=name, value=value):
             return f"{name} = {value}"
+        case PayloadAdopted(agent_pid=pid, host=host):
+            return f"by process {pid} on {host}"
+        case SoftStopOrdered(signal=number):
+            return f"signal {number}"
+        case LimitReached(verdict=verdict):
+            return str(verdict)
         case KillOrdered(reason=reason):
             return reason
+        case CompanionFailed(failure=failure):
+            return str(failure)
         case ComputingEnded(failure=failure):
             return str(failure) if failure is not None else ""
         case JobFinished(status=status, failure=failure):

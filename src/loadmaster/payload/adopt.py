@@ -59,12 +59,13 @@ STARTING_SECONDS: Final = 600.0
 async def adopt(
     state: Path, workdir: Workdir, *, stdout: str, stderr: str, boot: str = "", known: PayloadStarted | None = None,
     limits: Limits = NO_LIMITS, world: World = USUAL, soft_stop: SoftStop | None = None,
-    outputs_bytes: Callable[[], int] | None = None,
+    outputs_bytes: Callable[[], int] | None = None, stopped_softly: bool = False,
 ) -> Payload | NotStarted | Lost:  # fmt: skip
     """What became of the payload that was, or was to be, started with this state directory; ours from here on.
 
     `boot` is the `boot_id` under which it was to be started, and `known` what was told of its start, if it was: they are
-    believed before what is in the directory. The other words are those of `start`.
+    believed before what is in the directory. `stopped_softly`: it was asked to wind down, and is not asked again. The
+    other words are those of `start`.
 
     Raises `PayloadHeld` when another agent has it, OSError when we lack descriptors, say; nothing was decided then, and
     it can be tried again. Cancelled, it leaves a payload that runs as it is, to be adopted.
@@ -90,7 +91,7 @@ async def adopt(
                 )
                 return Payload(
                     found, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes,
-                    outputs_bytes=outputs_bytes, state=directory,
+                    outputs_bytes=outputs_bytes, state=directory, stopped_softly=stopped_softly,
                 )  # fmt: skip
             left = await _lost(found, directory, group) if isinstance(found, ToEnd) else found
     except BaseException:

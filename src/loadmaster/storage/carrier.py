@@ -21,6 +21,10 @@ BODY_BYTES: Final = 64 * 1024
 """Of an answer that is not a file; what comes after is not looked at."""
 
 
+SEND_BYTES: Final = 1024**2
+"""Of a large file, read at once; libcurl's own 64 KiB are sixteen times as many calls of ours."""
+
+
 class Sink(Protocol):
     """Where the body of a good answer goes. May raise OSError, about this machine, or `StorageError`."""
 
@@ -169,6 +173,7 @@ class Carrier(Generic[W]):
             curl.setopt(pycurl.NOBODY, True)
         elif method == "PUT":
             curl.setopt(pycurl.UPLOAD, True)
+            curl.setopt(pycurl.UPLOAD_BUFFERSIZE, SEND_BYTES)
             curl.setopt(pycurl.READFUNCTION, self._read)
             curl.setopt(pycurl.SEEKFUNCTION, self._seek)
         elif method != "GET":

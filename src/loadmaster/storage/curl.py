@@ -135,6 +135,7 @@ class CurlThread:
         self._name = name
         self._pace = pace
         self._lanes = dict(lanes)
+        self._most = sum(lanes.values())
         self._settings = settings
         self._thread: threading.Thread | None = None
         self._orders: deque[_Call[Item]] = deque()
@@ -181,6 +182,11 @@ class CurlThread:
         finally:
             call.close()
 
+    def set_width(self, lane: str, width: int) -> None:
+        """From now on, so many scripts of a lane at once; what is under way goes on."""
+        self._lanes[lane] = width
+        self._rouse()
+
     def look(self) -> None:
         """Have the thread look for calls that were cancelled and items that were given up. From any thread."""
         self._look = True
@@ -220,7 +226,7 @@ class _Loop:
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._timer)
-        self._multi.setopt(pycurl.M_MAXCONNECTS, 2 * sum(owner._lanes.values()))
+        self._multi.setopt(pycurl.M_MAXCONNECTS, 2 * owner._most)
         self._settings = {**owner._settings, pycurl.SOCKOPTFUNCTION: self._opened}
         self._epoll = select.epoll()
         self._epoll.register(owner._wake, select.EPOLLIN)

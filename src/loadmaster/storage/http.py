@@ -82,7 +82,7 @@ class HttpStorage(CurlStorage):
         self._proven: dict[str, int] = {}
         """How many small files a host has taken since it was seen to have what it said."""
         self._without_tls = words.credentials_without_tls
-        self._headers: dict[tuple[str, bool], tuple[str, ...]] = {}
+        self._headers: tuple[str, ...] = ()
         self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
         if self._publish == "move":
             self.abilities |= Ability.RENAME | Ability.HOLD | Ability.COPY
@@ -257,10 +257,10 @@ class HttpStorage(CurlStorage):
     def _headers_of(self, authorization: str, extra: tuple[str, ...]) -> Sequence[str]:
         if extra:
             return (authorization, *extra)
-        key = (authorization, False)
-        if key not in self._headers:
-            self._headers = {key: (authorization,)}
-        return self._headers[key]
+        known = self._headers  # which another thread may replace at any time
+        if known != (authorization,):
+            self._headers = known = (authorization,)
+        return known
 
     def _address(self, url: str) -> str:
         """What libcurl is given: http or https, and nothing that has no place in a URL."""
