@@ -11,7 +11,9 @@ import pytest
 from loadmaster import ComputingElement, JobDescription, JobExecutionCoordinator, Site
 from loadmaster.commands.beforehand import Findings, look_ahead
 from loadmaster.coordinator import Coordinator
+from loadmaster.description import Containment, Isolation
 from loadmaster.dirac import adapt
+from loadmaster.world import World
 
 
 async def ahead(
@@ -79,6 +81,24 @@ async def test_more_than_there_is_on_this_machine_is_told_but_no_fault() -> None
     assert machine.startswith("on this machine only `run` would take it: the job needs 99999 cores, the node has ")
     assert cores == "number_of_processors: 99999, and the computing element has 2"
     assert memory == "memory_mb: 101, and the computing element has 100"
+
+
+async def test_a_node_without_what_isolates_payloads_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    world = World(isolation=Isolation.APPTAINER, image=str(tmp_path / "image.sif"))
+    assert (await ahead(Site(payload=world))).problems == (
+        "[payload] isolation = apptainer: there is neither apptainer nor singularity on the PATH; "
+        "install the package apptainer",
+        f"[payload] image = {tmp_path}/image.sif: No such file or directory",
+    )
+    (tmp_path / "apptainer").write_text("#!/bin/sh\n")
+    (tmp_path / "apptainer").chmod(0o755)
+    (tmp_path / "image.sif").touch()
+    assert (await ahead(Site(payload=world))).problems == ()
+    world = World(isolation=Isolation.NAMESPACES, containment=(Containment.SESSION,))
+    assert (await ahead(Site(payload=world))).problems == (
+        "[payload] isolation = namespaces: isolation namespaces takes containment pid-namespace, and not session",
+    )
 
 
 async def test_a_key_of_diracs_in_other_letters_is_told() -> None:

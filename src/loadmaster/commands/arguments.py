@@ -34,6 +34,17 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_journal(parser: argparse.ArgumentParser) -> None:
+    """A journal to be looked at."""
+    parser.add_argument("journal", type=journal, metavar="JOURNAL", help="the journal's directory, or a bundle's")
+
+
+def journal(text: str) -> Path:
+    """The directory of a journal; of a bundle, which has one in it, that."""
+    path = Path(text)
+    return path / "journal" if (path / "journal").is_dir() else path
+
+
 def add_slots(parser: argparse.ArgumentParser) -> None:
     """What jobs may have of the machine."""
     parser.add_argument(

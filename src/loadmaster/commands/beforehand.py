@@ -12,13 +12,25 @@ from typing import Any, Final
 from anyio import to_thread
 
 from loadmaster.coordinator import Coordinator
-from loadmaster.description import CE_KEYS, DIRAC_KEYS, DIRAC_STAND_INS, ComputingElement, JobDescription, Words
+from loadmaster.description import (
+    CE_KEYS,
+    DIRAC_KEYS,
+    DIRAC_STAND_INS,
+    ComputingElement,
+    Containment,
+    JobDescription,
+    Words,
+)
 from loadmaster.errors import PayloadNotStarted
 from loadmaster.machine import detect
+from loadmaster.names import is_url
 from loadmaster.payload.command import executable_problem
+from loadmaster.payload.isolation import isolated
+from loadmaster.payload.launch import Launch, Refused
 from loadmaster.site import Site
 from loadmaster.staging.engine import open_transfers
 from loadmaster.staging.inquiry import ask_for_inputs, ask_for_places, ask_for_site
+from loadmaster.world import World
 
 LONG_AGO: Final = timedelta(days=5 * 365)
 """Nobody means a deadline that is older: it is a number, which are seconds since 1970."""
@@ -51,6 +63,7 @@ async def look_ahead(
             problems.append(reason)
         else:
             notes.append(f"{reason}; unless the coordinator's stageIn brings it")
+    problems += await to_thread.run_sync(lambda: list(_world(site.payload)))
     async with open_transfers(site.model_copy(update={"cache": None})) as transfers:  # which would be made
         problems += await ask_for_site(transfers)
         found = await ask_for_inputs(job, transfers, online=online)
@@ -88,6 +101,21 @@ def _room(job: JobDescription, ce: ComputingElement) -> Iterator[str]:
         wanted, there = getattr(job, field), getattr(ce, field)
         if wanted is not None and there is not None and wanted > there:
             yield f"{field}: {wanted}, and the computing element has {there}"
+
+
+def _world(world: World) -> Iterator[str]:
+    """Whether this node has what isolates the payload."""
+    launch = Launch(
+        argv=["/bin/true"], env={}, cwd=Path.cwd(), stdout=-1, stderr=-1, grace_seconds=0,
+        isolation=world.isolation, image=world.image,
+    )  # fmt: skip
+    held = world.containment
+    try:
+        isolated(launch, Containment.PID_NAMESPACE if Containment.PID_NAMESPACE in held else held[0])
+    except Refused as exc:
+        yield f"[payload] isolation = {world.isolation}: {str(exc).removeprefix(f'{world.isolation}: ')}"
+    if world.image is not None and not is_url(world.image) and not Path(world.image).exists():
+        yield f"[payload] image = {world.image}: No such file or directory"
 
 
 def _is_ours(coordinator: type[Any]) -> bool:

@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
 
-from loadmaster.commands.arguments import Commands, number
+from loadmaster.commands.arguments import Commands, add_journal, number
 from loadmaster.commands.codes import LOOKED, NOT_PREPARED, OK
 from loadmaster.events import (
     CompanionFailed,
@@ -43,7 +42,7 @@ def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
     show = commands.add_parser("show", help=line, epilog=LOOKED)
     show.set_defaults(command=_show)
-    show.add_argument("journal", type=Path, metavar="JOURNAL", help="the directory of the journal")
+    add_journal(show)
     show.add_argument("job", metavar="JOB", help="the job's id")
     show.add_argument("--attempt", type=number(1, 1_000_000), metavar="N", help="that attempt only")
     show.add_argument("--json", action="store_true", help="its events, a line of JSON each, for programs")
