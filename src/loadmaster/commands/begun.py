@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from loadmaster.commands.files import usual_outputs
+from loadmaster.console.terminal import stderr_display
 from loadmaster.coordinator import Coordinator
 from loadmaster.errors import InvalidJob, JournalFault
 from loadmaster.events import JobAccepted
 from loadmaster.hooks import FILE_MODULE, find_coordinator, reference_of
 from loadmaster.names import shown
 from loadmaster.site import Site
-from loadmaster.terminal import stderr_display
 
 
 def as_begun(

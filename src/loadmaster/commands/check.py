@@ -14,9 +14,9 @@ from loadmaster.commands.arguments import Commands, add_job
 from loadmaster.commands.beforehand import look_ahead
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import read_coordinator, read_job, read_site
+from loadmaster.console.terminal import printable
 from loadmaster.coordinator import Coordinator
 from loadmaster.errors import InvalidJob
-from loadmaster.terminal import printable
 
 WHAT: Final = """Say what a description means, and name all that is wrong with it: inputs that are not there, an executable
 that cannot be found, outputs that have nowhere to go, words of the site that are not understood, a coordinator that cannot

@@ -15,13 +15,13 @@ from tempfile import TemporaryFile
 from typing import Any, Protocol, TextIO
 
 from loadmaster import dirac
+from loadmaster.console.terminal import stderr_display
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import InvalidJob
 from loadmaster.hooks import find_coordinator
 from loadmaster.names import file_url
 from loadmaster.site import Site
-from loadmaster.terminal import stderr_display
 
 
 def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:

@@ -12,20 +12,20 @@ from typing import Final
 
 import anyio
 
-from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, add_scratch, add_slots
 from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
 from loadmaster.commands.files import check_directory, log_to, open_new, read_coordinator, read_json, usual_outputs
 from loadmaster.commands.reporting import Reporting, add_reporter
+from loadmaster.console.board import open_board, told
+from loadmaster.console.orders import told_to_stop
+from loadmaster.console.work import work
 from loadmaster.description import ComputingElement
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
-from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
 from loadmaster.sources import JobFiles, JobLines, Nothing
-from loadmaster.work import work
 from loadmaster.workdir import default_root
 
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next

@@ -19,6 +19,7 @@ from loadmaster.commands.arguments import Commands, add_journal
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import log_to, write_whole
 from loadmaster.commands.unsent import drop_unsent, facts, name_of, read_unsent, told
+from loadmaster.console.terminal import printable, size, stderr_display
 from loadmaster.description import JobDescription
 from loadmaster.dirac import JobStatus
 from loadmaster.diracx.outbox import Filed, StatusReport
@@ -30,7 +31,6 @@ from loadmaster.operations import Operations, ring
 from loadmaster.pending import Operation
 from loadmaster.site import Site
 from loadmaster.staging.engine import open_transfers
-from loadmaster.terminal import printable, size, stderr_display
 
 WHAT: Final = """List what jobs have left to be done: files that are safe, but not where they were wanted; files that no
 catalog took; reports that no server took (r1, r2, ...). A node with this journal does it by itself, as long as it may

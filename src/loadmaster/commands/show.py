@@ -9,6 +9,7 @@ from datetime import datetime
 
 from loadmaster.commands.arguments import Commands, add_journal, number
 from loadmaster.commands.codes import LOOKED, NOT_PREPARED, OK
+from loadmaster.console.terminal import printable, size, stderr_display
 from loadmaster.events import (
     CompanionFailed,
     ComputingEnded,
@@ -35,7 +36,6 @@ from loadmaster.logbook import History, Logbook
 from loadmaster.names import shown
 from loadmaster.reporter import written
 from loadmaster.result import StoredFile
-from loadmaster.terminal import printable, size, stderr_display
 
 
 def add(commands: Commands, line: str) -> None:
