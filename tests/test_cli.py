@@ -334,6 +334,14 @@ def test_a_result_that_cannot_be_written_in_the_end_is_said_and_the_job_is_told_
     assert [path.name for path in small_disk.iterdir()] == ["full"]
 
 
+def test_where_outputs_go_is_said_by_the_option_rather_than_by_the_site(shell: Shell) -> None:
+    """`--output` meant nothing, silently, where the site had an output_directory."""
+    (shell.directory / "site.toml").write_text('output_directory = "of the site"')
+    for options, place in (([], "of the site"), (["--output", "mine"], "mine")):
+        assert shell.run(sh("true"), "--config", "site.toml", *options).returncode == 0
+        assert (shell.directory / place / "std.out").exists()
+
+
 def test_a_job_may_be_given_less_than_all_of_the_machine(shell: Shell) -> None:
     words = {"OutputSandbox": "std.out", "NumberOfProcessors": 2}
     done = shell.run(sh("true", **words), "--cores", "1")

@@ -80,15 +80,11 @@ def read_site(options: argparse.Namespace) -> Site:
 
 
 def with_outputs(options: argparse.Namespace, site: Site) -> Site:
-    """The same site, with --output, or a directory for each job below `outputs`, where it has no directory."""
-    if site.output_directory:
-        return site
-    if options.output is None:
-        place = usual_outputs()
-    else:
+    """The same site, with --output, or a directory for each job below `outputs` where neither says another."""
+    if options.output is not None:
         check_directory(options.output, "--output")
-        place = file_url(options.output.absolute())
-    return site.model_copy(update={"output_directory": place})
+        return site.model_copy(update={"output_directory": file_url(options.output.absolute())})
+    return site if site.output_directory else site.model_copy(update={"output_directory": usual_outputs()})
 
 
 def usual_outputs() -> str:

@@ -49,7 +49,7 @@ def add(commands: Commands, line: str) -> None:
     run = commands.add_parser("run", help=line, epilog=TABLE)
     add_job(run)
     run.set_defaults(command=_run)
-    add_slots(run)
+    add_slots(run, usual="what the job asks")
     add_scratch(run)
     run.add_argument(
         "--journal",
