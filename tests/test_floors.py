@@ -34,12 +34,14 @@ FLOORS: dict[str, float] = {
     "machine": 3.5,
     "limits": 3,
     "ahead": 3,
+    "admission": 3.5,
     "occupancy": 3.5,
     # mechanisms
     "handle": 4,
     "logbook": 3.5,
     "journal": 4.2,
     "pending": 4,
+    "occupants": 3,
     "workdir": 4,
     "world": 3,
     "site": 4,
@@ -47,6 +49,7 @@ FLOORS: dict[str, float] = {
     "threads": 3,
     "streams": 3,
     "notices": 3,
+    "bell": 3,
     "hooks": 4,
     "storage": 4.5,
     "payload": 5,
@@ -54,6 +57,7 @@ FLOORS: dict[str, float] = {
     "manifest": 5,
     "companions": 5.5,
     # one job
+    "leftovers": 5.9,
     "coordinator": 6,
     "takeover": 6,
     "runner": 7,
@@ -63,6 +67,11 @@ FLOORS: dict[str, float] = {
     "operations": 6,
     "bundle": 8,
     # many jobs
+    "book": 7.5,
+    "leases": 7.6,
+    "dispatch": 7.7,
+    "records": 7.8,
+    "serving": 7.8,
     "node": 8,
     # the doors
     "dirac": 9,

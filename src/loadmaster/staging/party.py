@@ -310,6 +310,9 @@ class Party:
                     return
                 if Ability.SIDE_BY_SIDE in storage.abilities:
                     self._crowding.add(road.scheme)
+                for errand in batch:
+                    if errand.parts is not None:
+                        await errand.parts.make_room(errand.replica.url)
                 transfers = [self._transfer(errand, storage, number) for errand in batch]
                 count = self._parts(transfers, storage)
                 if count > 1:
@@ -359,6 +362,8 @@ class Party:
             errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand
         )
         transfer.step, transfer.held = errand.step, errand.held
+        if errand.parts is not None and errand.step.sends:
+            transfer.part = errand.parts.next(url)
         if errand.source:
             transfer.source, transfer.checksum = errand.source, errand.checksum
         if errand.rest is not None:
