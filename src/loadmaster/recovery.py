@@ -17,10 +17,10 @@ from loadmaster.errors import IllegalEvent, InvalidJob, RescheduleJob, WorkdirFa
 from loadmaster.events import Event, JobAccepted, JobFinished
 from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.hooks import find_coordinator, reference_of
-from loadmaster.journal import NodeJournal, state_name
+from loadmaster.journal import NodeJournal
 from loadmaster.ledger import Slot
 from loadmaster.lifecycle import Lifecycle
-from loadmaster.logbook import History
+from loadmaster.logbook import History, state_name
 from loadmaster.payload.adopt import end_held
 from loadmaster.payload.state import remove_state
 from loadmaster.workdir import Workdir
