@@ -102,6 +102,8 @@ class JobHandle:
         self._audience: Audience | None = None
         self._reserved = False
         self._resumed = False
+        self.has_past = False
+        """Whether an earlier agent may have had the job."""
         self._at_kill: Callable[[], None] | None = None
         self._beat: Callable[[], None] | None = None
         self._obeying: TaskGroup | None = None
@@ -119,7 +121,7 @@ class JobHandle:
         handle._events = list(events)
         handle._life = life = Lifecycle.of(handle._events)
         if life.identity is not None:
-            handle._identity, handle._resumed = life.identity, True
+            handle._identity, handle._resumed, handle.has_past = life.identity, True, True
         handle._computed = life.stage not in COMPUTING and life.stage is not Stage.NEW
         handle._closed = life.stage is Stage.FINISHED
         handle._stage = life.stage

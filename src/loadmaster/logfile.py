@@ -75,6 +75,16 @@ UPGRADES: Final = (
         AND NOT EXISTS (SELECT 1 FROM events WHERE job = NEW.job AND kind = 'OperationDropped');
     END;
     """,
+    "CREATE TABLE agents (number INTEGER PRIMARY KEY, pid INTEGER NOT NULL, host TEXT NOT NULL, began TEXT NOT NULL,"
+    " closed TEXT);",
+    """
+    CREATE TRIGGER removal_requested AFTER INSERT ON events WHEN NEW.kind = 'RemovalRequested' BEGIN
+        INSERT INTO operations (number, job, subject, due) VALUES (
+            NEW.number, NEW.job, 'uploads to ' || json_extract(NEW.facts, '$.url'),
+            coalesce(CAST(strftime('%s', json_extract(NEW.facts, '$.time')) AS REAL), 0)
+        );
+    END;
+    """,
 )
 """What makes each version of the file out of the one before; the first one out of nothing. Only ever added to."""
 

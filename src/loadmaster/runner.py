@@ -12,7 +12,14 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
@@ -175,6 +182,7 @@ async def run_part(
         moved = nullcontext(transfers) if transfers is not None else open_transfers(site or Site())
         made = open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
         try:
+            forgotten = await _forgotten_payload(handle)
             async with moved as moving, made as workdir:
                 flight = JobInFlight(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
@@ -182,7 +190,7 @@ async def run_part(
                 straight = _Flight(
                     flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
                 )
-                straight.until = until
+                straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
                 if not handle.has_audience:  # which has one task for the heartbeats of many jobs
                     tasks.start_soon(straight.go_on_beating, beating)
@@ -202,6 +210,18 @@ async def run_part(
         async with anyio.create_task_group() as own:
             own.start_soon(fly, own)
     return handle.result
+
+
+async def _forgotten_payload(handle: JobHandle) -> JobError | None:
+    """Why the attempt is over because of a payload that the journal does not know of; None: there is none."""
+    state = handle.state
+    if state is None or handle.life.has_reached(Stage.GRANTED) or not (handle.has_past or handle.stage is Stage.NEW):
+        return None
+    if not await briefly(partial(os.path.lexists, state)):
+        return None
+    from loadmaster.takeover import end_forgotten  # loaded when used
+
+    return await end_forgotten(handle)
 
 
 class _Flight:
@@ -232,6 +252,9 @@ class _Flight:
         self.usage: Usage | None = None
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
+        self.forgotten: JobError | None = None
+        self.lease = AsyncExitStack()
+        """The slot, as long as the payload has it."""
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -264,6 +287,8 @@ class _Flight:
         """Everything that a kill ends."""
         failure: Failure | None = None
         try:
+            if self.forgotten is not None:
+                raise self.forgotten
             found = await self._find_payload()
             with self.handle.computing():
                 outcome: PayloadOutcome | None
@@ -313,7 +338,8 @@ class _Flight:
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
         self._enter(Phase.PAYLOAD)
         with self._in_time() as waiting:
-            async with self.slots.lease(self.job.description) as slot:
+            async with AsyncExitStack() as self.lease:
+                slot = await self.lease.enter_async_context(self.slots.lease(self.job.description))
                 if waiting is not None:
                     waiting.deadline = inf  # from here on the payload's own supervision keeps it
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
@@ -336,7 +362,8 @@ class _Flight:
         had = self.life.slot
         assert had is not None  # noqa: S101 - no payload is started without
         slot = Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=self.job.description.resources)
-        with self.slots.hold(self.job.description, slot):
+        async with AsyncExitStack() as self.lease:
+            self.lease.enter_context(self.slots.hold(self.job.description, slot))
             return await self._to_its_end(payload, adopted=True)
 
     async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
@@ -364,6 +391,8 @@ class _Flight:
                 await self.record(PayloadAdopted, os.getpid(), gethostname())
             if self.life.verdict is None and self.life.companion_failure is None:  # an earlier agent may be ending it
                 verdict = await self._watch(payload)
+            if tree.empty:  # the slot is somebody else's, before all that is left to be said of this one
+                await self.lease.aclose()
         finally:
             with anyio.CancelScope(shield=True), self.handle.hurried_by(payload.hurry):  # bounded: the grace and 30 s
                 self.job.payload = None
@@ -428,6 +457,7 @@ class _Flight:
             await self.handle.settle()
         if self.job.failure is not None:
             await self.job.abandon_early_outputs()
+        await self.job.clear_leftovers()
         try:
             if self.job.failure is None and self._has_outputs:
                 self._check_workdir()

@@ -104,12 +104,15 @@ class StateDirectory:
 
     @classmethod
     def make(cls, path: Path, launch: LaunchRecord) -> Self:
-        """Make one that is not there yet. Raises OSError."""
+        """Make one. Raises `PayloadHeld` when it is there: a payload may have been started with it. And OSError."""
         try:
-            os.mkdir(path, OURS)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.mkdir(path, OURS)
+            try:
+                os.mkdir(path, OURS)
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.mkdir(path, OURS)
+        except FileExistsError as exc:
+            raise PayloadHeld(f"{path}: is there already, and the payload it is about may run") from exc
         made = cls(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
         try:
             made._take()
