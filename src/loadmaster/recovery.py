@@ -17,9 +17,9 @@ from loadmaster.errors import IllegalEvent, InvalidJob, PayloadHeld, RescheduleJ
 from loadmaster.events import Event, JobAccepted, JobFinished
 from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.hooks import find_coordinator, reference_of
-from loadmaster.journal import NodeJournal, state_name
+from loadmaster.journal import NodeJournal
 from loadmaster.lifecycle import Lifecycle
-from loadmaster.logbook import History
+from loadmaster.logbook import History, state_name
 from loadmaster.payload.adopt import end_held
 from loadmaster.payload.found import Lost
 from loadmaster.payload.state import remove_state

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
@@ -444,9 +444,12 @@ async def start(
         """All that has to be done in a thread, in one."""
         near = world.containment[0] is Containment.SESSION
         if state is not None or hidden:
-            own = workdir.path.resolve()
-            for place in (*((state,) if state is not None else ()), *hidden):
-                if own.is_relative_to(place.resolve()) or place.resolve().is_relative_to(own):
+            own = os.path.join(_real(workdir.path.parent), workdir.path.name, "")
+            places = [os.path.join(_real(place), "") for place in hidden]
+            if state is not None:
+                places.append(os.path.join(_real(state.parent), state.name, ""))
+            for place in places:
+                if own.startswith(place) or place.startswith(own):
                     raise ValueError(f"{place}: has to be apart from the work directory {own}")
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
@@ -485,6 +488,12 @@ async def start(
         tree, begun.output, group=begun.group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes,
         outputs_bytes=outputs_bytes, state=begun.directory,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def _real(directory: Path) -> str:
+    """Of directories that are the same for many jobs: each resolution takes a dozen system calls."""
+    return os.path.realpath(directory)
 
 
 def _kernels_cpu(limits: Limits) -> float | None:
