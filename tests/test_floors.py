@@ -40,6 +40,7 @@ FLOORS: dict[str, float] = {
     "logbook": 3.5,
     "journal": 4.2,
     "pending": 4,
+    "occupants": 3,
     "workdir": 4,
     "world": 3,
     "site": 4,
@@ -56,6 +57,7 @@ FLOORS: dict[str, float] = {
     # one job
     "leftovers": 5.9,
     "coordinator": 6,
+    "takeover": 6,
     "runner": 7,
     "reporter": 7,
     "sources": 7,

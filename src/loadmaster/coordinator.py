@@ -384,8 +384,16 @@ class JobInFlight:
         early: EarlyOutputs | None = None,
     ) -> None:
         """Deliver what the patterns stand for, each name once. What cannot go keeps nothing else from going."""
-        found, missing, refused = await briefly(lambda: self._expand(files, of_directory))
-        planned = [replace(delivery(file, name), file=self._archives.get(name)) for name, file in found.items()]
+
+        def look() -> tuple[dict[str, OutputFile], dict[str, str], dict[str, str], list[int | None]]:
+            found, missing, refused = self._expand(files, of_directory)
+            return found, missing, refused, [self._files.seen_size(self._archives.get(name, name)) for name in found]
+
+        found, missing, refused, sizes = await briefly(look)
+        planned = [
+            replace(delivery(file, name), file=self._archives.get(name), size_bytes=size)
+            for (name, file), size in zip(found.items(), sizes, strict=True)
+        ]
         planned = [each for each in planned if self._sent_before.isdisjoint((each.name, at.url) for at in each.targets)]
         deliveries, colliding = without_collisions(planned, self._delivered)
         refused |= colliding

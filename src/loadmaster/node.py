@@ -14,7 +14,14 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AbstractContextManager,
+    AsyncExitStack,
+    ExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from heapq import heappop, heappush
@@ -183,7 +190,8 @@ class Node:
         self._phases = Counter[str]()
         self._streams = EventStreams()
         self._news = anyio.Event()
-        self._change = anyio.Event()
+        self._change: anyio.Event | None = None
+        """Made by the first who waits for it."""
         self._draining = anyio.Event()
         self._open = False
         self._ended = Counter[str]()
@@ -282,14 +290,14 @@ class Node:
             if told != (told := (self._meter.busy, self._meter.idle)):
                 yield Occupation(datetime.now(UTC), self.ledger.cores, told[0], MappingProxyType(dict(told[1])))
             elif self._open:
-                await self._change.wait()
+                await self._changed()
             else:
                 return
 
     async def wait_idle(self) -> None:
         """Wait until there is no job."""
         while self._entries or self._unstarted:
-            await self._change.wait()
+            await self._changed()
 
     def begin_drain(self) -> None:
         """Take no more from now on, and give back what does not compute yet. `drain` does that and waits."""
@@ -390,7 +398,7 @@ class Node:
                     while more and not self._draining.is_set() and asked < ASKING and self._room(asked) > 0:
                         asked += 1
                         asking.start_soon(ask)
-                    await self._change.wait()
+                    await self._changed()
                 asking.cancel_scope.cancel()
 
     async def pending(self) -> list[Operation]:
@@ -502,21 +510,22 @@ class Node:
         """Begin who may begin, end who never will, and tell who waits for a change. The only task that does: once for
         all that has happened in a turn of the event loop."""
         while True:
-            self._news = anyio.Event()
-            if self._unrecorded:
-                await self._record_them()
-            while self._unstarted:
-                await self._end_early(*self._unstarted.popleft())
-            now = anyio.current_time()
-            while (entry := self._next(now)) is not None:
-                self._begin(entry, now)
-            self._look()
-            self._wake()
-            if (slow := next_slow(self._terms, self._preparing, now)) == inf:
-                await self._news.wait()
-                continue
-            with anyio.CancelScope(deadline=slow):  # then a place becomes free: a source may be asked
-                await self._news.wait()
+            with anyio.CancelScope() as until_slow:
+                while not until_slow.cancel_called:
+                    self._news = anyio.Event()
+                    if self._unrecorded:
+                        await self._record_them()
+                    while self._unstarted:
+                        await self._end_early(*self._unstarted.popleft())
+                    now = anyio.current_time()
+                    while (entry := self._next(now)) is not None:
+                        self._begin(entry, now)
+                    self._look()
+                    self._wake()
+                    # Then a place becomes free: a source may be asked.
+                    until_slow.deadline = next_slow(self._terms, self._preparing, now)
+                    await self._news.wait()
+                    until_slow.deadline = inf
 
     async def _beat(self) -> None:
         """Heartbeats of all jobs, for whoever wants them."""
@@ -578,10 +587,8 @@ class Node:
                         heartbeat_seconds=self._heartbeat_seconds,
                     )  # fmt: skip
         except (WorkdirFault, PayloadHeld) as exc:
-            if handle.stage in {
-                Stage.GRANTED,
-                Stage.RUNNING,
-            }:  # its payload may run: it is the next start's to look again
+            # Its payload may run: it is the next start's to look again.
+            if isinstance(exc, PayloadHeld) or handle.stage in {Stage.GRANTED, Stage.RUNNING}:
                 log.error("job %s: is left open in the journal: %s", job.job_id, exc)  # noqa: TRY400 - a sentence
                 self._forget(entry)
                 return
@@ -666,15 +673,16 @@ class Node:
             self._enter(entry, DELIVERING)
             self._news.set()
 
+    def _ledgers(self, entry: _Entry) -> AbstractAsyncContextManager[Slot]:
+        return self.ledger.lease(entry.job) if entry.held_slot is None else self._held(entry.held_slot, entry)
+
     @asynccontextmanager
-    async def _ledgers(self, entry: _Entry) -> AsyncIterator[Slot]:
-        if entry.held_slot is not None and entry.slot is not None:  # an earlier agent had it, but no payload in it
-            with entry.held_slot:
-                yield entry.slot
-                entry.held_slot = None
-            return
-        async with self.ledger.lease(entry.job) as slot:
-            yield slot
+    async def _held(self, held: ExitStack, entry: _Entry) -> AsyncIterator[Slot]:
+        """One that an earlier agent had, but no payload in it."""
+        assert entry.slot is not None  # noqa: S101 - the two come together
+        with held:
+            yield entry.slot
+            entry.held_slot = None
 
     def _give_up_slot(self, entry: _Entry) -> None:
         held, entry.held_slot = entry.held_slot, None
@@ -768,7 +776,11 @@ class Node:
         self._forget(entry)
 
     async def _record_beginning(self, entry: _Entry) -> None:
-        await entry.handle.record(JobAccepted, entry.job.words(), reference_of(entry.coordinator))
+        site = self._site if self._transfers is None else self._transfers.site
+        await entry.handle.record(
+            JobAccepted, entry.job.words(), reference_of(entry.coordinator),
+            outputs=site.output_directory or "", site=site.file,
+        )  # fmt: skip
 
     def _begin_next_attempt(self, entry: _Entry) -> None:
         """The next one to go on with, if an attempt was lost."""
@@ -817,8 +829,14 @@ class Node:
         self._streams.tell(event)
 
     def _wake(self) -> None:
-        self._change.set()
-        self._change = anyio.Event()
+        if self._change is not None:
+            self._change.set()
+            self._change = None
+
+    async def _changed(self) -> None:
+        """Return when something has changed since this was called."""
+        self._change = self._change or anyio.Event()
+        await self._change.wait()
 
     def _look(self) -> None:
         """What the cores do from now on."""
@@ -851,7 +869,7 @@ def _phase(stage: Stage) -> str:
     """Of a job that is gone on with. One that has a slot may have a payload: it is not to be given back."""
     if stage in {Stage.GRANTED, Stage.RUNNING}:
         return COMPUTING
-    return STAGING_IN if stage.value < Stage.GRANTED.value else DELIVERING
+    return STAGING_IN if stage < Stage.GRANTED else DELIVERING
 
 
 GIVEN_BACK: Final = "given back: the node was drained before it computed"
@@ -864,17 +882,13 @@ class _Slots:
     node: Node
     entry: _Entry
 
-    @asynccontextmanager
-    async def lease(self, job: JobDescription) -> AsyncIterator[Slot]:
+    def lease(self, job: JobDescription) -> AbstractAsyncContextManager[Slot]:
         """As the ledger's; the node knows of it."""
-        async with self.node._lease(self.entry) as slot:
-            yield slot
+        return self.node._lease(self.entry)
 
-    @contextmanager
-    def hold(self, job: JobDescription, slot: Slot) -> Iterator[None]:
+    def hold(self, job: JobDescription, slot: Slot) -> AbstractContextManager[None]:
         """As the ledger's."""
-        with self.node._hold(self.entry):
-            yield
+        return self.node._hold(self.entry)
 
 
 def _made(root: Path | None) -> Path:

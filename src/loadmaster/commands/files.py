@@ -74,11 +74,22 @@ def _object(path: Path, text: str) -> Mapping[str, Any]:
     return data
 
 
-def read_site(options: argparse.Namespace, job: JobDescription) -> Site:
-    """The site of --config, with a place for outputs that have none."""
-    output = (options.output or Path("outputs") / job.job_id).absolute()
-    site = Site.load(options.config) if options.config else Site()
-    return site if site.output_directory else site.model_copy(update={"output_directory": file_url(output)})
+def read_site(options: argparse.Namespace) -> Site:
+    """The site of --config, with a place for outputs that have none; see `with_outputs`."""
+    return with_outputs(options, Site.load(options.config) if options.config else Site())
+
+
+def with_outputs(options: argparse.Namespace, site: Site) -> Site:
+    """The same site, with --output, or a directory for each job below `outputs`, where it has no directory."""
+    if site.output_directory:
+        return site
+    place = usual_outputs() if options.output is None else file_url(options.output.absolute())
+    return site.model_copy(update={"output_directory": place})
+
+
+def usual_outputs() -> str:
+    """Where outputs go when nobody says anything: a directory for each job."""
+    return f"{file_url(Path('outputs').absolute())}/{{job_id}}"
 
 
 def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:

@@ -42,5 +42,5 @@ def _finish(options: argparse.Namespace) -> int:
     except (ValueError, KeyError, InvalidJob) as exc:
         raise InvalidBundle(f"{path}: {exc}") from exc
     options.coordinator = options.coordinator or contents.coordinator or None
-    coordinator, site = read_coordinator(options), read_site(options, contents.job)
+    coordinator, site = read_coordinator(options), read_site(options)
     return run_it(options, Part.FINISH, options.bundle, site=site, coordinator=coordinator, outputs=Path.cwd())

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import anyio
 
 from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, add_scratch, add_slots
+from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
-from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json
+from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json, usual_outputs
 from loadmaster.commands.reporting import Reporting, add_reporter
-from loadmaster.coordinator import Coordinator
 from loadmaster.description import ComputingElement
-from loadmaster.errors import InvalidJob, JournalFault
-from loadmaster.events import JobAccepted
-from loadmaster.hooks import FILE_MODULE, find_coordinator, reference_of
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
@@ -31,9 +27,6 @@ from loadmaster.site import Site
 from loadmaster.sources import JobFiles, JobLines, Nothing
 from loadmaster.work import work
 from loadmaster.workdir import default_root
-
-if TYPE_CHECKING:
-    from loadmaster.logbook import History
 
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
 ones come while others compute. The first Ctrl-C lets what computes finish, the second kills it, the third leaves."""
@@ -88,12 +81,13 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     ce = ComputingElement.load(read_json(options.ce) if options.ce else {})
     reporting = Reporting(options, ce)
     coordinator = read_coordinator(options)
-    if options.journal is not None:
-        _check_coordinators(options.journal, coordinator)
     site = reporting.site(Site.load(options.config) if options.config else Site())
+    if not site.output_directory and options.output is not None:
+        site = site.model_copy(update={"output_directory": f"{file_url(options.output.absolute())}/{{job_id}}"})
+    if options.journal is not None:
+        site = as_begun(options, site, coordinator)
     if not site.output_directory:
-        outputs = (options.output or Path("outputs")).absolute()
-        site = site.model_copy(update={"output_directory": f"{file_url(outputs)}/{{job_id}}"})
+        site = site.model_copy(update={"output_directory": usual_outputs()})
     scratch = (options.scratch or default_root()).absolute()
     scratch.mkdir(parents=True, exist_ok=True)
     memory_mb = options.memory // MIB if options.memory else None
@@ -124,29 +118,3 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     if orders.seen and (figures is None or figures.given_back or figures.ended["Killed"] or not shift.exhausted):
         return 128 + orders.seen[0]
     return PAYLOAD_FAILED if shift.failed else NOT_PREPARED if shift.refused else OK
-
-
-def _check_coordinators(journal: Path, coordinator: type[Coordinator]) -> None:
-    """Refuse to begin where an open job's coordinator cannot be had: without it, the job would be given up."""
-    from loadmaster.logbook import Logbook  # with sqlite3, loaded when used
-
-    asked = Counter[str]()
-    with suppress(JournalFault), Logbook.look(journal) as book:  # one that cannot be read is the node's to speak of
-        asked.update(_coordinator_of(history) for history in book.open_jobs())
-    for reference, jobs in asked.items():
-        if reference not in {"", reference_of(coordinator)}:
-            try:
-                find_coordinator(reference)
-            except InvalidJob as exc:
-                name = (
-                    reference.removeprefix(FILE_MODULE).replace(":", ".py:") if FILE_MODULE in reference else reference
-                )
-                raise InvalidJob(
-                    f"{journal}: {jobs} open jobs have the coordinator {name}, which cannot be found: "
-                    f"give --coordinator as when they were begun ({exc})"
-                ) from exc
-
-
-def _coordinator_of(history: History) -> str:
-    accepted = next((event for event in history.events if isinstance(event, JobAccepted)), None)
-    return "" if accepted is None else accepted.coordinator

@@ -14,6 +14,7 @@ from typing import Final, TextIO
 import anyio
 
 from loadmaster.commands.arguments import Commands, add_job, add_scratch, add_slots
+from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import NOT_DELIVERED, OK, TABLE, exit_code
 from loadmaster.commands.files import (
     check_writable,
@@ -22,7 +23,7 @@ from loadmaster.commands.files import (
     open_new,
     read_coordinator,
     read_job,
-    read_site,
+    with_outputs,
 )
 from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
 from loadmaster.handle import JobHandle
@@ -33,6 +34,7 @@ from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
 from loadmaster.result import JobResult, Status
 from loadmaster.runner import run_job
+from loadmaster.site import Site
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
 from loadmaster.terminal import Display, follow, printable, size, stderr_display
@@ -70,7 +72,12 @@ def _run(options: argparse.Namespace) -> int:
     coordinator = read_coordinator(options)
     root = (options.scratch or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
-    site = reporting.site(read_site(options, job))
+    site = Site.load(options.config) if options.config else Site()
+    if options.journal is not None:
+        site = as_begun(
+            options, site if options.output is None else with_outputs(options, site), coordinator, job_id=job.job_id
+        )
+    site = reporting.site(with_outputs(options, site))
     heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
     check_outputs(job, site)
     check_writable(options.result)

@@ -25,6 +25,7 @@ from loadmaster.staging.party import Party
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Meter, Overall, report
 from loadmaster.staging.retry import Patience, delay
+from loadmaster.staging.stalls import Stalls
 from loadmaster.storage.base import (
     Ability,
     Catalog,
@@ -157,6 +158,7 @@ class Transfers:
         self._storages = storages
         self._lanes = Lanes(site.most_streams, site.element_streams, {"file": site.streams_of("file")})
         self._patience = Patience(site.retries + 1, site.retry_seconds)
+        self.stalls = Stalls(site.stall_seconds)
 
     def __repr__(self) -> str:
         return f"<Transfers {self.site.name or 'local'}: {self._storages!r}>"
@@ -299,21 +301,22 @@ class Transfers:
     ) -> None:
         """Take files out of a work directory, many at once, and register those that have a logical name.
 
-        One that is not there is told to the listener and is no failure (as in DIRAC). All are tried; then
-        `StagingFailed` names those that no storage took, or that may not leave. What `early` has at the storage already
-        is only published. `parts`: what they are called there until they are whole.
+        The biggest are begun first. One that is not there is told to the listener and is no failure (as in DIRAC). All
+        are tried; then `StagingFailed` names those that no storage took, or that may not leave. What `early` has at the
+        storage already is only published. `parts`: what they are called there until they are whole.
         """
         if not deliveries:
             return
         problems: list[str] = []
-        files = [delivery.file or delivery.name for delivery in deliveries]
-        sizes = await briefly(lambda: _sizes(workdir, files))
+        sizes = [delivery.size_bytes for delivery in deliveries]
+        if None in sizes and len(sizes) > 1:
+            sizes = await briefly(lambda: [workdir.seen_size(each.file or each.name) for each in deliveries])
         errands = [
             Errand(
-                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, file),
+                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, delivery.file or delivery.name),
                 delivery.failover, size_bytes=size, lfn=delivery.lfn, parts=parts,
             )
-            for delivery, file, size in zip(deliveries, files, sizes, strict=True)
+            for delivery, size in zip(deliveries, sizes, strict=True)
         ]  # fmt: skip
 
         async def failed(errand: Errand, reason: str) -> None:
@@ -462,7 +465,7 @@ class Transfers:
             lanes=self._lanes,
             storage=self._storage,
             patience=self._patience,
-            stall_seconds=self.site.stall_seconds,
+            stalls=self.stalls,
             tellers=tellers,
             enough=enough,
         )
@@ -578,11 +581,14 @@ async def open_transfers(
             kinds = Storages(group, storages or {}, site.storage, site.streams_of, site.file)
             cache = await to_thread.run_sync(_open_cache, site)
             try:
-                yield Transfers(site, kinds, catalog, cache)
+                transfers = Transfers(site, kinds, catalog, cache)
+                group.start_soon(transfers.stalls.watch)
+                yield transfers
             finally:
                 if cache is not None:
                     cache.close()
                 await kinds.close()
+                group.cancel_scope.cancel()
 
 
 class _Quiet:
@@ -670,11 +676,6 @@ def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
         wanted.target, direction, (Replica(place),), end, source=within,
         size_bytes=wanted.size_bytes, checksum=wanted.checksum, key=wanted,
     )  # fmt: skip
-
-
-def _sizes(workdir: Workdir, names: Iterable[str]) -> list[int | None]:
-    """What can be seen of the sizes, to put the biggest first; whether a file may leave is seen when it is opened."""
-    return [workdir.seen_size(name) for name in names]
 
 
 def _read_through(end: LocalFile, algorithm: str) -> FileInfo:

@@ -80,9 +80,10 @@ class HttpStorage(CurlStorage):
         self._cannot_rename: set[str] = set()
         self._cannot_copy: set[str] = set()
         self._proven: dict[str, int] = {}
-        """How many small files a host has taken since it was seen to have what it said."""
+        """How many files a host has taken since it was first seen to have what it said; none after one that it has not.
+        Until then each is looked at."""
         self._without_tls = words.credentials_without_tls
-        self._headers: dict[tuple[str, bool], tuple[str, ...]] = {}
+        self._headers: tuple[str, ...] = ()
         self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
         if self._publish == "move":
             self.abilities |= Ability.RENAME | Ability.HOLD | Ability.COPY
@@ -100,10 +101,14 @@ class HttpStorage(CurlStorage):
         status = yield from self._put(transfer, source, size)
         if self._publish != "put":
             seen = self._proven.get(host, 0)
+            self._proven[host] = seen + 1 if seen else 0
             if status == 202 or size > SMALL_BYTES or seen % SAMPLE == 0:
-                self._proven[host] = 0  # until it has been seen, all others are looked at as well
-                yield from self._compare(transfer, transfer.url, size)
-            self._proven[host] = seen + 1
+                try:
+                    yield from self._compare(transfer, transfer.url, size)
+                except StorageError:
+                    self._proven[host] = 0
+                    raise
+                self._proven[host] = self._proven[host] or 1
 
     def _upload_beside(
         self, transfer: Transfer, source: Origin | bytes, size: int
@@ -267,10 +272,10 @@ class HttpStorage(CurlStorage):
     def _headers_of(self, authorization: str, extra: tuple[str, ...]) -> Sequence[str]:
         if extra:
             return (authorization, *extra)
-        key = (authorization, False)
-        if key not in self._headers:
-            self._headers = {key: (authorization,)}
-        return self._headers[key]
+        known = self._headers  # which another thread may replace at any time
+        if known != (authorization,):
+            self._headers = known = (authorization,)
+        return known
 
     def _address(self, url: str) -> str:
         """What libcurl is given: http or https, and nothing that has no place in a URL."""

@@ -341,10 +341,11 @@ class S3Storage(CurlStorage):
         keys = self._ring.keys(look=look) if self._ring is not None else None
         if keys is None:
             return None, None, ()
-        if self._signing is None or self._signing[0] is not keys:
+        known = self._signing  # which another thread may replace at any time
+        if known is None or known[0] is not keys:
             headers = (f"x-amz-security-token: {keys.session_token}",) if keys.session_token else ()
-            self._signing = (keys, Signing(keys.access_key, keys.secret_key, self._region), headers)
-        return self._signing
+            self._signing = known = (keys, Signing(keys.access_key, keys.secret_key, self._region), headers)
+        return known
 
     def _address(self, url: str) -> str:
         bucket, _, path = url.removeprefix(f"{self._scheme}://").partition("/")

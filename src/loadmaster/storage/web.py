@@ -1,4 +1,4 @@
-"""What storages over HTTP have in common: the thread that carries their requests, the course of a download, questions."""
+"""What storages over HTTP have in common: the threads that carry their requests, the course of a download, questions."""
 
 from __future__ import annotations
 
@@ -14,18 +14,16 @@ from pydantic import Field
 
 from loadmaster.errors import CannotCopy, ChecksumMismatch, StorageError, StorageUnavailable
 from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
-from loadmaster.storage.carrier import Pace, Request, Script, Together
+from loadmaster.storage.carrier import RECEIVE_BYTES, Pace, Request, Script, Together
 from loadmaster.storage.checksums import Running
 from loadmaster.storage.credentials import authorities
-from loadmaster.storage.curl import CurlThread, GivenUp
+from loadmaster.storage.crew import Crew, is_large
+from loadmaster.storage.curl import GivenUp
 from loadmaster.storage.local import WORK_DIRECTORY, translate
 from loadmaster.storage.replies import Reply, checksums_told, http_error, visible
 from loadmaster.storage.words import Words
 
 V = TypeVar("V")
-
-QUESTIONS_AT_ONCE: Final = 8
-"""Questions (size, removal) beside the transfers."""
 
 REDIRECTS: Final = 5
 
@@ -79,6 +77,20 @@ class Target:
         self._transfer.done_bytes += size
         if self._held >= WRITE_BYTES:
             self.flush()
+
+    def take(self, data: memoryview) -> None:
+        """Checksum and write, now. Raises as `write`, and writes nothing of what is too much."""
+        self.flush()
+        size = len(data)
+        if self._limit is not None and self._offset + size > self._limit:
+            raise ChecksumMismatch(visible(self._transfer.url), f"sends more than the {self._limit} bytes expected")
+        rest = data
+        while rest:
+            written = os.pwrite(self._descriptor, rest, self._offset)
+            self._offset += written
+            rest = rest[written:]
+        self._passed.update(data)
+        self._transfer.done_bytes += size
 
     def flush(self) -> None:
         """Write what is held."""
@@ -177,6 +189,7 @@ class Rest(TypedDict, total=False):
 
     held: Transfer
     sink: Target
+    large: bool
     source: Origin | bytes
     wants_headers: bool
     seconds: float
@@ -185,33 +198,31 @@ class Rest(TypedDict, total=False):
 
 
 class CurlStorage:
-    """What storages over HTTP have in common: the thread, the course of a download, questions."""
+    """What storages over HTTP have in common: the threads, the course of a download, questions."""
 
     abilities = Ability.SIDE_BY_SIDE
 
     def __init__(self, options: StorageOptions, words: CommonWords, settings: Mapping[int, object]) -> None:
-        lanes = {direction.value: options.streams for direction in Direction} | {"ask": QUESTIONS_AT_ONCE}
         self._scheme = options.scheme
-        self._thread = CurlThread(
-            options.scheme, lanes, settings, Pace(words.stall_bytes_per_second, words.stall_seconds)
-        )
+        pace = Pace(words.stall_bytes_per_second, words.stall_seconds)
+        self._crew = Crew(options.scheme, options.streams, settings, pace)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self._scheme}://>"
 
     async def close(self) -> None:
-        """End the thread. Transfers still under way are dropped."""
-        await self._thread.close()
+        """End the threads. Transfers still under way are dropped."""
+        await self._crew.close()
 
     async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
         """As many at a time as there are streams, each direction for itself."""
         lots = [(way, lot) for way in Direction if (lot := [each for each in transfers if each.direction is way])]
         if len(lots) == 1:
-            await self._move(*lots[0], ended)
+            await self._crew.run(*lots[0], self._course, ended)
         else:
             async with anyio.create_task_group() as both:
                 for way, lot in lots:
-                    both.start_soon(self._move, way, lot, ended)
+                    both.start_soon(self._crew.run, way, lot, self._course, ended)
 
     async def stat(self, url: str) -> FileInfo:
         """As the server says."""
@@ -221,22 +232,15 @@ class CurlStorage:
         """Have the server remove it."""
         await self._ask(url, self._remove(url))
 
-    async def _move(
-        self, way: Direction, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]
-    ) -> None:
-        for transfer in transfers:
-            transfer.when_given_up = self._thread.look
-        await self._thread.run(transfers, way.value, self._course, ended)
-
     async def _ask(self, url: str, steps: Generator[Request | Together, Reply, V]) -> V:
         question = Question(url, steps)
-        await self._thread.run([question], "ask", Question.script, lambda _: None)
+        await self._crew.ask(question, Question.script)
         if question.error is not None:
             raise question.error
         value: V = question.value
         return value
 
-    # -- what follows runs in the thread -------------------------------------------------------------------------------
+    # -- what follows runs in the threads ------------------------------------------------------------------------------
 
     def _course(self, transfer: Transfer) -> Script:
         """One transfer from its first request to its result."""
@@ -352,7 +356,9 @@ class CurlStorage:
             if transfer.version is not None:
                 extra += (f"If-Match: {transfer.version}",)
         target = Target(transfer, descriptor)
-        reply = yield from self._send("GET", transfer.url, extra=extra, sink=target, wants_headers=careful)
+        reply = yield from self._send(
+            "GET", transfer.url, extra=extra, sink=target, wants_headers=careful, large=is_large(transfer)
+        )
         target.flush()
         if not target.accept(reply.status):
             if part and reply.status == 200:
@@ -457,7 +463,7 @@ def common_settings(words: CommonWords, proxy: Path | None) -> dict[int, object]
         pycurl.MAXREDIRS: REDIRECTS,
         pycurl.CONNECTTIMEOUT_MS: int(words.connect_seconds * 1000),
         pycurl.TCP_KEEPALIVE: True,
-        pycurl.BUFFERSIZE: 256 * 1024,
+        pycurl.BUFFERSIZE: RECEIVE_BYTES,
         pycurl.SSLVERSION: pycurl.SSLVERSION_TLSv1_2,
     }
     if file is not None:
