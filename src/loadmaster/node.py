@@ -705,7 +705,7 @@ class Node:
             return found
 
         histories = await journal.open_jobs()
-        await tidy(journal, root, {(each.job_id, each.attempt) for each in histories})
+        await tidy(journal, root, histories)
         now = anyio.current_time()
         for each, succession in await to_thread.run_sync(understood, histories):
             handle = each.handle
