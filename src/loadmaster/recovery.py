@@ -15,7 +15,7 @@ from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import IllegalEvent, InvalidJob, PayloadHeld, RescheduleJob, WorkdirFault
 from loadmaster.events import Event, JobAccepted, JobFinished, SlotGranted
-from loadmaster.handle import JobHandle, KeepsState
+from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.hooks import find_coordinator, reference_of
 from loadmaster.journal import NodeJournal, state_name
 from loadmaster.ledger import Slot
@@ -54,23 +54,34 @@ class Succession(KeepsState):
 
     async def append(self, event: Event) -> None:
         """Return when it is on disk."""
-        if isinstance(event, JobFinished) and self._is_lost(event) and self._wanted():
-            assert self.life is not None and self.life.accepted is not None  # noqa: S101 - it is about to finish
-            accepted = self.life.accepted
-            follows = JobAccepted(
-                event.job_id,
-                event.attempt + 1,
-                event.time,
-                accepted.description,
-                accepted.coordinator,
-                accepted.lost + 1,
-                accepted.outputs,
-                accepted.site,
-            )
-            await self._journal.append_all([event, follows])
-            self.follows = follows
-        else:
-            await self._journal.append(event)
+        errors: list[Exception | None] = []
+        await self.write_soon((event,), errors.append).settled()
+        if (error := errors[0]) is not None:
+            raise error
+
+    def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
+        """As the node's, with the next attempt's beginning where there is to be one."""
+        event = events[-1]
+        if not (isinstance(event, JobFinished) and self._is_lost(event) and self._wanted()):
+            return self._journal.write_soon(events, told)
+        assert self.life is not None and self.life.accepted is not None  # noqa: S101 - it is about to finish
+        accepted = self.life.accepted
+        follows = JobAccepted(
+            event.job_id,
+            event.attempt + 1,
+            event.time,
+            accepted.description,
+            accepted.coordinator,
+            accepted.lost + 1,
+            accepted.outputs,
+            accepted.site,
+        )
+
+        def both(fault: Exception | None) -> None:
+            self.follows = follows if fault is None else None
+            told(fault)
+
+        return self._journal.write_soon([*events, follows], both)
 
     def _is_lost(self, event: JobFinished) -> bool:
         if self.life is None or self.life.accepted is None or self.life.accepted.lost >= MOST_RERUNS:

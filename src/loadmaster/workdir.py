@@ -86,7 +86,7 @@ class Workdir:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
                 raise BlockingIOError(errno.EAGAIN, "was removed meanwhile")
-            if os.listdir(descriptor) and not _is_ours(descriptor):
+            if not made and os.listdir(descriptor) and not _is_ours(descriptor):
                 raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
             own = _identity(descriptor)
             continued = not made and own == identity
@@ -95,7 +95,8 @@ class Workdir:
                     _check_empty_of_payloads(path, descriptor)
                 with suppress(OSError):
                     os.setxattr(descriptor, MARK, b"")
-                _empty(descriptor)
+                if not made:
+                    _empty(descriptor)
         except BlockingIOError as exc:
             os.close(descriptor)
             raise WorkdirFault(
@@ -149,11 +150,14 @@ class Workdir:
         Parents are made; links are not followed. What has the name is removed, not opened: it may be a FIFO, or be open
         elsewhere.
         """
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_APPEND if append else 0)
         with self._parent(name, make=True) as (parent, last):
-            with suppress(FileNotFoundError):
-                os.unlink(last, dir_fd=parent)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(last, flags | os.O_APPEND if append else flags, 0o644, dir_fd=parent)
+            try:
+                return os.open(last, flags, 0o644, dir_fd=parent)
+            except FileExistsError:
+                with suppress(FileNotFoundError):
+                    os.unlink(last, dir_fd=parent)
+                return os.open(last, flags, 0o644, dir_fd=parent)
 
     def reopen_file(self, name: str) -> int:
         """A descriptor of a file that was created, for reading and writing; links are not followed."""
@@ -181,12 +185,10 @@ class Workdir:
         Raises `NotDeliverable` for links out of the directory, FIFOs, sockets, devices and names no file of ours may
         have, and `OSError` as usual.
         """
-        top = os.path.realpath(self.path)
         try:
-            real = os.path.realpath(self.path / check_local_name(name))
-            if not real.startswith(top + "/"):
-                raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
-            inside = check_local_name(real[len(top) + 1 :])
+            inside = check_local_name(name)
+            if "/" in inside or stat.S_ISLNK(_mode(inside, self._fd)):
+                inside = self._behind_links(inside)
         except ValueError as exc:
             raise NotDeliverable(errno.EINVAL, str(exc), name) from exc
         with self._parent(inside) as (parent, last):
@@ -198,6 +200,13 @@ class Workdir:
             os.close(descriptor)
             raise NotDeliverable(errno.EPERM, "was swapped for something that is not a file", name)
         return descriptor
+
+    def _behind_links(self, name: str) -> str:
+        """What a name leads to, by its own name. Raises `NotDeliverable` when that is elsewhere."""
+        top, real = os.path.realpath(self.path), os.path.realpath(self.path / name)
+        if not real.startswith(top + "/"):
+            raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
+        return check_local_name(real[len(top) + 1 :])
 
     def matches(self, pattern: str) -> list[str]:
         """The names a pattern stands for: what is called exactly so, else what matches it as in a shell; sorted.
@@ -434,10 +443,14 @@ def _empty(top: int) -> None:
 
 def _unlink(name: str, folder: int) -> bool:
     """Remove what is not a directory; False when it is one."""
-    if stat.S_ISDIR(_mode(name, folder)):
-        return False
-    with suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=folder)
+    try:
+        os.unlink(name, dir_fd=folder)  # of a directory no file system of Linux does it
+    except FileNotFoundError:
+        return True
+    except OSError:
+        if stat.S_ISDIR(_mode(name, folder)):
+            return False
+        raise
     return True
 
 

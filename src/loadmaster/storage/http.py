@@ -80,7 +80,8 @@ class HttpStorage(CurlStorage):
         self._cannot_rename: set[str] = set()
         self._cannot_copy: set[str] = set()
         self._proven: dict[str, int] = {}
-        """How many small files a host has taken since it was seen to have what it said."""
+        """How many files a host has taken since it was first seen to have what it said; none after one that it has not.
+        Until then each is looked at."""
         self._without_tls = words.credentials_without_tls
         self._headers: tuple[str, ...] = ()
         self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
@@ -100,10 +101,14 @@ class HttpStorage(CurlStorage):
         status = yield from self._put(transfer, source, size)
         if self._publish != "put":
             seen = self._proven.get(host, 0)
+            self._proven[host] = seen + 1 if seen else 0
             if status == 202 or size > SMALL_BYTES or seen % SAMPLE == 0:
-                self._proven[host] = 0  # until it has been seen, all others are looked at as well
-                yield from self._compare(transfer, transfer.url, size)
-            self._proven[host] = seen + 1
+                try:
+                    yield from self._compare(transfer, transfer.url, size)
+                except StorageError:
+                    self._proven[host] = 0
+                    raise
+                self._proven[host] = self._proven[host] or 1
 
     def _upload_beside(
         self, transfer: Transfer, source: Origin | bytes, size: int
