@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
+from errno import EACCES
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -12,24 +15,29 @@ from typing import Final
 
 import anyio
 
+from loadmaster import dirac
 from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, add_scratch, add_slots
 from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
 from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json, usual_outputs
 from loadmaster.commands.reporting import Reporting, add_reporter
-from loadmaster.description import ComputingElement
+from loadmaster.description import ComputingElement, JobDescription
+from loadmaster.errors import InvalidJob
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
 from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
-from loadmaster.sources import JobFiles, JobLines, Nothing
+from loadmaster.sources import JobFiles, JobLines, Nothing, read_object
 from loadmaster.work import work
 from loadmaster.workdir import default_root
 
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
 ones come while others compute. The first Ctrl-C lets what computes finish, the second kills it, the third leaves."""
+
+SHOWN: Final = 5
+"""So many names of files are enough to see what they are."""
 
 ENDS: Final = f"""Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
 named, the others were run); 2 jobs failed; 130, 143 and 129 told to stop by SIGINT, SIGTERM or SIGHUP before all were done;
@@ -67,13 +75,30 @@ def add_node(node: argparse.ArgumentParser) -> None:
 
 
 def _node(options: argparse.Namespace) -> int:
+    path: Path = options.source
+    try:
+        if not os.access(path, os.R_OK):
+            path.stat()  # says why
+            raise PermissionError(EACCES, os.strerror(EACCES))
+    except OSError as exc:
+        raise InvalidJob(
+            f"{path}: {exc.strerror}: SOURCE is a file with a job a line, or a directory of job files"
+        ) from exc
     with ExitStack() as opened:
         source: JobFiles | JobLines
-        if options.source.is_dir():
-            source = JobFiles(options.source, outputs=Path.cwd())
+        if path.is_dir():
+            source = JobFiles(path, outputs=Path.cwd(), describe=_described, endings=(".json", ".jdl"))
         else:
-            source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
+            source = opened.enter_context(closing(JobLines(path, outputs=Path.cwd(), describe=_described)))
         return run_node(options, source)
+
+
+def _described(text: bytes) -> JobDescription:
+    """A job in our words or in DIRAC's, also in its wrapper file or JDL. The computing element in there is not asked: the
+    node has one."""
+    line = text.decode("utf-8-sig", errors="replace")
+    words = dirac.read_jdl(line) if dirac.is_jdl(line) else read_object(text)
+    return dirac.from_dirac(words)[0] if "Job" in words or dirac.is_jdl(line) else JobDescription.load(words)
 
 
 def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing) -> int:
@@ -109,6 +134,8 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
             )
     finally:
         board.close()
+    if shift.skipped:
+        board.say(f"loadmaster: {options.source}: no job files (.json, .jdl), and skipped: {_some_of(shift.skipped)}")
     for problem in shift.refused:
         board.say(f"loadmaster: {problem}")
     if shift.figures is not None and not options.quiet:
@@ -118,3 +145,8 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     if orders.seen and (figures is None or figures.given_back or figures.ended["Killed"] or not shift.exhausted):
         return 128 + orders.seen[0]
     return PAYLOAD_FAILED if shift.failed else NOT_PREPARED if shift.refused else OK
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
