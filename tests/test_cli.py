@@ -402,3 +402,22 @@ def _read_until(process: subprocess.Popen[str], words: str) -> None:
         if words in line:
             return
     raise AssertionError(f"it never said {words!r}")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from loadmaster.cli import command
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0].startswith("loadmaster.commands."):
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+sys.argv = ["loadmaster", "node", "jobs.jsonl"]
+command()
+"""
+
+
+def test_an_interrupt_while_a_command_is_loaded_is_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

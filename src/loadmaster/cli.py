@@ -35,7 +35,10 @@ COMMANDS: Final[Mapping[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is returned, not raised, but for usage errors."""
     words = sys.argv[1:] if arguments is None else arguments
-    options = _parser(words).parse_args(words)
+    try:
+        options = _parser(words).parse_args(words)
+    except KeyboardInterrupt:  # while its modules are loaded: there is nothing to say of what was not begun
+        return 128 + signal.SIGINT
     try:
         code: int = options.command(options)
     except (LoadmasterError, OSError) as exc:

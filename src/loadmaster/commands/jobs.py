@@ -31,7 +31,7 @@ def add(commands: Commands, line: str) -> None:
 
 def _jobs(options: argparse.Namespace) -> int:
     with Logbook.look(options.journal) as book:
-        lines, ended, still_open = book.lines(last=options.last), book.ended(), book.open_count
+        lines, (still_open, ended) = book.lines(last=options.last), book.counts()
     with suppress(BrokenPipeError):
         if options.json:
             for line in lines:

@@ -108,18 +108,19 @@ def _every(database: sqlite3.Connection) -> list[Operation]:
 
 
 def _facts(operation: Operation) -> dict[str, Any]:
-    file, request = operation.request.file, operation.request
+    file, request = operation.file, operation.request
+    kind = "remove" if file is None else "move" if operation.is_move else "register"
     return {
         "operation": operation.number,
         "job_id": operation.job_id,
         "attempt": operation.attempt,
-        "kind": "move" if operation.is_move else "register",
-        "file": file.name,
-        "lfn": file.lfn,
-        "at": file.url,
+        "kind": kind,
+        "file": file and file.name,
+        "lfn": file and file.lfn,
+        "at": file.url if file is not None else getattr(request, "url", None),
         "wanted": getattr(request, "wanted", None),
-        "size_bytes": file.size_bytes,
-        "checksum": file.checksum,
+        "size_bytes": file and file.size_bytes,
+        "checksum": file and file.checksum,
         "since": request.time.isoformat(),
         "tries": operation.tries,
         "next_try": None if operation.due is None else operation.due.isoformat(),
@@ -138,9 +139,8 @@ def _print(operations: Sequence[Operation], reports: Sequence[Filed] = ()) -> No
             when = "stuck"
         else:
             when = "now" if each.due <= datetime.now(UTC) else f"{each.due:%Y-%m-%d %H:%M:%S} UTC"
-        rows.append(
-            (str(each.number), each.job_id, size(each.request.file.size_bytes), str(each.tries), when, each.what)
-        )
+        bytes_ = "" if each.file is None else size(each.file.size_bytes)
+        rows.append((str(each.number), each.job_id, bytes_, str(each.tries), when, each.what))
     rows += [(name_of(each), str(each.report.job), "", "", "", told(each.report)) for each in reports]
     widths = [max(len(printable(row[column])) for row in rows) for column in range(5)]
     with suppress(BrokenPipeError):
@@ -241,9 +241,9 @@ def _export(
     display = stderr_display(quiet=True)
     left_out = False
     for each in operations:
-        file = each.request.file
+        file = each.file
         key = each.job_id, each.attempt
-        if file.lfn is None or key not in jobs:
+        if file is None or file.lfn is None or key not in jobs:
             display.say(
                 f"loadmaster: {each.number}: {each.what}: has no logical name: DIRAC cannot do it, and it is left out"
             )

@@ -61,6 +61,12 @@ class HeldByShim(Tree):
             self._over = self._pidfd < 0 or is_readable(self._pidfd)
         return self._over
 
+    @property
+    def empty(self) -> bool:
+        """The shim has said how it ended, which it does last. A group may hold some that are not below the shim."""
+        held = self._group is None or self.containment is Containment.PID_NAMESPACE
+        return held and self.gone and self._has_record()
+
     async def wait(self) -> None:
         await anyio.wait_readable(self._pidfd)
         self._over = True
@@ -264,7 +270,7 @@ class Channels:
         settings = launch.settings(mode)
         own = (self._report_of_shim.fileno(), self._environment)
         hidden = launch.hidden if mode is Containment.PID_NAMESPACE else ()
-        self.passed = (*own, *launch.joined, *hidden, *((launch.state,) if launch.state >= 0 else ()))
+        self.passed = (*own, *launch.joined, *hidden, *(each for each in (launch.state, launch.lock) if each >= 0))
         self.words = [*map(str, (launch.state, *own, int(launch.grace_seconds * 1000), mode.value, settings))]
 
     def __enter__(self) -> Channels:
