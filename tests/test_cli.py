@@ -252,6 +252,28 @@ def test_check_names_every_input_that_cannot_be_found(shell: Shell) -> None:
     assert "https://127.0.0.1:1/b: " in done.stderr
 
 
+def test_check_names_all_that_is_wrong_at_once_and_misspelled_hooks(shell: Shell) -> None:
+    """It called valid what no node could have run: a program that is nowhere, a scheme nobody serves, a deadline in 1970."""
+    (shell.directory / "mine.py").write_text(f"{SUBCLASS}\n async def preprocess(self, c, e): ...")
+    job = sh(
+        "true", limits={"deadline": 3600}, OutputData={"pattern": "o", "target": "odd://h/o"}, Executable="nothing"
+    )
+    done = shell.run(job, "--coordinator", "mine.py:C", command="check")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["job_id"] == "7"
+    assert [line[:60] for line in done.stderr.splitlines()] == [
+        "warning: C.preprocess is never called: the hook is preProcess"[:60],
+        "job.json: limits.deadline: 1970-01-01 01:00:00 UTC lies in the past"[:60],
+        "job.json: executable 'nothing': neither a file of the job nor in PATH"[:60],
+        "job.json: output_data: odd://h/o: no storage for odd://; there is"[:60],
+    ]
+    done = shell.run(sh("true"), "--coordinator", "nobody.py:C", command="check")
+    assert done.returncode == 1
+    assert (
+        "job.json: coordinator nobody.py:C: cannot import it: FileNotFoundError: nobody.py: no such file" in done.stderr
+    )
+
+
 def test_a_live_display_works_on_a_terminal(shell: Shell) -> None:
     pytest.importorskip("rich")
     (shell.directory / "job.json").write_text(json.dumps(sh("sleep 1.5", InputData=[__file__])))
@@ -284,6 +306,8 @@ def test_events_that_cannot_be_written_stop_no_job(shell: Shell) -> None:
     ("options", "message"),
     [
         (["--events", "job.json/e"], "--events job.json/e: "),
+        (["--output", "job.json"], "--output job.json: Not a directory"),
+        (["--output", "job.json/below"], "--output job.json/below: Not a directory"),
         (["--result", "."], "--result .: Is a directory"),
         (["--result", "/proc/r.json"], "--result /proc/r.json: No such file or directory"),
         (["--result", "job.json/r"], "--result job.json/r: File exists"),
@@ -308,6 +332,14 @@ def test_a_result_that_cannot_be_written_in_the_end_is_said_and_the_job_is_told_
     assert done.stdout.startswith("Done\n")
     assert f"--result {small_disk}/r.json: No space left on device: it was not written" in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["full"]
+
+
+def test_where_outputs_go_is_said_by_the_option_rather_than_by_the_site(shell: Shell) -> None:
+    """`--output` meant nothing, silently, where the site had an output_directory."""
+    (shell.directory / "site.toml").write_text('output_directory = "of the site"')
+    for options, place in (([], "of the site"), (["--output", "mine"], "mine")):
+        assert shell.run(sh("true"), "--config", "site.toml", *options).returncode == 0
+        assert (shell.directory / place / "std.out").exists()
 
 
 def test_a_job_may_be_given_less_than_all_of_the_machine(shell: Shell) -> None:
@@ -369,3 +401,22 @@ def _read_until(process: subprocess.Popen[str], words: str) -> None:
         if words in line:
             return
     raise AssertionError(f"it never said {words!r}")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from loadmaster.cli import command
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0].startswith("loadmaster.commands."):
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+sys.argv = ["loadmaster", "node", "jobs.jsonl"]
+command()
+"""
+
+
+def test_an_interrupt_while_a_command_is_loaded_is_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ import pytest
 
 from loadmaster import ComputingElement, JobDescription, Slot
 from loadmaster.errors import PayloadNotStarted
-from loadmaster.payload.command import default_command, default_environment, program_of, slot_environment
+from loadmaster.payload.command import (
+    default_command,
+    default_environment,
+    executable_problem,
+    program_of,
+    slot_environment,
+)
 from loadmaster.workdir import Workdir
 from loadmaster.world import World
 
@@ -155,3 +162,33 @@ def test_variables_in_the_executable_are_the_payloads(
     assert default_command(job(executable="$BASE/${V}/run.sh"), env, workdir) == str(path)
     with pytest.raises(PayloadNotStarted, match=r"\$UNKNOWN"):
         default_command(job(executable="$UNKNOWN/run.sh"), env, workdir)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ({"executable": "sh"}, None),
+        ({"executable": "/bin/sh"}, None),
+        ({"executable": "{here}/plain"}, "executable '{here}/plain': may not be executed"),
+        ({"executable": "{here}"}, "executable '{here}': is not a file"),
+        ({"executable": "{here}/gone"}, "executable '{here}/gone': no such file"),
+        ({"executable": "$TOOLS/plain", "environment": {"TOOLS": "{here}"}}, "executable '{here}/plain': may not be"),
+        ({"executable": "$PWD/made"}, None),
+        ({"executable": "no-such-tool"}, "executable 'no-such-tool': neither a file of the job nor in PATH ("),
+        ({"executable": "tool", "environment": {"PATH": "{here}/bin"}}, None),
+        ({"executable": "./run.sh", "input_sandbox": ["/x/run.sh"]}, None),
+        ({"executable": "run.sh", "input_data": ["LFN:/vo/run.sh"]}, None),
+        ({"executable": "bin/run.sh", "input_sandbox": ["/x/run.sh"]}, "executable 'bin/run.sh': is none of the job's"),
+        ({"executable": "bin/run.sh", "input_sandbox": ["/x/all.tar.gz"]}, None),
+        ({"executable": "run.sh", "input_sandbox": ["/x/all.tgz"]}, None),
+    ],
+)
+def test_what_can_be_known_of_an_executable_before_there_is_a_work_directory(
+    tmp_path: Path, words: dict[str, Any], told: str | None
+) -> None:
+    program(tmp_path / "plain", 0o644)
+    program(tmp_path / "bin" / "tool")
+    text = json.dumps(words).replace("{here}", str(tmp_path))
+    problem = executable_problem(job(**json.loads(text)), World())
+    assert (problem or "").startswith((told or "").format(here=tmp_path))
+    assert (problem is None) is (told is None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from loadmaster import (
 )
 from loadmaster.companions import Companions
 from loadmaster.result import EndedBy, Failure, Phase
+from loadmaster.tasks import single_error
 from loadmaster.testing import MemoryJournal
 
 LONG = sh("sleep 600")
@@ -43,6 +45,14 @@ def beside(*tasks: Callable[[JobExecutionCoordinator], Awaitable[None]]) -> type
 
 
 # -- in a job ------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def alongside(companions: Companions) -> AsyncIterator[None]:
+    """As a job runs them, among its own tasks."""
+    with single_error():
+        async with anyio.create_task_group() as tasks, companions.alongside(tasks):
+            yield
 
 
 async def test_a_companion_is_started_with_the_payload_and_gone_after_it(fly: Fly, tmp_path: Path) -> None:
@@ -225,7 +235,7 @@ async def test_tasks_wait_in_the_queue_until_there_is_something_to_accompany() -
     assert repr(companions) == "<Companions 2 queued>"
     await anyio.sleep(0)
     assert told == []
-    async with companions.alongside():
+    async with alongside(companions):
         assert repr(companions) == "<Companions running>"
         companions.start_soon(task, "at once")
         await all_told.wait()
@@ -245,7 +255,7 @@ async def test_a_companion_may_start_another() -> None:
     companions = Companions()
     companions.start_soon(parent)
     with pytest.raises(JobError, match="from the child"):
-        async with companions.alongside():
+        async with alongside(companions):
             await anyio.sleep_forever()
 
 
@@ -253,7 +263,7 @@ async def test_what_the_block_raises_comes_out_bare() -> None:
     companions = Companions()
     companions.start_soon(anyio.sleep_forever)
     with pytest.raises(KeyError):
-        async with companions.alongside():
+        async with alongside(companions):
             raise KeyError("block")
 
 
@@ -268,5 +278,5 @@ async def test_a_companions_name_is_in_the_message_also_when_it_has_none() -> No
     companions = Companions()
     companions.start_soon(Nameless())
     with pytest.raises(HookFailed, match="<my task> raised OSError: x"):
-        async with companions.alongside():
+        async with alongside(companions):
             await anyio.sleep_forever()

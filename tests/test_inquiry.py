@@ -11,7 +11,7 @@ import pytest
 
 from loadmaster import JobDescription, Site, open_transfers
 from loadmaster.names import file_url
-from loadmaster.staging.inquiry import Inquiry, ask_for_inputs
+from loadmaster.staging.inquiry import Inquiry, ask_for_inputs, ask_for_places, ask_for_site
 from loadmaster.storage.base import CatalogEntry, FileInfo, Replica, Storage
 from loadmaster.storage.catalog import SqliteCatalog
 from loadmaster.testing import MemoryStorage
@@ -106,10 +106,87 @@ async def test_a_catalog_that_is_not_there_is_not_made_and_a_broken_one_is_told_
 
 async def test_servers_are_asked_only_when_that_is_wanted() -> None:
     wanted = ["memory://se/a", "memory://se/b", "gopher://se/c"]
-    assert await ask(input_data=wanted) == Inquiry((), 3)
+    found = await ask(input_data=wanted)
+    assert (len(found.problems), found.not_asked) == (1, 2)
+    assert found.problems[0].startswith("input_data: gopher://se/c: no storage for gopher://; there is ")
     found = await ask(input_data=wanted, online=True)
     assert found.not_asked == 0
     assert [problem.partition("; there is")[0] for problem in found.problems] == [
         "input_data: memory://se/b: there is no such file",
         "input_data: gopher://se/c: no storage for gopher://",
     ]
+
+
+# -- outputs, and the site ---------------------------------------------------------------------------------------
+
+
+async def places(site: Site, **words: Any) -> list[str]:
+    job = JobDescription(executable="/bin/true", **words)
+    async with open_transfers(site, storages=MEMORY) as transfers:
+        return [problem.partition("; there is")[0] for problem in await ask_for_places(job, transfers)]
+
+
+async def test_outputs_that_have_somewhere_to_go_are_not_spoken_of(tmp_path: Path) -> None:
+    site = Site(
+        output_directory=str(tmp_path / "deep" / "down"), storage_elements={"BAD": "gopher://se", "GOOD": "memory://se"}
+    )
+    assert await places(site, output_data=["a", "b*"], output_sandbox=["std.out"]) == []
+    assert (
+        await places(site, output_data=["a"], output_se=["BAD", "GOOD"], owner="o", vo="v") == []
+    )  # the second will do
+    assert list(tmp_path.iterdir()) == []
+
+
+async def test_each_output_that_has_nowhere_to_go_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "d").mkdir()
+    site = Site(sandbox_store=str(tmp_path / "file"), storage_elements={"BAD": "gopher://se"})
+    found = await places(
+        site,
+        job_id="7",
+        output_sandbox=["std.out"],
+        output_data=[
+            {"pattern": "a", "target": f"{tmp_path}/file/below/a"},
+            {"pattern": "b", "target": f"{tmp_path}/d"},
+            {"pattern": "c", "target": "gopher://se/c"},
+            {"pattern": "d", "target": "LFN:/vo/d"},
+            {"pattern": "e", "target": str(tmp_path / "new" / "e")},
+        ],
+    )
+    assert found == [
+        f"output_data: {tmp_path}/file/below/a: Not a directory",
+        f"output_data: {tmp_path}/d: Is a directory",
+        "output_data: gopher://se/c: no storage for gopher://",
+        "output_data: LFN:/vo/d: no storage element: name one in output_se",
+        f"output_sandbox: {tmp_path}/file/7/file: Not a directory",
+    ]
+    (problem,) = await places(site, output_data=["a"], output_se=["BAD"], owner="o", vo="v", output_path="p")
+    assert problem == "output_data: gopher://se/v/user/o/o/p/a: no storage for gopher://"
+
+
+def test_a_directory_of_somebody_elses_takes_no_outputs(as_ordinary_user: Any) -> None:
+    script = """
+import anyio, os
+from loadmaster import JobDescription, Site, open_transfers
+from loadmaster.staging.inquiry import ask_for_places
+async def main():
+    async with open_transfers(Site()) as transfers:
+        job = JobDescription(executable="x", output_data=["a"], output_se=["/etc/below", os.getcwd()])
+        print(*await ask_for_places(job, transfers))
+        job = JobDescription(executable="x", output_data=["a"], output_se=["/etc/below"])
+        print(*await ask_for_places(job, transfers))
+anyio.run(main)
+"""
+    assert as_ordinary_user(script).splitlines() == ["", "output_data: /etc/below/a: Permission denied"]
+
+
+async def test_words_of_a_site_that_are_not_understood_are_named(tmp_path: Path) -> None:
+    (tmp_path / "catalog").write_text("no catalog" * 1000)
+    storage = {"memory": {}, "file": {"synk": 1}, "gopher": {"a": 1}, "root": {}}
+    site = Site(catalog=str(tmp_path / "catalog"), storage=storage)
+    async with open_transfers(site, storages=MEMORY) as transfers:
+        problems = await ask_for_site(transfers)
+    assert len(problems) == 3
+    assert "the catalog cannot be used" in problems[0]
+    assert problems[1].startswith("[storage.file] synk: there is `sync`")
+    assert problems[2].startswith("[storage.gopher] no storage for gopher://; there is ")

@@ -8,6 +8,7 @@ import pytest
 
 from loadmaster.errors import IllegalEvent
 from loadmaster.events import (
+    CompanionFailed,
     ComputingEnded,
     Event,
     FailoverRequested,
@@ -17,22 +18,26 @@ from loadmaster.events import (
     JobAccepted,
     JobFinished,
     KillOrdered,
+    LimitReached,
     OutputMissing,
     ParameterReported,
+    PayloadAdopted,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
     Remembered,
     SlotGranted,
+    SoftStopOrdered,
     StageInEnded,
     StageInStarted,
     StageOutStarted,
 )
 from loadmaster.lifecycle import Lifecycle, Stage
-from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile
+from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile, Verdict
 
 WHO = ("7", 1, datetime(2024, 1, 1, tzinfo=UTC))
 OUTCOME = PayloadOutcome(0, None, 1.0, 0.5, 4096)
+OVER = Verdict("wall time", 2.0, 1.0, "s")
 
 ACCEPTED = JobAccepted(*WHO)
 STAGING_IN = StageInStarted(*WHO)
@@ -97,6 +102,10 @@ def test_each_event_comes_only_where_the_picture_has_it(before: int) -> None:
         (ParameterReported(*WHO, "a", "b"), range(1, 10)),
         (Remembered(*WHO, "a", [1]), range(1, 10)),
         (KillOrdered(*WHO, "enough"), range(1, 8)),
+        (SoftStopOrdered(*WHO, 15), range(6, 7)),
+        (LimitReached(*WHO, OVER), range(6, 7)),
+        (CompanionFailed(*WHO, Failure("HookFailed", "because", Phase.PAYLOAD)), range(6, 7)),
+        (PayloadAdopted(*WHO, 11, "node7"), range(6, 7)),
         (Heartbeat(*WHO, Phase.PAYLOAD, 1.0), range(0)),
     ],
     ids=lambda value: value.kind if isinstance(value, Event) else "",
@@ -207,3 +216,13 @@ def test_a_job_whose_outputs_are_safe_elsewhere_is_completed_not_done() -> None:
     assert Lifecycle.of(STRAIGHT[:9]).ends_as() is Status.DONE
     assert Lifecycle.of([*STRAIGHT[:9], safe]).ends_as() is Status.COMPLETED
     assert Lifecycle.of([*STRAIGHT[:9], safe]).ends_as(failure("HookFailed")) is Status.FAILED
+
+
+def test_the_first_reason_to_end_a_payload_counts() -> None:
+    second = Verdict("processes", 9.0, 3.0, "")
+    life = Lifecycle.of(
+        [*STRAIGHT[:6], SoftStopOrdered(*WHO, 15), LimitReached(*WHO, OVER), LimitReached(*WHO, second)]
+    )
+    assert (life.soft_stop, life.verdict, life.companion_failure) == (15, OVER, None)
+    failed = [CompanionFailed(*WHO, failure(kind)) for kind in ("HoldJob", "HookFailed")]
+    assert Lifecycle.of([*STRAIGHT[:6], *failed]).companion_failure == failure("HoldJob")

@@ -122,6 +122,21 @@ def test_lines_that_are_no_jobs_are_named_and_keep_nothing_from_running(shell: S
         assert re.search(rf"loadmaster: jobs\.jsonl:{place}: .*{re.escape(complaint)}", done.stderr), done.stderr
 
 
+def test_of_many_lines_that_are_no_jobs_the_first_are_named(shell: Shell) -> None:
+    (shell.directory / "jobs.jsonl").write_text("nonsense\n" * 150)
+    done = shell.run()
+    told = done.stderr.splitlines()
+    assert (done.returncode, len(told), told[-1]) == (1, 101, "loadmaster: and 50 more")
+
+
+def test_a_file_of_one_job_is_told_to_be_one(shell: Shell) -> None:
+    """Each of its lines was named as no JSON, and that was all."""
+    (shell.directory / "jobs.jsonl").write_text(json.dumps(job("one", "true"), indent=2))
+    done = shell.run()
+    assert done.returncode == 1
+    assert done.stderr.endswith("jobs.jsonl: is one job over many lines: `loadmaster run` takes it\n")
+
+
 def test_a_second_job_of_the_same_name_does_not_overwrite_the_result_of_the_first(shell: Shell) -> None:
     shell.write(job("twin", "sleep 1"), job("twin"))
     done = shell.run()
@@ -147,6 +162,9 @@ def test_a_file_without_jobs_is_done_at_once(shell: Shell) -> None:
     [
         (["nowhere.jsonl"], "nowhere.jsonl"),
         (["jobs.jsonl", "--cores", "0"], "--cores"),
+        (["jobs.jsonl", "--memory", "1000"], "'1000': is less than 1M; without a unit it is bytes"),
+        (["jobs.jsonl", "--results", "jobs.jsonl"], "--results jobs.jsonl: Not a directory"),
+        (["jobs.jsonl", "--output", "jobs.jsonl"], "--output jobs.jsonl: Not a directory"),
         (["jobs.jsonl", "--events", "jobs.jsonl/e"], "--events jobs.jsonl/e"),
         (["jobs.jsonl", "--coordinator", "mine.py"], "which class? mine.py:CLASS"),
         (["jobs.jsonl", "--config", "nowhere.toml"], "nowhere.toml"),
@@ -157,7 +175,7 @@ def test_what_cannot_be_used_is_told_in_a_line_before_anything_runs(
 ) -> None:
     shell.write(job("one", f"touch {shell.directory}/ran"))
     done = shell.run(*options, "--scratch", "scratch")
-    assert done.returncode in {1, 2}
+    assert done.returncode in {1, 64}
     assert message in done.stderr
     assert not (shell.directory / "ran").exists()
 

@@ -433,6 +433,59 @@ async def test_the_biggest_is_begun_first_and_small_ones_go_together() -> None:
     ]
 
 
+class Batches(MemoryStorage):
+    """Remembers what it was given together, and in which task."""
+
+    def __init__(self, files: dict[str, bytes], abilities: Ability) -> None:
+        super().__init__(files)
+        self.abilities = abilities
+        self.batches: list[int] = []
+        self.tasks: set[int] = set()
+
+    async def move(self, transfers: Sequence[Transfer], ended: Ended) -> None:
+        self.batches.append(len(transfers))
+        self.tasks.add(anyio.get_current_task().id)
+        await super().move(transfers, ended)
+
+
+async def test_a_few_small_files_are_one_batch_of_the_task_that_wants_them(workdir: Workdir) -> None:
+    content = {f"memory://se/{name}": b"cargo" for name in "abcd"}
+    storage = Batches(content, Ability.SIDE_BY_SIDE)
+    told = await fetched(storage, workdir, *(fetch(name, b"cargo") for name in "abcd"))
+    assert sorted(file.name for file in told.files) == ["a", "b", "c", "d"]
+    assert (storage.batches, storage.tasks) == ([4], {anyio.get_current_task().id})
+
+
+async def test_of_a_few_what_fails_at_first_is_tried_again(workdir: Workdir) -> None:
+    faults = Faults(MemoryStorage({f"memory://se/{name}": b"cargo" for name in "abcd"}))
+    faults.fail("download", at=2)
+    faults.corrupt("download", at=3)
+    told = await fetched(faults, workdir, *(fetch(name, b"cargo") for name in "abcd"))
+    assert sorted(file.name for file in told.files) == ["a", "b", "c", "d"]
+    assert len(faults.calls) == 6
+
+
+async def test_a_storage_that_moves_one_after_another_has_a_lane_for_each_of_a_few(workdir: Workdir) -> None:
+    storage = Batches({f"memory://se/{name}": b"cargo" for name in "abcd"}, Ability.NONE)
+    await fetched(storage, workdir, *(fetch(name, b"cargo") for name in "abcd"))
+    assert storage.batches == [1, 1, 1, 1]
+    assert len(storage.tasks) == 4
+
+
+async def test_files_whose_size_is_not_known_may_be_large_and_have_a_lane_each(workdir: Workdir) -> None:
+    storage = Batches({f"memory://se/{name}": b"cargo" for name in "abcd"}, Ability.SIDE_BY_SIDE)
+    await fetched(storage, workdir, *map(fetch, "abcd"))
+    assert storage.batches == [1, 1, 1, 1]
+
+
+async def test_a_single_file_that_is_late_fails_at_the_deadline(workdir: Workdir) -> None:
+    faults = Faults(MemoryStorage({"memory://se/a": b"cargo"}))
+    faults.hang("download")
+    with anyio.fail_after(20), pytest.raises(StagingFailed, match=r"not done within 0\.1 s"):
+        await fetched(faults, workdir, fetch("a"), site=Site(staging_seconds=0.1))
+    assert inside(workdir) == []
+
+
 async def test_a_job_with_few_files_is_not_kept_waiting_by_one_with_many() -> None:
     order: list[str] = []
     async with open_transfers(Site(streams=2), storages={"null": Null()}) as transfers:

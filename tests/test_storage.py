@@ -243,6 +243,45 @@ async def test_large_files_share_their_blocks_where_the_disk_can_and_are_verifie
     assert (before.f_bfree - os.statvfs(sharing_disk).f_bfree) * before.f_bsize < len(data)
 
 
+async def moved_alone(storage: LocalStorage, transfer: Transfer) -> Transfer:
+    told: list[Transfer] = []
+    await storage.move([transfer], told.extend)
+    assert told == [transfer]
+    return transfer
+
+
+@pytest.mark.parametrize("size", [None, 5], ids=["nobody said", "said to be small"])
+@pytest.mark.parametrize("way", [Direction.DOWNLOAD, Direction.UPLOAD], ids=lambda way: way.value)
+async def test_a_file_is_found_to_be_large_and_is_moved(tmp_path: Path, way: Direction, size: int | None) -> None:
+    """What is said of a size may be of yesterday; nothing is opened twice for it."""
+    there = tmp_path / "there"
+    content = os.urandom(1024**2)
+    there.write_bytes(content)
+    local = LocalBytes(content if way is Direction.UPLOAD else b"")
+    transfer = Transfer(way, file_url(there), local, size_bytes=size)
+    await moved_alone(LocalStorage(), transfer)
+    assert transfer.result == FileInfo(1024**2, Checksum("adler32", f"{zlib.adler32(content):08x}"))
+    assert local.calls.count("open") == 1
+    assert there.read_bytes() == content
+
+
+async def test_where_the_disk_is_slow_small_files_keep_nobody_else_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They leave the thread that others wait for, until the disk is fast again."""
+    monkeypatch.setattr("loadmaster.storage.local.SLOW_SECONDS", 0.0)
+    (tmp_path / "there").write_bytes(b"cargo")
+    storage, there = LocalStorage(), file_url(tmp_path / "there")
+    assert storage._may_be_brief(Transfer(Direction.DOWNLOAD, there, LocalBytes()))
+    for _ in range(2):
+        transfer = await moved_alone(storage, Transfer(Direction.DOWNLOAD, there, LocalBytes()))
+        assert transfer.result == FileInfo(5, Checksum.parse("adler32:060b020d"))
+        assert not storage._may_be_brief(transfer)
+    monkeypatch.setattr("loadmaster.storage.local.SLOW_SECONDS", 60.0)
+    await moved_alone(storage, transfer)
+    assert storage._may_be_brief(transfer)
+
+
 async def test_options_of_the_site_that_are_none_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="synch: there is `sync`"):
         async with open_storage(StorageOptions("file", words={"synch": True})):

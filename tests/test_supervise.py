@@ -483,6 +483,60 @@ async def test_what_it_read_and_wrote_is_the_kernels_account_to_the_end(workdir:
     assert 3_000_000 <= outcome.written_bytes < 6_000_000
 
 
+# -- without its shim --------------------------------------------------------------------------------------------
+
+
+async def shim_killed(payload: Payload) -> PayloadOutcome:
+    """How a payload ends whose shim the node has killed, for want of memory say."""
+    os.kill(payload.tree.shim_pid, signal.SIGKILL)
+    assert await watch(payload, Limits(), heartbeat_seconds=10, on_sample=keep([])) is None
+    with anyio.fail_after(30):
+        return await payload.end(EndedBy.CANCELLATION, grace_seconds=10)
+
+
+DAEMON = (
+    "(setsid sh -c 'echo $$ > daemon; exec sleep 1000' &); until [ -s daemon ]; do sleep 0.02; done\n"
+    "echo ready; sleep 1000"
+)
+
+
+async def test_a_payload_that_has_lost_its_shim_is_lost_where_nothing_of_it_can_be_left(workdir: Workdir) -> None:
+    """It had failed, but not of its own: the job was not run again, as it is when the agent dies with the shim."""
+    payload = await start(DAEMON, workdir, containment=[Containment.PID_NAMESPACE])
+    await says(workdir, "ready")
+    init = payload.tree.init_pid  # type: ignore[attr-defined]
+    assert not gone(init)
+    outcome = await shim_killed(payload)
+    assert gone(init)
+    assert (outcome.ended_by, outcome.has_no_status, outcome.left_behind) == (EndedBy.LOST, True, False)
+
+
+@pytest.mark.usefixtures("groups")
+async def test_a_payload_that_has_lost_its_shim_is_lost_where_its_group_is_empty(workdir: Workdir) -> None:
+    payload = await start(DAEMON, workdir, containment=[Containment.CGROUP])
+    await says(workdir, "ready")
+    daemon = await anyio.Path(workdir.path / "daemon").read_text()
+    outcome = await shim_killed(payload)
+    assert gone(int(daemon))
+    assert (outcome.ended_by, outcome.left_behind) == (EndedBy.LOST, False)
+
+
+@pytest.mark.parametrize("fenced", [True, False])
+async def test_a_payload_that_has_lost_its_shim_may_have_left_something(workdir: Workdir, fenced: bool) -> None:
+    """One that could have killed it itself has failed: it would again."""
+    payload = await start(DAEMON, workdir, containment=[Containment.SUBREAPER], cgroup="none")
+    if fenced and not payload.tree.fenced:
+        await payload.end(EndedBy.CANCELLATION, grace_seconds=0)
+        pytest.skip("Linux has no Landlock scopes here")
+    payload.tree.fenced = fenced
+    await says(workdir, "ready")
+    daemon = int(await anyio.Path(workdir.path / "daemon").read_text())
+    outcome = await shim_killed(payload)
+    os.kill(daemon, signal.SIGKILL)
+    said = (EndedBy.LOST, True) if fenced else (EndedBy.ITSELF, False)
+    assert (outcome.ended_by, outcome.left_behind, outcome.succeeded) == (*said, False)
+
+
 # -- the kernel's own word ---------------------------------------------------------------------------------------
 
 

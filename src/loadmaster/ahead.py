@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import takewhile
 from math import inf
 from typing import Final
 
@@ -46,8 +47,9 @@ class Preparing:
 
 
 def places(terms: Ahead, preparing: Collection[Preparing], now: float) -> int:
-    """How many more jobs may be begun, as far as their number goes."""
-    slow = sum(_is_slow(each, terms, now) for each in preparing)
+    """How many more jobs may be begun, as far as their number goes. `preparing`: the oldest first."""
+    old = takewhile(lambda each: now >= each.since + terms.slow_seconds, preparing)
+    slow = sum(not each.ready for each in old)
     return terms.jobs + min(slow, SLOW_TIMES * terms.jobs) - len(preparing)
 
 
@@ -59,9 +61,9 @@ def has_room(terms: Ahead, preparing: Collection[Preparing], input_bytes: int) -
 
 
 def next_slow(terms: Ahead, preparing: Iterable[Preparing], now: float) -> float:
-    """When the next of them gives its place up; infinity if none will."""
+    """When the next of them gives its place up; infinity if none will. `preparing`: the oldest first."""
     whens = (each.since + terms.slow_seconds for each in preparing if not each.ready)
-    return min((when for when in whens if when > now), default=inf)
+    return next((when for when in whens if when > now), inf)
 
 
 def input_bytes(job: JobDescription) -> int:
@@ -72,7 +74,3 @@ def input_bytes(job: JobDescription) -> int:
 def disk_bytes(job: JobDescription) -> int:
     """What is reserved for its stay: what it says, or at least its inputs."""
     return job.disk_bytes if job.disk_bytes is not None else input_bytes(job)
-
-
-def _is_slow(each: Preparing, terms: Ahead, now: float) -> bool:
-    return not each.ready and now >= each.since + terms.slow_seconds

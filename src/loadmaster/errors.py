@@ -60,7 +60,7 @@ class JobWasKilled(JobError):
 
 
 class PayloadLost(JobError):
-    """What this attempt has computed is gone with an agent that died, and certainly runs no more.
+    """What this attempt has computed is gone, with an agent that died or what held its payload, and runs no more.
 
     Ends as Rescheduled with the failure kind `PayloadLost`: the next attempt is begun by the node, or by whoever gave it
     the job.

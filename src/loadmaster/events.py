@@ -8,10 +8,12 @@
 | `PayloadPrepared`                 | preProcess returned; carries the command and environment          | yes  |
 | `SlotGranted`                     | the lease began; carries cores and memory                         | yes  |
 | `PayloadStarted`                  | process id, start time, containment                               | yes  |
+| `PayloadAdopted`*                 | another agent has died, and this one goes on with it              | yes  |
 | `FileStagedIn`*, `FileStagedOut`* | also beside the payload and in postProcess                        | yes  |
 | `Heartbeat`*                      | at any time                                                       | no   |
 | `OutputPrinted`*                  | while the payload runs, for who follows its output                | no   |
 | `TransferProgress`*, `StagingProgress`* | while files move                                            | no   |
+| `SoftStopOrdered`, `LimitReached`, `CompanionFailed` | the payload is ended for it, after this           | yes  |
 | `PayloadExited`                   | exactly once if PayloadStarted, whatever the cause                | yes  |
 | `ParameterReported`*              | a coordinator had something to say                                | yes  |
 | `Remembered`*                     | a coordinator has something to remember, also after a restart     | yes  |
@@ -38,7 +40,7 @@ from typing import Any, ClassVar
 from pydantic import TypeAdapter
 from pydantic_core import PydanticSerializationError
 
-from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile, Usage
+from loadmaster.result import Failure, PayloadOutcome, Phase, Status, StoredFile, Usage, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,10 @@ class JobAccepted(Event):
     """The class of its coordinator, as `module:Class`, where it has one of its own."""
     lost: int = 0
     """How many attempts before this one, one after the other, were lost on this node."""
+    outputs: str = ""
+    """Where outputs go that have no other target: the site's `output_directory`, where it has one."""
+    site: str = ""
+    """The file of the site, where it was read from one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,35 @@ class PayloadStarted(Event):
     shim_start_ticks: int = 0
     boot_id: str = ""
     """Of the machine; process ids and start times name somebody else once it was started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class PayloadAdopted(Event):
+    """The agent that had the payload has died. This one goes on with it, or has found how it ended."""
+
+    agent_pid: int
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
+class SoftStopOrdered(Event):
+    """The payload's time is nearly over, and it is asked to wind down by this signal after this; it is not asked twice."""
+
+    signal: int
+
+
+@dataclass(frozen=True, slots=True)
+class LimitReached(Event):
+    """The payload is over a limit. It is ended after this, also by another agent."""
+
+    verdict: Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class CompanionFailed(Event):
+    """A task beside the payload has failed, and the job with it. The payload is ended after this, also by another agent."""
+
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +228,16 @@ class RegistrationRequested(Event):
     """An output is where it should be, but the catalog could not be told: somebody has to do that."""
 
     file: StoredFile
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RemovalRequested(Event):
+    """What an agent that was killed has left of uploads to a URL could not be removed: somebody has to do that."""
+
+    url: str
+    parts: tuple[str, ...] = ()
+    """The names beside it that there may be."""
     reason: str = ""
 
 
@@ -300,7 +345,9 @@ def load(data: Mapping[str, Any]) -> Event:
 
 def dumps(event: Event) -> str:
     """The event as a line of JSON, quickly; `loads` has it back."""
-    if not (isinstance(event, PayloadExited) and event.outcome.verdict is not None):
+    if not (
+        isinstance(event, LimitReached) or (isinstance(event, PayloadExited) and event.outcome.verdict is not None)
+    ):
         # Pydantic's serializer takes a tenth of the time, but turns what is infinite (a threshold may be) into null,
         # and names that are not UTF-8 into an error.
         with suppress(PydanticSerializationError):

@@ -18,11 +18,12 @@ restart StageInStarted may come again, in an empty directory, and SlotGranted, w
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from enum import Enum, auto
+from enum import IntEnum, auto
 from typing import Any, Final
 
 from loadmaster.errors import IllegalEvent
 from loadmaster.events import (
+    CompanionFailed,
     ComputingEnded,
     Event,
     FailoverRequested,
@@ -31,25 +32,31 @@ from loadmaster.events import (
     JobAccepted,
     JobFinished,
     KillOrdered,
+    LimitReached,
     OperationDone,
     OperationDropped,
     OutputMissing,
     ParameterReported,
+    PayloadAdopted,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
     RegistrationRequested,
     Remembered,
+    RemovalRequested,
     SlotGranted,
+    SoftStopOrdered,
     StageInEnded,
     StageInStarted,
     StageOutStarted,
 )
-from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, StoredFile
+from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Status, StoredFile, Verdict
 
 
-class Stage(Enum):
-    """Where a job stands."""
+class Stage(IntEnum):
+    """Where a job stands; what comes later is greater."""
+
+    __hash__ = int.__hash__  # an enumeration's own goes by the name, and takes ten times as long
 
     NEW = auto()
     ACCEPTED = auto()
@@ -92,9 +99,14 @@ _NOTES: Final[Mapping[type[Event], frozenset[Stage]]] = {
     OutputMissing: _PAYLOAD_SEEN | _DELIVERING,
     FailoverRequested: _PAYLOAD_SEEN | _DELIVERING,
     RegistrationRequested: _PAYLOAD_SEEN | _DELIVERING,
+    RemovalRequested: _PAYLOAD_SEEN | _DELIVERING,
     ParameterReported: COMPUTING | _DELIVERING,
     Remembered: COMPUTING | _DELIVERING,
     KillOrdered: COMPUTING,
+    PayloadAdopted: frozenset({Stage.RUNNING}),
+    SoftStopOrdered: frozenset({Stage.RUNNING}),
+    LimitReached: frozenset({Stage.RUNNING}),
+    CompanionFailed: frozenset({Stage.RUNNING}),
     OperationDone: frozenset({Stage.FINISHED}),
     OperationDropped: frozenset({Stage.FINISHED}),
 }
@@ -114,6 +126,12 @@ class Lifecycle:
         self.slot: SlotGranted | None = None
         self.started: PayloadStarted | None = None
         self.kill_reason: str | None = None
+        self.soft_stop: int | None = None
+        """The signal by which the payload was asked to wind down."""
+        self.verdict: Verdict | None = None
+        """The limit for which it is ended."""
+        self.companion_failure: Failure | None = None
+        """What failed beside it, and ends it."""
         self.memory: dict[str, Any] = {}
         self.safe: set[tuple[str, str]] = set()
         """The outputs that have arrived, or are safe elsewhere: their names, and where they were wanted."""
@@ -168,6 +186,12 @@ class Lifecycle:
                 self.started = event
             case KillOrdered(reason=reason):
                 self.kill_reason = self.kill_reason or reason
+            case SoftStopOrdered(signal=number):
+                self.soft_stop = number
+            case LimitReached(verdict=verdict):
+                self.verdict = self.verdict or verdict
+            case CompanionFailed(failure=failure):
+                self.companion_failure = self.companion_failure or failure
             case Remembered(name=name, value=value):
                 self.memory[name] = value
             case FileStagedIn(file=file):
@@ -181,6 +205,8 @@ class Lifecycle:
                 self._pending[move_line(file, wanted)] = None
             case RegistrationRequested(file=file):
                 self._pending[register_line(file)] = None
+            case RemovalRequested(url=url):
+                self._pending[removal_line(url)] = None
             case OperationDone(what=what):
                 self._pending.pop(what, None)
             case OperationDropped(what=what):
@@ -200,7 +226,21 @@ class Lifecycle:
 
     def has_reached(self, stage: Stage) -> bool:
         """Whether the job stands there, or beyond."""
-        return self.stage.value >= stage.value
+        return self.stage >= stage
+
+    @property
+    def ending_by(self) -> EndedBy | None:
+        """For whom the payload is to be ended, as far as that is known; None: for nobody."""
+        if self.verdict is not None:
+            return EndedBy.LIMIT
+        if self.kill_reason is not None:
+            return EndedBy.KILL
+        return EndedBy.COORDINATOR if self.companion_failure is not None else None
+
+    @property
+    def boot_id(self) -> str:
+        """Of the machine, when the work directory was made."""
+        return "" if self.stage_in is None else self.stage_in.identity.partition(":")[0]
 
     def staged_in(self, name: str) -> StoredFile | None:
         """The input of that name, if it has arrived."""
@@ -249,6 +289,11 @@ class Lifecycle:
 def move_line(file: StoredFile, wanted: str) -> str:
     """What is left to be done for a file that is safe elsewhere, in a line."""
     return f"move {file.url} to {wanted}"
+
+
+def removal_line(url: str) -> str:
+    """What is left to be done about uploads that were broken off, in a line."""
+    return f"remove what is left of uploads to {url}"
 
 
 def register_line(file: StoredFile) -> str:

@@ -112,6 +112,8 @@ def idle_reasons(ledger: Ledger, *, for_disk: int, for_inputs: int, waiting: boo
     `for_disk`, `for_inputs`: cores that jobs will ask for when they have disk, or their files; `waiting`: there are
     more jobs, which may not be begun yet.
     """
+    if ledger.free_cores <= 0:
+        return {}
     reasons = ledger.idle_reasons()
     left = reasons.pop(NO_JOB, 0)
     for reason, wanted in ((INPUTS, for_inputs), (DISK, for_disk), (INPUTS, left if waiting else 0), (NO_JOB, left)):

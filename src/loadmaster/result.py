@@ -188,6 +188,11 @@ class PayloadOutcome:
         return max(0.0, self.cpu_seconds - self.system_seconds)
 
     @property
+    def has_no_status(self) -> bool:
+        """Whether its status was lost."""
+        return self.exit_code is None and self.signal is None
+
+    @property
     def succeeded(self) -> bool:
         """Whether the payload ended by itself, with status 0, or as it was softly asked to."""
         return self.ended_by is EndedBy.ITSELF and (self.exit_code == 0 or self.stopped_softly)

@@ -12,11 +12,19 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
 from pathlib import Path
+from socket import gethostname
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -45,15 +53,19 @@ from loadmaster.errors import (
     SkipPayload,
 )
 from loadmaster.events import (
+    CompanionFailed,
     ComputingEnded,
     Heartbeat,
     JobAccepted,
     JobFinished,
+    LimitReached,
     OutputPrinted,
+    PayloadAdopted,
     PayloadExited,
     PayloadPrepared,
     PayloadStarted,
     SlotGranted,
+    SoftStopOrdered,
     StageInEnded,
     StageInStarted,
     StageOutStarted,
@@ -170,21 +182,25 @@ async def run_part(
         moved = nullcontext(transfers) if transfers is not None else open_transfers(site or Site())
         made = open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
         try:
+            forgotten = await _forgotten_payload(handle)
             async with moved as moving, made as workdir:
                 flight = JobInFlight(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
                 )
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, heartbeat_seconds
+                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
                 )
-                straight.until = until
+                straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
                 if not handle.has_audience:  # which has one task for the heartbeats of many jobs
                     tasks.start_soon(straight.go_on_beating, beating)
                 await straight.fly()
         finally:
             beating.cancel()
-            handle.close()
+            try:
+                await handle.settle()
+            finally:
+                handle.close()
 
     if handle.tasks is not None:
         await fly(handle.tasks)
@@ -196,12 +212,24 @@ async def run_part(
     return handle.result
 
 
+async def _forgotten_payload(handle: JobHandle) -> JobError | None:
+    """Why the attempt is over because of a payload that the journal does not know of; None: there is none."""
+    state = handle.state
+    if state is None or handle.life.has_reached(Stage.GRANTED) or not (handle.has_past or handle.stage is Stage.NEW):
+        return None
+    if not await briefly(partial(os.path.lexists, state)):
+        return None
+    from loadmaster.takeover import end_forgotten  # loaded when used
+
+    return await end_forgotten(handle)
+
+
 class _Flight:
     """The straight path of one job."""
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, heartbeat_seconds: float,
+        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -209,7 +237,8 @@ class _Flight:
         self.coordinator_class = coordinator
         self.slots = slots
         self.handle = handle
-        self.record = handle.record
+        self.record, self.note = handle.record, handle.note
+        self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
         self.limits = limits_of(job.description, job.ce, os.environ)
         self.standard = JobExecutionCoordinator(job.description, job.ce)
@@ -223,10 +252,20 @@ class _Flight:
         self.usage: Usage | None = None
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
+        self.forgotten: JobError | None = None
+        self.lease = AsyncExitStack()
+        """The slot, as long as the payload has it."""
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
-            await self.record(JobAccepted, self.job.description.words(), reference_of(self.coordinator_class))
+            reference, site = reference_of(self.coordinator_class), self.site
+            await self.record(
+                JobAccepted,
+                self.job.description.words(),
+                reference,
+                outputs=site.output_directory or "",
+                site=site.file,
+            )
         await self.handle.keep_order()
         async with self.job.early_outputs():  # they may leave while the payload runs, and are nowhere if the job fails
             self.job.outcome = self.life.outcome
@@ -237,7 +276,7 @@ class _Flight:
                 await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
                 if self.until is not Stage.FINISHED and self.job.failure is None:
                     return
-                await self.record(ComputingEnded, self.job.failure)
+                await self.note(ComputingEnded, self.job.failure)
             if self.until is Stage.EXITED:
                 return
             failure = await self._deliver()
@@ -248,6 +287,8 @@ class _Flight:
         """Everything that a kill ends."""
         failure: Failure | None = None
         try:
+            if self.forgotten is not None:
+                raise self.forgotten
             found = await self._find_payload()
             with self.handle.computing():
                 outcome: PayloadOutcome | None
@@ -260,10 +301,12 @@ class _Flight:
                         await self._stage_in()
                         spec = await self._prepare()
                     outcome = None if self.until is Stage.PREPARED else await self._run_payload(spec)
-                if outcome is not None and self.until is Stage.FINISHED:
+                if outcome is not None and self.until is Stage.FINISHED and self.life.companion_failure is None:
                     await self._post_process(outcome)
         except JobError as error:
             failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
+        if (said := self.life.companion_failure) is not None:  # maybe to an earlier agent
+            failure = None if said.kind == SkipPayload.__name__ else said
         await self.handle.keep_order()
         if self.handle.kill_reason is not None:
             return Failure.of(JobWasKilled(self.handle.kill_reason), self.phase)
@@ -277,9 +320,9 @@ class _Flight:
             self._check_workdir()
             return
         if not (self.life.has_reached(Stage.STAGING_IN) and self.workdir.continued):
-            await self.record(StageInStarted, str(self.workdir.path), self.workdir.identity)
+            await self.note(StageInStarted, str(self.workdir.path), self.workdir.identity)
         await self._hook("stageIn")
-        await self.record(StageInEnded)
+        await self.note(StageInEnded)
 
     async def _prepare(self) -> PayloadSpec:
         self._enter(Phase.PRE_PROCESS)
@@ -289,46 +332,29 @@ class _Flight:
         env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
         command = await briefly(lambda: default_command(description, env, self.workdir))
         spec = _as_spec(await self._hook("preProcess", command, dict(env)))
-        await self.record(PayloadPrepared, spec.command, spec.env)
+        await self.note(PayloadPrepared, spec.command, spec.env)
         return spec
 
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
         self._enter(Phase.PAYLOAD)
         with self._in_time() as waiting:
-            async with self.slots.lease(self.job.description) as slot:
+            async with AsyncExitStack() as self.lease:
+                slot = await self.lease.enter_async_context(self.slots.lease(self.job.description))
                 if waiting is not None:
                     waiting.deadline = inf  # from here on the payload's own supervision keeps it
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
                 return await self._supervise(with_slot(spec, slot), frozenset(slot.cpus))
 
     async def _find_payload(self) -> Payload | None:
-        """The payload that an earlier agent has started. Of one that cannot be found nothing runs any more."""
-        state = self.handle.state
-        if self.life.stage not in {Stage.GRANTED, Stage.RUNNING} or state is None:
+        """The payload that an earlier agent has started."""
+        if self.life.stage not in {Stage.GRANTED, Stage.RUNNING}:
             return None
-        from loadmaster.payload.adopt import adopt  # loaded when used
-        from loadmaster.payload.found import Lost
+        from loadmaster.takeover import find_payload  # loaded when used
 
-        description = self.job.description
-        found = await adopt(
-            state, self.workdir, stdout=description.std_output, stderr=description.std_error,
-            boot=self._boot_id, known=self.life.started, limits=self.limits,
-            world=self.site.payload, soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
+        return await find_payload(
+            self.job.description, self.handle, self.workdir, limits=self.limits, world=self.site.payload,
+            outputs_bytes=self._outputs_bytes,
         )  # fmt: skip
-        if isinstance(found, Payload):
-            return found
-        log.info("job %s: its payload cannot be gone on with: %s", description.job_id, found.reason)
-        certain = not isinstance(found, Lost) or ((found.sure or found.rebooted) and not found.left_behind)
-        if self.life.stage is Stage.RUNNING:
-            lost = PayloadOutcome(None, None, 0.0, 0.0, None, EndedBy.LOST, left_behind=not certain)
-            await self.record(PayloadExited, lost)
-        elif not isinstance(found, Lost):
-            await briefly(partial(remove_state, state))
-        elif certain:
-            raise PayloadLost(f"it may have been started: {found.reason}")
-        else:
-            raise RescheduleJob(f"it may have been started, and some of it may still be there: {found.reason}")
-        return None
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
         """As `_supervise`, for a payload that runs already, in the slot that it has."""
@@ -336,8 +362,9 @@ class _Flight:
         had = self.life.slot
         assert had is not None  # noqa: S101 - no payload is started without
         slot = Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=self.job.description.resources)
-        with self.slots.hold(self.job.description, slot):
-            return await self._to_its_end(payload)
+        async with AsyncExitStack() as self.lease:
+            self.lease.enter_context(self.slots.hold(self.job.description, slot))
+            return await self._to_its_end(payload, adopted=True)
 
     async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
         """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
@@ -350,34 +377,59 @@ class _Flight:
         )  # fmt: skip
         return await self._to_its_end(payload)
 
-    async def _to_its_end(self, payload: Payload) -> PayloadOutcome:
+    async def _to_its_end(self, payload: Payload, *, adopted: bool = False) -> PayloadOutcome:
         """Watch it, and end it if need be; its end is recorded. Nothing may come between its start and this."""
         verdict: Verdict | None = None
         try:
             tree = payload.tree
             if not self.life.has_reached(Stage.RUNNING):
-                await self.record(
+                await self.note(
                     PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim,
-                    tree.shim_pid, tree.shim_start_ticks, self._boot_id,
+                    tree.shim_pid, tree.shim_start_ticks, self.life.boot_id,
                 )  # fmt: skip
-            self._check_workdir()
-            await self._make_coordinator()
-            self.job.payload = payload
-            self.job.stage_beside()
-            async with self.job.companions.alongside(), self._followed(payload):
-                verdict = await watch(
-                    payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample
-                )
+            if adopted:
+                await self.record(PayloadAdopted, os.getpid(), gethostname())
+            if self.life.verdict is None and self.life.companion_failure is None:  # an earlier agent may be ending it
+                verdict = await self._watch(payload)
+            if tree.empty:  # the slot is somebody else's, before all that is left to be said of this one
+                await self.lease.aclose()
         finally:
             with anyio.CancelScope(shield=True), self.handle.hurried_by(payload.hurry):  # bounded: the grace and 30 s
                 self.job.payload = None
-                by = self._who_ends_it(verdict)
-                outcome = await payload.end(by, grace_seconds=self.limits.grace_seconds, verdict=verdict)
+                try:
+                    await self._say_why_it_ends(verdict)
+                finally:
+                    outcome = await payload.end(
+                        self.life.ending_by or EndedBy.CANCELLATION, grace_seconds=self.limits.grace_seconds,
+                        verdict=self.life.verdict,
+                    )  # fmt: skip
                 self.job.outcome = outcome
                 self.last_lines = payload.last_lines or self.last_lines
-                if self.handle.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
-                    await self.record(PayloadExited, outcome, payload.last_lines)
+                if self.life.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
+                    await self.note(PayloadExited, outcome, payload.last_lines)
         return outcome
+
+    async def _watch(self, payload: Payload) -> Verdict | None:
+        """Until it has ended, or is to be ended: with the limit it has reached, if it is for that."""
+        self._check_workdir()
+        await self._make_coordinator()
+        self.job.payload = payload
+        self.job.stage_beside()
+        followed = self._followed(payload) if self.handle.output_followed else nullcontext()
+        async with self.job.companions.alongside(self.tasks), followed:
+            return await watch(
+                payload, self.limits, heartbeat_seconds=self.heartbeat_seconds, on_sample=self._take_sample,
+                before_soft_stop=partial(self.record, SoftStopOrdered, self.job.description.stop_signal),
+            )  # fmt: skip
+
+    async def _say_why_it_ends(self, verdict: Verdict | None) -> None:
+        """Have it in the journal before it is done: the next agent is to know it, should we die in the grace."""
+        if self.life.stage is not Stage.RUNNING:
+            return
+        if verdict is not None:
+            await self.record(LimitReached, verdict)
+        elif (error := self.job.companions.error) is not None and self.life.ending_by is None:
+            await self.record(CompanionFailed, Failure.of(error, self.phase))
 
     async def _post_process(self, outcome: PayloadOutcome) -> None:
         error = _error_of(outcome)
@@ -400,9 +452,12 @@ class _Flight:
         """Take out what the job has, and say why that failed if it did."""
         self._enter(Phase.STAGE_OUT)
         if not self.life.has_reached(Stage.STAGING_OUT):
-            await self.record(StageOutStarted)
+            await self.note(StageOutStarted)
+        if self._has_outputs:
+            await self.handle.settle()
         if self.job.failure is not None:
             await self.job.abandon_early_outputs()
+        await self.job.clear_leftovers()
         try:
             if self.job.failure is None and self._has_outputs:
                 self._check_workdir()
@@ -438,6 +493,8 @@ class _Flight:
         """Call a hook of the coordinator, or the standard one where it has none."""
         await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
+        if getattr(hook, "__func__", None) is not getattr(JobExecutionCoordinator, name):  # it may do anything outside
+            await self.handle.settle()
         return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
 
     def _enter(self, phase: Phase) -> None:
@@ -458,12 +515,6 @@ class _Flight:
             yield scope
         if scope.cancelled_caught:
             raise LimitExceeded(str(deadline_verdict(deadline, usage, self.limits, now=datetime.now(UTC))))
-
-    @property
-    def _boot_id(self) -> str:
-        """Of the machine, when the work directory was made."""
-        stage_in = self.life.stage_in
-        return "" if stage_in is None else stage_in.identity.partition(":")[0]
 
     @property
     def _outputs_bytes(self) -> Callable[[], int] | None:
@@ -498,10 +549,7 @@ class _Flight:
 
     @asynccontextmanager
     async def _followed(self, payload: Payload) -> AsyncIterator[None]:
-        """Tell what the payload prints, if there is anybody who wants that as it starts."""
-        if not self.handle.output_followed:
-            yield
-            return
+        """Tell what the payload prints."""
         with single_error():
             async with anyio.create_task_group() as beside:
                 beside.start_soon(
@@ -511,13 +559,6 @@ class _Flight:
                     yield
                 finally:
                     beside.cancel_scope.cancel()
-
-    def _who_ends_it(self, verdict: Verdict | None) -> EndedBy:
-        if verdict is not None:
-            return EndedBy.LIMIT
-        if self.handle.kill_reason is not None:
-            return EndedBy.KILL
-        return EndedBy.COORDINATOR if self.job.companions.error is not None else EndedBy.CANCELLATION
 
 
 def _as_spec(returned: object) -> PayloadSpec:
@@ -540,7 +581,7 @@ def _short(value: object) -> str:
 def _error_of(outcome: PayloadOutcome) -> JobError | None:
     """What an outcome means for the job."""
     if outcome.ended_by is EndedBy.LOST:
-        return PayloadLost("what held the payload is gone with an agent that died: how it ended is not known")
+        return PayloadLost("what held the payload is gone, and how it ended is not known")
     if outcome.ended_by is EndedBy.CANCELLATION:
         return PayloadLost("the agent left while the payload ran, and ended it")
     if outcome.ended_by is EndedBy.ORPHANED:

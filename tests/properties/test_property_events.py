@@ -37,9 +37,11 @@ TIMES = st.datetimes(timezones=st.just(UTC))
 JSON = st.recursive(st.none() | st.booleans() | COUNTS | NAMES, lambda inner: st.lists(inner, max_size=3), max_leaves=5)
 
 FILES = st.builds(StoredFile, NAMES, NAMES, COUNTS, NAMES, st.none() | NAMES, st.none() | NAMES)
-FAILURES = st.none() | st.builds(
+FAILURE = st.builds(
     Failure, st.sampled_from(["PayloadFailed", "JobWasKilled", "RescheduleJob"]) | NAMES, NAMES, st.sampled_from(Phase)
 )
+FAILURES = st.none() | FAILURE
+VERDICTS = st.builds(Verdict, NAMES, NUMBERS, NUMBERS, NAMES)
 OUTCOMES = st.builds(
     PayloadOutcome,
     st.none() | st.integers(0, 255),
@@ -48,7 +50,7 @@ OUTCOMES = st.builds(
     NUMBERS,
     st.none() | COUNTS,
     st.sampled_from(EndedBy),
-    st.none() | st.builds(Verdict, NAMES, NUMBERS, NUMBERS, NAMES),
+    st.none() | VERDICTS,
 )
 USAGES = st.builds(Usage, NUMBERS, NUMBERS, COUNTS, COUNTS, st.none() | COUNTS, NUMBERS)
 LINES = st.lists(NAMES, max_size=3).map(tuple)
@@ -57,6 +59,10 @@ OWN_FIELDS: dict[str, tuple[st.SearchStrategy[object], ...]] = {
     "StageInStarted": (NAMES, NAMES),
     "StageInEnded": (),
     "KillOrdered": (NAMES,),
+    "PayloadAdopted": (COUNTS, NAMES),
+    "SoftStopOrdered": (COUNTS,),
+    "LimitReached": (VERDICTS,),
+    "CompanionFailed": (FAILURE,),
     "Remembered": (NAMES, JSON),
     "FileStagedIn": (FILES,),
     "PayloadPrepared": (NAMES | st.lists(NAMES, max_size=3).map(tuple), st.dictionaries(NAMES, NAMES, max_size=3)),
@@ -70,6 +76,7 @@ OWN_FIELDS: dict[str, tuple[st.SearchStrategy[object], ...]] = {
     "OutputMissing": (NAMES, NAMES),
     "FailoverRequested": (FILES, NAMES),
     "RegistrationRequested": (FILES, NAMES),
+    "RemovalRequested": (NAMES, LINES, NAMES),
     "OperationDone": (COUNTS, NAMES),
     "OperationDropped": (COUNTS, NAMES, NAMES),
     "JobFinished": (st.sampled_from(Status), FAILURES),
@@ -99,11 +106,16 @@ FIXED: dict[str, tuple[object, ...]] = {
     "ParameterReported": ("a", "b"),
     "Remembered": ("a", [1, "b"]),
     "KillOrdered": ("enough",),
+    "PayloadAdopted": (10, "node7"),
+    "SoftStopOrdered": (15,),
+    "LimitReached": (Verdict("wall time", 2.0, 1.0, "s"),),
+    "CompanionFailed": (Failure("HookFailed", "because", Phase.PAYLOAD),),
     "ComputingEnded": (None,),
     "FileStagedOut": (FILE,),
     "OutputMissing": ("a", "b"),
     "FailoverRequested": (FILE, "b"),
     "RegistrationRequested": (FILE,),
+    "RemovalRequested": ("c", ("d",)),
     "OperationDone": (1, "a line"),
     "OperationDropped": (1, "a line"),
     "JobFinished": (Status.DONE, None),

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
 from contextlib import ExitStack, closing, suppress
 from functools import partial
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import anyio
 
-from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, add_scratch, add_slots
+from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
-from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json
+from loadmaster.commands.files import check_directory, log_to, open_new, read_coordinator, read_json, usual_outputs
 from loadmaster.commands.reporting import Reporting, add_reporter
-from loadmaster.coordinator import Coordinator
+from loadmaster.console.board import open_board, told
+from loadmaster.console.orders import told_to_stop
+from loadmaster.console.work import work
 from loadmaster.description import ComputingElement
-from loadmaster.errors import InvalidJob, JournalFault
-from loadmaster.events import JobAccepted
-from loadmaster.hooks import FILE_MODULE, find_coordinator, reference_of
+from loadmaster.errors import InvalidJob
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
-from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
-from loadmaster.sources import JobFiles, JobLines, Nothing
-from loadmaster.work import work
+from loadmaster.sources import LINE_BYTES, JobFiles, JobLines, Nothing
 from loadmaster.workdir import default_root
-
-if TYPE_CHECKING:
-    from loadmaster.logbook import History
 
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
 ones come while others compute. The first Ctrl-C lets what computes finish, the second kills it, the third leaves."""
@@ -41,6 +35,10 @@ ones come while others compute. The first Ctrl-C lets what computes finish, the 
 ENDS: Final = f"""Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
 named, the others were run); 2 jobs failed; 130, 143 and 129 told to stop by SIGINT, SIGTERM or SIGHUP before all were done;
 {BAD_USAGE}"""
+
+
+MOST_REFUSED: Final = 100
+"""So many lines that are no jobs are named, and the rest counted."""
 
 
 def add(commands: Commands, line: str) -> None:
@@ -88,17 +86,20 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     ce = ComputingElement.load(read_json(options.ce) if options.ce else {})
     reporting = Reporting(options, ce)
     coordinator = read_coordinator(options)
-    if options.journal is not None:
-        _check_coordinators(options.journal, coordinator)
     site = reporting.site(Site.load(options.config) if options.config else Site())
+    if options.output is not None:
+        check_directory(options.output, "--output")
+        site = site.model_copy(update={"output_directory": f"{file_url(options.output.absolute())}/{{job_id}}"})
+    if options.journal is not None:
+        site = as_begun(options, site, coordinator)
     if not site.output_directory:
-        outputs = (options.output or Path("outputs")).absolute()
-        site = site.model_copy(update={"output_directory": f"{file_url(outputs)}/{{job_id}}"})
+        site = site.model_copy(update={"output_directory": usual_outputs()})
     scratch = (options.scratch or default_root()).absolute()
     scratch.mkdir(parents=True, exist_ok=True)
     memory_mb = options.memory // MIB if options.memory else None
     ledger = detect(scratch).ledger(cores=options.cores, memory_mb=memory_mb)
     if options.results:
+        check_directory(options.results, "--results")
         options.results.mkdir(parents=True, exist_ok=True)
     events = open_new(options.events)
     board = open_board(sys.stderr or StringIO(), quiet=options.quiet)
@@ -115,8 +116,12 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
             )
     finally:
         board.close()
-    for problem in shift.refused:
+    for problem in shift.refused[:MOST_REFUSED]:
         board.say(f"loadmaster: {problem}")
+    if (more := len(shift.refused) - MOST_REFUSED) > 0:
+        board.say(f"loadmaster: and {more} more")
+    if shift.refused and _is_one_job(options):
+        board.say(f"loadmaster: {options.source}: is one job over many lines: `loadmaster run` takes it")
     if shift.figures is not None and not options.quiet:
         with suppress(OSError, ValueError):
             print(told(shift.figures), flush=True)
@@ -126,27 +131,12 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     return PAYLOAD_FAILED if shift.failed else NOT_PREPARED if shift.refused else OK
 
 
-def _check_coordinators(journal: Path, coordinator: type[Coordinator]) -> None:
-    """Refuse to begin where an open job's coordinator cannot be had: without it, the job would be given up."""
-    from loadmaster.logbook import Logbook  # with sqlite3, loaded when used
-
-    asked = Counter[str]()
-    with suppress(JournalFault), Logbook.look(journal) as book:  # one that cannot be read is the node's to speak of
-        asked.update(_coordinator_of(history) for history in book.open_jobs())
-    for reference, jobs in asked.items():
-        if reference not in {"", reference_of(coordinator)}:
-            try:
-                find_coordinator(reference)
-            except InvalidJob as exc:
-                name = (
-                    reference.removeprefix(FILE_MODULE).replace(":", ".py:") if FILE_MODULE in reference else reference
-                )
-                raise InvalidJob(
-                    f"{journal}: {jobs} open jobs have the coordinator {name}, which cannot be found: "
-                    f"give --coordinator as when they were begun ({exc})"
-                ) from exc
-
-
-def _coordinator_of(history: History) -> str:
-    accepted = next((event for event in history.events if isinstance(event, JobAccepted)), None)
-    return "" if accepted is None else accepted.coordinator
+def _is_one_job(options: argparse.Namespace) -> bool:
+    """Whether the source is a job's file, and not one of a job a line."""
+    try:
+        source: Path | None = getattr(options, "source", None)
+        return (
+            source is not None and source.is_file() and source.stat().st_size <= LINE_BYTES and bool(read_json(source))
+        )
+    except (InvalidJob, OSError):
+        return False

@@ -33,6 +33,6 @@ def _prepare(options: argparse.Namespace) -> int:
     job = here.model_copy(update={"output_se": written.output_se, "output_data": written.output_data})
     coordinator = read_coordinator(options)
     return run_it(
-        options, Part.PREPARE, options.bundle, site=read_site(options, job), coordinator=coordinator,
+        options, Part.PREPARE, options.bundle, site=read_site(options), coordinator=coordinator,
         new=Contents(job, ce, options.coordinator or ""), outputs=Path.cwd(),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from typing import Final, TextIO
 import anyio
 
 from loadmaster.commands.arguments import Commands, add_job, add_scratch, add_slots
+from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import NOT_DELIVERED, OK, TABLE, exit_code
 from loadmaster.commands.files import (
     check_writable,
@@ -22,20 +23,21 @@ from loadmaster.commands.files import (
     open_new,
     read_coordinator,
     read_job,
-    read_site,
+    with_outputs,
 )
 from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
+from loadmaster.console.orders import Orders, told_to_stop
+from loadmaster.console.terminal import Display, follow, printable, size, stderr_display
 from loadmaster.handle import JobHandle
 from loadmaster.ledger import Ledger
 from loadmaster.names import shown
-from loadmaster.orders import Orders, told_to_stop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
 from loadmaster.result import JobResult, Status
 from loadmaster.runner import run_job
+from loadmaster.site import Site
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
-from loadmaster.terminal import Display, follow, printable, size, stderr_display
 from loadmaster.workdir import default_root
 
 LIVE_SECONDS: Final = 1.0
@@ -47,7 +49,7 @@ def add(commands: Commands, line: str) -> None:
     run = commands.add_parser("run", help=line, epilog=TABLE)
     add_job(run)
     run.set_defaults(command=_run)
-    add_slots(run)
+    add_slots(run, usual="what the job asks")
     add_scratch(run)
     run.add_argument(
         "--journal",
@@ -70,7 +72,12 @@ def _run(options: argparse.Namespace) -> int:
     coordinator = read_coordinator(options)
     root = (options.scratch or default_root()).absolute()
     display = stderr_display(quiet=options.quiet)
-    site = reporting.site(read_site(options, job))
+    site = Site.load(options.config) if options.config else Site()
+    if options.journal is not None:
+        site = as_begun(
+            options, site if options.output is None else with_outputs(options, site), coordinator, job_id=job.job_id
+        )
+    site = reporting.site(with_outputs(options, site))
     heartbeat = LIVE_SECONDS if sys.stderr and sys.stderr.isatty() else HEARTBEAT_SECONDS
     check_outputs(job, site)
     check_writable(options.result)

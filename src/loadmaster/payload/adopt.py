@@ -59,12 +59,13 @@ STARTING_SECONDS: Final = 600.0
 async def adopt(
     state: Path, workdir: Workdir, *, stdout: str, stderr: str, boot: str = "", known: PayloadStarted | None = None,
     limits: Limits = NO_LIMITS, world: World = USUAL, soft_stop: SoftStop | None = None,
-    outputs_bytes: Callable[[], int] | None = None,
+    outputs_bytes: Callable[[], int] | None = None, stopped_softly: bool = False,
 ) -> Payload | NotStarted | Lost:  # fmt: skip
     """What became of the payload that was, or was to be, started with this state directory; ours from here on.
 
     `boot` is the `boot_id` under which it was to be started, and `known` what was told of its start, if it was: they are
-    believed before what is in the directory. The other words are those of `start`.
+    believed before what is in the directory. `stopped_softly`: it was asked to wind down, and is not asked again. The
+    other words are those of `start`.
 
     Raises `PayloadHeld` when another agent has it, OSError when we lack descriptors, say; nothing was decided then, and
     it can be tried again. Cancelled, it leaves a payload that runs as it is, to be adopted.
@@ -90,7 +91,7 @@ async def adopt(
                 )
                 return Payload(
                     found, output, group=group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes,
-                    outputs_bytes=outputs_bytes, state=directory,
+                    outputs_bytes=outputs_bytes, state=directory, stopped_softly=stopped_softly,
                 )  # fmt: skip
             left = await _lost(found, directory, group) if isinstance(found, ToEnd) else found
     except BaseException:
@@ -116,32 +117,37 @@ async def end_left(known: PayloadStarted) -> bool:
     return gone
 
 
-async def end_held(state: Path) -> bool:
+async def end_held(state: Path) -> NotStarted | Lost:
     """End the payload that a state directory holds, and nobody knows of any more: its journal has lost it.
 
-    False when something is still there 30 s after it was killed, or another agent has it. Shielded, and bounded.
+    Raises `PayloadHeld` when another agent has it. Shielded, and bounded.
     """
-    gone = False
-    with anyio.CancelScope(shield=True), suppress(PayloadHeld):
+    found: NotStarted | Lost = NotStarted("no state directory was made for it")
+    with anyio.CancelScope(shield=True), suppress(FileNotFoundError):
         try:
             directory = await _take(state)
-        except (FileNotFoundError, NotOurs):
-            return True
+        except NotOurs as exc:
+            return Lost(str(exc))
         try:
-            gone = await _end_found(await _find(directory, None, ""), directory)
+            found = await _end_found(await _find(directory, None, ""), directory)
         finally:
             directory.close()
-    return gone
+    return found
 
 
-async def _end_found(found: Found, directory: StateDirectory) -> bool:
+async def _end_found(found: Found, directory: StateDirectory) -> NotStarted | Lost:
     if isinstance(found, AdoptedTree):
-        found.hold(await to_thread.run_sync(_group_of, directory, NO_LIMITS))
+        found.hold(group := await to_thread.run_sync(_group_of, directory, NO_LIMITS))
         try:
-            return await found.end(0)
+            ended = await found.end(0)
         finally:
             found.leave()
-    return not (isinstance(found, ToEnd) and (await _lost(found, directory)).left_behind)
+            if group is not None and not await to_thread.run_sync(group.remove):
+                group.close()
+        return Lost("it ran, and was ended", left_behind=not ended, sure=ended)
+    if isinstance(found, EndedTree):
+        return Lost("it had ended", sure=True)
+    return await _lost(found, directory) if isinstance(found, ToEnd) else found
 
 
 async def _take(state: Path) -> StateDirectory:

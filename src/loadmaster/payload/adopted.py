@@ -31,6 +31,7 @@ class AdoptedTree(HeldByShim):
         self.containment, self.shim = containment, shim
         self.pid, self.start_ticks = found.payload_pid, found.payload_start
         self.shim_pid, self.shim_start_ticks = found.shim_pid, found.shim_start
+        self.init_pid, self.init_start_ticks = found.init_pid, found.init_start
         self.fenced = found.fenced
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - (found.payload_start or found.shim_start) / TICKS_PER_SECOND
         self.started = time.monotonic() - age
@@ -58,7 +59,9 @@ class AdoptedTree(HeldByShim):
 
     def reap(self) -> ExitRecord:
         self.leave()
-        return self._record()
+        record = self._record()
+        self._reported = record != ExitRecord()
+        return record
 
     def leave(self) -> None:
         """Let go of it, as it is."""
@@ -76,6 +79,7 @@ class EndedTree(Tree):
 
     adopted = True
     gone = True
+    holds_all = True
 
     def __init__(self, record: ExitRecord, found: Started, containment: Containment, shim: str) -> None:
         self.containment, self.shim = containment, shim

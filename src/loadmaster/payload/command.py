@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ _QUOTES = frozenset("'\"")
 _EXPANDED = frozenset("$*?[~<>{")
 _BETWEEN = ";&|()`\n"
 """What separates commands, or makes one of several; not in quotes."""
+_ARCHIVE = re.compile(r"\.(tar(\.\w+)?|t\w?[gx]z|tbz2?|tzst)$", re.ASCII | re.IGNORECASE)
 _VARIABLE = re.compile(r"\$(\w+|\{\w+\})")
 
 
@@ -78,6 +80,27 @@ def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdi
     """
     found = shlex.quote(_find_executable(_expand(job.executable, env), env, workdir))
     return f"{found} {job.arguments}".strip()
+
+
+def executable_problem(job: JobDescription, world: World) -> str | None:
+    """Why `default_command` will not find the executable on this machine; None if it will, or if only the job's files, once
+    they are there and unpacked, will tell. Blocks."""
+    env = {"PATH": DEFAULT_PATH, **world.environment(), **job.environment}
+    executable = _expand(job.executable, env)
+    if not executable.startswith("/"):
+        names = {file.name for file in (*job.input_sandbox, *job.input_data)}
+        if os.path.normpath(executable) in names or _VARIABLE.search(executable):  # $PWD, as a rule
+            return None
+        if any(_ARCHIVE.search(file.name) for file in job.input_sandbox):
+            return None
+        if "/" in executable:
+            return f"executable {executable!r}: is none of the job's inputs"
+        if shutil.which(executable, path=env["PATH"]) is None:
+            return f"executable {executable!r}: neither a file of the job nor in PATH ({env['PATH']})"
+        return None
+    if not os.path.isfile(executable):
+        return f"executable {executable!r}: {'is not a file' if os.path.exists(executable) else 'no such file'}"
+    return None if os.access(executable, os.X_OK) else f"executable {executable!r}: may not be executed"
 
 
 def argv_of(spec: PayloadSpec, cwd: Path, *, near: bool) -> list[str]:
@@ -138,9 +161,13 @@ def _plain_words(command: str) -> list[str] | None:
 def _check(program: str, path: str, cwd: Path) -> str:
     """The file of a program. Raises `PayloadNotStarted` if there is none, or it cannot be executed."""
     found = str(cwd / program) if "/" in program else shutil.which(program, path=path)
-    if found is None or not os.path.exists(found):
+    try:
+        mode = os.stat(found).st_mode if found is not None else 0
+    except OSError:
+        mode = 0
+    if found is None or not mode:
         raise PayloadNotStarted(f"executable {program!r}: no such file")
-    if os.path.isdir(found) or not os.access(found, os.X_OK):
+    if stat.S_ISDIR(mode) or not os.access(found, os.X_OK):
         raise PayloadNotStarted(f"executable {program!r}: may not be executed")
     return found
 

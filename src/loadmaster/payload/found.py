@@ -40,6 +40,11 @@ class Lost:
     """Whether nothing of it can be left. Else there may be something that had left both its parents and its session,
     without a shim, a namespace or a group that would have held it."""
 
+    @property
+    def certain(self) -> bool:
+        """Whether it may be run again beside nothing."""
+        return (self.sure or self.rebooted) and not self.left_behind
+
 
 @dataclass(frozen=True, slots=True)
 class ToEnd:

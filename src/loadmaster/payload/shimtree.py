@@ -21,7 +21,7 @@ import anyio
 from loadmaster.description import Containment, Isolation
 from loadmaster.payload.launch import Group, Launch, Refused, shim_command, shim_kind
 from loadmaster.payload.process import Account, ExitRecord
-from loadmaster.payload.sweep import kill_below, kill_session
+from loadmaster.payload.sweep import kill_below, kill_init, kill_session
 from loadmaster.payload.tree import KILL_SECONDS, Tree, in_thread
 from loadmaster.payload.usage import BLOCK_BYTES, TreeUsage, read_session, read_stat, read_tree
 
@@ -41,13 +41,15 @@ LACKS: Final = (errno.EAGAIN, errno.ENOMEM)
 class HeldByShim(Tree):
     """A payload below a shim (shim.c), whoever has started that."""
 
-    fenced: bool = False
-    """Whether the payload can neither signal nor trace anybody outside."""
+    init_pid: int = 0
+    init_start_ticks: int = 0
+    """Of process 1 of its namespace, where it has one: when that is gone, all are."""
     _pidfd: int = -1
     _group: Group | None = None
     _helpers: int = 0
     _silent: bool = False
     _over: bool = False
+    _reported: bool = False
 
     @abstractmethod
     def _has_record(self) -> bool:
@@ -58,6 +60,12 @@ class HeldByShim(Tree):
         if not self._over:
             self._over = self._pidfd < 0 or is_readable(self._pidfd)
         return self._over
+
+    @property
+    def empty(self) -> bool:
+        """The shim has said how it ended, which it does last. A group may hold some that are not below the shim."""
+        held = self._group is None or self.containment is Containment.PID_NAMESPACE
+        return held and self.gone and self._has_record()
 
     async def wait(self) -> None:
         await anyio.wait_readable(self._pidfd)
@@ -86,8 +94,8 @@ class HeldByShim(Tree):
 
     @property
     def _shim_was_killed(self) -> bool:
-        """Whether the shim's end, where it is not that of a namespace, came before that of all the others."""
-        return bool(self.pid) and self.containment is not Containment.PID_NAMESPACE and not self._has_record()
+        """Whether the shim's end came before that of all the others."""
+        return bool(self.pid) and not self._has_record()
 
     async def _end_without_shim(self) -> None:
         if not self._silent:
@@ -111,9 +119,22 @@ class HeldByShim(Tree):
         """What a shim that was killed has left: those in the group, and those who have stayed in the session."""
         if self._group is not None:
             await in_thread(self._group.kill)
-        if self._shim_was_killed:
+        if not self._shim_was_killed:
+            return
+        if self.containment is Containment.PID_NAMESPACE:  # the kernel is about to
+            for pidfd in await in_thread(lambda: kill_init(self.init_pid, self.init_start_ticks)):
+                try:
+                    await anyio.wait_readable(pidfd)
+                finally:
+                    os.close(pidfd)
+        else:
             found = await in_thread(lambda: kill_session(self.pid, self.start_ticks))
             log.warning("process %d: its shim was killed; killed %d of its session", self.pid, found)
+
+    @property
+    def holds_all(self) -> bool:
+        """By its namespace; or the shim has said that nobody is left, and only the payload's status was lost."""
+        return self.containment is Containment.PID_NAMESPACE or self._reported
 
     def hurry(self) -> None:
         self._order(signal.SIGUSR1)
@@ -146,6 +167,7 @@ class ShimTree(HeldByShim):
         self.started = time.monotonic()
         self._group = launch.group
         self._text = b""
+        self._last_words: dict[str, str] = {}
         self._helpers = helpers_of(containment, launch.isolation)
         mode = Containment.SUBREAPER if containment is Containment.CGROUP else containment
         command = shim_command()
@@ -197,6 +219,7 @@ class ShimTree(HeldByShim):
         check_started(facts)
         self.pid, self.start_ticks = int(facts["payload_pid"]), int(facts["payload_start"])
         self.shim_start_ticks = int(facts["shim_start"])
+        self.init_pid, self.init_start_ticks = int(facts["init_pid"]), int(facts["init_start"])
         self.fenced = facts["fenced"] == "1"
 
     def _has_record(self) -> bool:
@@ -204,11 +227,14 @@ class ShimTree(HeldByShim):
 
     def _said(self) -> dict[str, str]:
         """All of what it has said of the end, or nothing."""
+        if self._last_words:
+            return self._last_words
         with suppress(OSError):  # nothing more; or a reset, by somebody who had our end and wrote to it
             while more := os.read(self._report, 65536):
                 self._text += more
         facts = facts_of(self._text.partition(b"\n\n")[2])
-        return facts if "grace_expired" in facts else {}
+        self._last_words = facts if "grace_expired" in facts else {}
+        return self._last_words
 
     def reap(self) -> ExitRecord:
         """The record came through a socket of the shim's own; without it the shim was killed and the status is lost."""
@@ -219,6 +245,7 @@ class ShimTree(HeldByShim):
         with suppress(ChildProcessError):
             os.waitpid(self._popen.pid, os.WNOHANG)
         self._popen.returncode = 0
+        self._reported = bool(said)
         return record_of(said) if said else ExitRecord()
 
 
@@ -243,7 +270,7 @@ class Channels:
         settings = launch.settings(mode)
         own = (self._report_of_shim.fileno(), self._environment)
         hidden = launch.hidden if mode is Containment.PID_NAMESPACE else ()
-        self.passed = (*own, *launch.joined, *hidden, *((launch.state,) if launch.state >= 0 else ()))
+        self.passed = (*own, *launch.joined, *hidden, *(each for each in (launch.state, launch.lock) if each >= 0))
         self.words = [*map(str, (launch.state, *own, int(launch.grace_seconds * 1000), mode.value, settings))]
 
     def __enter__(self) -> Channels:
@@ -321,5 +348,5 @@ def _account(facts: Mapping[str, str], of: str) -> Account:
 
 def facts_of(text: bytes) -> dict[str, str]:
     """The lines of a report: a name, a blank, a value."""
-    lines = (line.partition(" ") for line in text.decode(errors="replace").splitlines())
-    return {name: value for name, _, value in lines if name}
+    lines = text.decode(errors="replace").splitlines()
+    return {name: value for name, _, value in [line.partition(" ") for line in lines] if name}

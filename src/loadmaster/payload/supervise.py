@@ -95,7 +95,9 @@ class Payload:
     def __init__(
         self, tree: Tree, output: Output, *, group: Group | None = None, soft_stop: SoftStop | None = None,
         kept_bytes: int | None = None, outputs_bytes: Callable[[], int] | None = None, state: StateDirectory | None = None,
+        stopped_softly: bool = False,
     ) -> None:  # fmt: skip
+        """`stopped_softly`: an earlier agent has asked it to wind down, and nobody asks again."""
         self.tree = tree
         self._state = state
         self.last_lines: tuple[str, ...] = ()
@@ -105,7 +107,8 @@ class Payload:
         self._output = output
         self._group = group
         self._soft_stop = soft_stop
-        self._stopped_softly = self._heard_softly = self._hurried = self._disk_hangs = False
+        self._stopped_softly = self._heard_softly = stopped_softly
+        self._hurried = self._disk_hangs = False
         self._kept_bytes = kept_bytes
         self._outputs_bytes = outputs_bytes
         self._outputs_known = 0
@@ -280,12 +283,16 @@ class Payload:
             with suppress(TimeoutError):
                 await self._in_thread(LAST_WORDS_SECONDS, self._last_look)
         left_behind = not await self.tree.end(grace_seconds)
+        emptied = None
         if self._group is not None:  # who had lost the shim is only just being killed
-            left_behind = not await self._empty(self._group) or left_behind
+            emptied = await self._empty(self._group)
+            left_behind = emptied is False or left_behind
         if left_behind:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
         outcome = self._outcome(by, verdict, ending_seconds=ending, left_behind=left_behind)
+        if outcome.ended_by is EndedBy.ITSELF and outcome.has_no_status:
+            outcome = self._lost(outcome, certain=(self.tree.holds_all or emptied is True) and not left_behind)
         try:
             if self._group is not None:
                 outcome = await self._in_thread(LAST_WORDS_SECONDS, self._leave_group, self._group, outcome)
@@ -302,13 +309,23 @@ class Payload:
                 self._state.close()
         return outcome
 
-    async def _empty(self, group: Group) -> bool:
-        """Whether nobody is in the group any more."""
+    def _lost(self, outcome: PayloadOutcome, *, certain: bool) -> PayloadOutcome:
+        """Of one whose shim was killed: if nothing of it can be left, it may be run again, as after the death of an agent.
+
+        If something can, that is said; and a payload that could have killed its shim has failed, as it would again.
+        """
+        if not certain and not self.tree.fenced:
+            return outcome
+        log.warning("process %d: its shim was killed: how it ended is not known", self.tree.pid)
+        return replace(outcome, ended_by=EndedBy.LOST, left_behind=not certain)
+
+    async def _empty(self, group: Group) -> bool | None:
+        """Whether nobody is in the group any more; None when that cannot be known."""
         try:
             return not await self._in_thread(LAST_WORDS_SECONDS, group.is_populated) or await group.end(KILL_SECONDS)
         except OSError as exc:
             log.warning("process %d: %r: %s", self.tree.pid, group, exc)
-            return True
+            return None
 
     def _leave_group(self, group: Group, outcome: PayloadOutcome) -> PayloadOutcome:
         """What the group has counted to the end, and whether the kernel has judged in it; then it is removed."""
@@ -394,6 +411,7 @@ class _Seen:
 class _Begun:
     """A payload that may run already."""
 
+    workdir: Workdir
     launch: Launch
     tree: Tree
     others: Sequence[Containment]
@@ -439,19 +457,21 @@ async def start(
             if state is not None:
                 directory = _state_of(state, world, group)
                 opened.extend(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in hidden)
+            concealed = tuple(opened)
+            opened.append(lock := workdir.hold())
             launch = Launch(
                 argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
                 nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation,
                 image=world.image, group=group, state=directory.descriptor if directory else -1,
-                orphan_seconds=world.orphan_seconds, hidden=tuple(opened),
+                orphan_seconds=world.orphan_seconds, hidden=concealed, lock=lock,
             )  # fmt: skip
             tree, others = spawn(launch, world.containment)
         except BaseException:
             _discard(output, group, directory)
             raise
-        if directory is not None and tree.containment is Containment.SESSION:
-            _note_session(directory, tree)
-        return _Begun(launch, tree, others, output, group, directory)
+        if tree.containment is Containment.SESSION:
+            _note_session(workdir, directory, tree)
+        return _Begun(workdir, launch, tree, others, output, group, directory)
 
     try:
         begun = await briefly(prepare)
@@ -489,8 +509,11 @@ def _state_of(path: Path, world: World, group: Group | None) -> StateDirectory:
     return StateDirectory.make(path, record)
 
 
-def _note_session(directory: StateDirectory, tree: Tree) -> None:
-    """Who the next agent has to end: there is no shim that would say it."""
+def _note_session(workdir: Workdir, directory: StateDirectory | None, tree: Tree) -> None:
+    """Who the next agent has to end, and who lives in the work directory: there is no shim that would say it."""
+    workdir.note_session(tree.pid, tree.start_ticks)
+    if directory is None:
+        return
     facts = {"shim_pid": 0, "shim_start": 0, "payload_pid": tree.pid, "payload_start": tree.start_ticks}
     try:
         directory.note({**facts, "containment": tree.containment})
@@ -518,15 +541,16 @@ async def _settled(begun: _Begun) -> Tree:
         raise
     if begun.group is not None:
         begun.group.close_descriptors()
-    if begun.directory is not None and tree is not begun.tree and tree.containment is Containment.SESSION:
+    if tree is not begun.tree and tree.containment is Containment.SESSION:
         with anyio.CancelScope(shield=True):  # a payload that runs is one, also for somebody who is cancelled just then
-            await briefly(partial(_note_session, begun.directory, tree))
+            await briefly(partial(_note_session, begun.workdir, begun.directory, tree))
     return tree
 
 
 async def watch(
-    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]]
-) -> Verdict | None:
+    payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]],
+    before_soft_stop: Callable[[], Awaitable[None]] | None = None,
+) -> Verdict | None:  # fmt: skip
     """Wait until the payload ends, then None, or until it exceeds a limit, then the verdict.
 
     It is looked at when a limit could be reached at the earliest, and for heartbeats: the first after a tenth of a
@@ -541,6 +565,8 @@ async def watch(
         look = seconds_until_look(usage, limits, now=now, cores=cores, heartbeat_seconds=beat)
         soft_stop = payload.soft_stop_due(usage, limits, now=now)
         if soft_stop <= 0:
+            if before_soft_stop is not None:
+                await before_soft_stop()
             await payload.stop_softly()
             continue
         look = min(look, max(soft_stop, SHORTEST_LOOK_SECONDS))

@@ -46,6 +46,20 @@ def kill_session(leader: int, start_ticks: int) -> int:
     return _signal(filter(is_of_it, pids), signal.SIGKILL, is_of_it)
 
 
+def kill_init(pid: int, start_ticks: int) -> list[int]:
+    """Kill process 1 of a namespace, and all in there with it; a pidfd that tells when they are gone, or none if they are.
+
+    Raises OSError, with none open.
+    """
+    opened = open_processes([pid] if pid > 1 else [], lambda found: found.start_ticks == start_ticks)
+    for pidfd in opened:
+        own = read_stat(pid)
+        if own is not None and own.start_ticks == start_ticks:  # still who it was, now that we have hold of it
+            with suppress(ProcessLookupError, PermissionError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    return opened
+
+
 def kill_left(leader: int, start_ticks: int) -> list[int]:
     """Kill whoever is below a process that was a session's leader, or in its session; a pidfd of each that was there.
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 from anyio import CapacityLimiter, to_thread
 
 from loadmaster.description import Containment
 from loadmaster.payload.process import ExitRecord
 from loadmaster.payload.usage import TreeUsage
+
+T = TypeVar("T")
 
 KILL_SECONDS: Final = 30.0
 """A killed process that is still there after this hangs in the kernel, on a dead file system as a rule."""
@@ -28,6 +30,8 @@ class Tree(Protocol):
     shim_pid: int = 0
     shim_start_ticks: int = 0
     """Of its shim, where it has one: they name it as long as the machine is not started again."""
+    fenced: bool = False
+    """Whether the payload can neither signal nor trace anybody outside."""
     adopted: bool = False
     """Whether another agent has started it."""
     asked: str = "-"
@@ -38,6 +42,11 @@ class Tree(Protocol):
         """Whether the payload has ended; what it left may still be there."""
         ...
 
+    @property
+    def empty(self) -> bool:
+        """Whether it is known already, without an `end`, that nothing of it runs any more."""
+        return False
+
     async def wait(self) -> None:
         """Return when the payload has ended."""
         ...
@@ -45,6 +54,11 @@ class Tree(Protocol):
     async def end(self, grace_seconds: float) -> bool:
         """End whatever is there: TERM, the grace, KILL. False if something is still there after 30 s more."""
         ...
+
+    @property
+    def holds_all(self) -> bool:
+        """Once it was reaped: whether nothing of it can be left if `end` has said so, though nobody knows how it ended."""
+        return False
 
     def hurry(self) -> None:
         """Kill it: an `end` that keeps a grace returns soon."""
@@ -59,9 +73,9 @@ class Tree(Protocol):
         ...
 
 
-async def in_thread(function: Callable[[], int | None]) -> int:
+async def in_thread(function: Callable[[], T]) -> T:
     """In one of its own: a kill must not wait for the host's."""
     try:
-        return await to_thread.run_sync(function, limiter=CapacityLimiter(1)) or 0
+        return await to_thread.run_sync(function, limiter=CapacityLimiter(1))
     except RuntimeError:  # no thread is to be had: a fork bomb of the same user takes them all
-        return function() or 0
+        return function()

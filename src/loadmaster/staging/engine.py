@@ -5,29 +5,32 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import AlreadyExists, InvalidSite, StagingFailed, StorageError
+from loadmaster.errors import AlreadyExists, InvalidSite, NotFound, StagingFailed, StorageError, StorageUnavailable
 from loadmaster.names import local_file, local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
 from loadmaster.staging.errand import Errand, Outcome, told
 from loadmaster.staging.files import Elsewhere, Incoming, Outgoing, OutgoingPath
 from loadmaster.staging.lanes import Lanes
+from loadmaster.staging.partnames import PartNames
 from loadmaster.staging.parts import PartOfPath
 from loadmaster.staging.party import Party
 from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Meter, Overall, report
 from loadmaster.staging.retry import Patience, delay
+from loadmaster.staging.stalls import Stalls
 from loadmaster.storage.base import (
     Ability,
     Catalog,
     CatalogEntry,
+    Clears,
     Direction,
     FileInfo,
     LocalFile,
@@ -46,6 +49,10 @@ if TYPE_CHECKING:
     from loadmaster.staging.cache import Cache
 
 NOT_MADE: Final = "the payload did not make it"
+
+
+CLEAR_SECONDS: Final = 30.0
+"""How long a storage may take to remove what is left of an upload, before it is left to be done later."""
 
 
 class Listener(Protocol):
@@ -151,6 +158,7 @@ class Transfers:
         self._storages = storages
         self._lanes = Lanes(site.most_streams, site.element_streams, {"file": site.streams_of("file")})
         self._patience = Patience(site.retries + 1, site.retry_seconds)
+        self.stalls = Stalls(site.stall_seconds)
 
     def __repr__(self) -> str:
         return f"<Transfers {self.site.name or 'local'}: {self._storages!r}>"
@@ -284,25 +292,31 @@ class Transfers:
             raise StagingFailed("cannot bring in", problems)
 
     async def deliver(
-        self, deliveries: Sequence[Delivery], workdir: Workdir, listener: Listener, early: Early | None = None
+        self,
+        deliveries: Sequence[Delivery],
+        workdir: Workdir,
+        listener: Listener,
+        early: Early | None = None,
+        parts: PartNames | None = None,
     ) -> None:
         """Take files out of a work directory, many at once, and register those that have a logical name.
 
-        One that is not there is told to the listener and is no failure (as in DIRAC). All are tried; then
-        `StagingFailed` names those that no storage took, or that may not leave. What `early` has at the storage already
-        is only published.
+        The biggest are begun first. One that is not there is told to the listener and is no failure (as in DIRAC). All
+        are tried; then `StagingFailed` names those that no storage took, or that may not leave. What `early` has at the
+        storage already is only published. `parts`: what they are called there until they are whole.
         """
         if not deliveries:
             return
         problems: list[str] = []
-        files = [delivery.file or delivery.name for delivery in deliveries]
-        sizes = await briefly(lambda: _sizes(workdir, files))
+        sizes = [delivery.size_bytes for delivery in deliveries]
+        if None in sizes and len(sizes) > 1:
+            sizes = await briefly(lambda: [workdir.seen_size(each.file or each.name) for each in deliveries])
         errands = [
             Errand(
-                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, file),
-                delivery.failover, size_bytes=size, lfn=delivery.lfn,
+                delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, delivery.file or delivery.name),
+                delivery.failover, size_bytes=size, lfn=delivery.lfn, parts=parts,
             )
-            for delivery, file, size in zip(deliveries, files, sizes, strict=True)
+            for delivery, size in zip(deliveries, sizes, strict=True)
         ]  # fmt: skip
 
         async def failed(errand: Errand, reason: str) -> None:
@@ -404,6 +418,32 @@ class Transfers:
 
         await self._run(iter(errands), gone)
 
+    async def clear(self, places: Iterable[str], parts: PartNames) -> dict[str, StorageError]:
+        """Remove what uploads to these URLs have left that were broken off; where that was not possible, and why.
+
+        In bounded time.
+        """
+        left: dict[str, StorageError] = {}
+
+        async def one(url: str) -> None:
+            left[url] = StorageUnavailable(url, f"no answer for {CLEAR_SECONDS:.0f} s")
+            with anyio.move_on_after(CLEAR_SECONDS):
+                try:
+                    await self.clear_one(url, parts.all(url))
+                    del left[url]
+                except StorageError as exc:
+                    left[url] = exc
+
+        await for_each(list(dict.fromkeys(places)), one, self.site.most_streams)
+        return left
+
+    async def clear_one(self, url: str, parts: Sequence[str]) -> None:
+        """As `clear`, for one URL and by these names. Raises `StorageError`."""
+        storage = await self._storage(url)
+        if isinstance(storage, Clears):
+            with suppress(NotFound):  # not even a place where it could be
+                await storage.clear(url, parts)
+
     # -- the same for both --------------------------------------------------------------------------------------------
 
     async def _run(
@@ -425,9 +465,10 @@ class Transfers:
             lanes=self._lanes,
             storage=self._storage,
             patience=self._patience,
-            stall_seconds=self.site.stall_seconds,
+            stalls=self.stalls,
             tellers=tellers,
             enough=enough,
+            few=listener is not None,
         )
         one: Callable[..., None] | None = None
         if listener is not None and enough is None:
@@ -541,11 +582,14 @@ async def open_transfers(
             kinds = Storages(group, storages or {}, site.storage, site.streams_of, site.file)
             cache = await to_thread.run_sync(_open_cache, site)
             try:
-                yield Transfers(site, kinds, catalog, cache)
+                transfers = Transfers(site, kinds, catalog, cache)
+                group.start_soon(transfers.stalls.watch)
+                yield transfers
             finally:
                 if cache is not None:
                     cache.close()
                 await kinds.close()
+                group.cancel_scope.cancel()
 
 
 class _Quiet:
@@ -633,11 +677,6 @@ def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
         wanted.target, direction, (Replica(place),), end, source=within,
         size_bytes=wanted.size_bytes, checksum=wanted.checksum, key=wanted,
     )  # fmt: skip
-
-
-def _sizes(workdir: Workdir, names: Iterable[str]) -> list[int | None]:
-    """What can be seen of the sizes, to put the biggest first; whether a file may leave is seen when it is opened."""
-    return [workdir.seen_size(name) for name in names]
 
 
 def _read_through(end: LocalFile, algorithm: str) -> FileInfo:

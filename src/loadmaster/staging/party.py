@@ -5,7 +5,7 @@
                   +---------- waiting until it is due <------------+  what failed and may succeed later
 
 There is a task for each batch, not for each file, and what is queued is bounded: a hundred thousand files take no more
-memory than five thousand.
+memory than five thousand. What makes but one small batch of a job has no task at all: it is moved by the job's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from itertools import count
 from typing import Final
 
 import anyio
-from anyio import to_thread
+from anyio import lowlevel, to_thread
 from anyio.abc import TaskGroup
 
 from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
@@ -27,11 +27,15 @@ from loadmaster.staging.errand import BATCH_BYTES, BATCH_FILES, Errand, Moving, 
 from loadmaster.staging.lanes import Lanes, Road
 from loadmaster.staging.retry import Course, Patience, Step
 from loadmaster.staging.split import move_in_parts, parts_of
+from loadmaster.staging.stalls import Stalls
 from loadmaster.storage.base import Ability, Direction, FileInfo, Storage, Transfer
 from loadmaster.tasks import single_error
 
 LOOK_AHEAD: Final = 4096
 """Files that are queued at once: enough to find the biggest, and to fill all lanes."""
+
+TURN_FILES: Final = 128
+"""So many are queued, or told of, without another task's turn: some milliseconds."""
 
 UNTOLD: Final = 2048
 """Files that have arrived and are still to be told of; while there are more, nothing is begun."""
@@ -42,6 +46,13 @@ and for as long as that storage has some under way it may: then it is to begin."
 
 GIVE_UP_SECONDS: Final = 10.0
 """How long a storage may take to give up a transfer, before its whole batch is cancelled."""
+
+FEW_FILES: Final = 16
+FEW_BYTES: Final = 1024**2
+"""So many files, that are no larger together, are one batch and told of when all have arrived; as is a single one."""
+
+LEAST_FILES: Final = 64
+"""So many small ones go together even where there are lanes for each: what a batch costs is then shared by some."""
 
 RESUME_BYTES: Final = 1024**2
 """Less than this is not worth being continued."""
@@ -62,11 +73,15 @@ class Party:
         lanes: Lanes,
         storage: Callable[[str], Awaitable[Storage]],
         patience: Patience,
-        stall_seconds: float,
+        stalls: Stalls,
         tellers: int = 1,
         enough: anyio.Event | None = None,
+        few: bool = False,
     ) -> None:
-        """`enough`: once it is set, nothing more is begun; what has not been begun is not told of."""
+        """`enough`: once it is set, nothing more is begun; what has not been begun is not told of. `few`: whether a few
+        files may be moved by the task that calls `run`: one that only scopes cancel, for asyncio's own way knows no shield.
+        """
+        self._few = few
         self._enough = enough
         self._later = source if isinstance(source, AsyncIterable) else None
         self._source = iter(source) if isinstance(source, Iterable) else None
@@ -75,7 +90,7 @@ class Party:
         self._lanes = lanes
         self._storage = storage
         self._patience = patience
-        self._stall_seconds = stall_seconds
+        self._stalls = stalls
         self._tellers = tellers
         self._telling = 0
         self._number = count()
@@ -88,6 +103,10 @@ class Party:
         self._batches: dict[int, anyio.CancelScope] = {}
         self._changed = anyio.Event()
         self._group: TaskGroup | None = None
+        self._crowding = {"file"}
+        """Schemes of storages that move small files in one thread, whatever lanes they have."""
+        self._in_one_go = False
+        self._granted: tuple[int, Road, list[Errand]] | None = None
         self._deadline_seconds: float | None = None
         self._late = False
         self._stopped = False
@@ -106,27 +125,63 @@ class Party:
         self._deadline_seconds = deadline_seconds
         deadline = anyio.current_time() + deadline_seconds if deadline_seconds is not None else float("inf")
         self._lanes.join(self)
+        self._stalls.join(self)
         try:
-            with single_error():
-                async with anyio.create_task_group() as group:
-                    self._group = group
-                    group.start_soon(self._watch)
-                    if self._later is not None:
-                        group.start_soon(self._feed, self._later)
-                    if self._enough is not None:
-                        group.start_soon(self._heed, self._enough)
-                    await self._until_over(deadline)
-                    group.cancel_scope.cancel()
+            if not (self._few and await self._move_few(deadline)):
+                await self._move_all(deadline)
         finally:
             self._group = None
             self._lanes.leave(self)
+            self._stalls.leave(self)
             await self._clean()
+
+    async def _move_few(self, deadline: float) -> bool:
+        """What makes one batch, and has its lane at once, needs no tasks. Whether that was all there is to be done."""
+        await self._refill()
+        if not self.has_all or self._enough is not None or not await self._are_few():
+            return False
+        self._in_one_go = True
+        self._lanes.assign()
+        self._in_one_go = False
+        if self._granted is None:
+            return False
+        number, road, batch = self._granted
+        self._batches[number].deadline = deadline
+        await self._move(number, road, batch)
+        while self._ended and (self._tellers == 1 or len(self._ended) == 1):
+            await self._tell_one(*self._ended.popleft())
+        return self._is_over()
+
+    async def _are_few(self) -> bool:
+        if self._queued == 1:
+            return True
+        if self._queued > FEW_FILES or len(self._queues) != 1:
+            return False
+        (queue,) = self._queues.values()
+        if sum(errand.weight for _, _, errand in queue) > FEW_BYTES:
+            return False
+        url = queue[0][2].replica.url
+        try:  # one that moves them one after another has a lane for each
+            return url.startswith("file://") or Ability.SIDE_BY_SIDE in (await self._storage(url)).abilities
+        except StorageError:
+            return False
+
+    async def _move_all(self, deadline: float) -> None:
+        with single_error():
+            async with anyio.create_task_group() as group:
+                self._group = group
+                if self._later is not None:
+                    group.start_soon(self._feed, self._later)
+                if self._enough is not None:
+                    group.start_soon(self._heed, self._enough)
+                await self._until_over(deadline)
+                group.cancel_scope.cancel()
 
     async def _until_over(self, deadline: float) -> None:
         while True:
             if not self._late and anyio.current_time() >= deadline:
                 self._expire()
-            self._refill()
+            await self._refill()
             self._lanes.assign()
             self._tell()
             if self._is_over():
@@ -147,8 +202,8 @@ class Party:
 
     # -- what is to be moved ------------------------------------------------------------------------------------------
 
-    def _refill(self) -> None:
-        """Queue what is due, and some more of the source."""
+    async def _refill(self) -> None:
+        """Queue what is due, and some more of the source. Now and then others have their turn."""
         now = anyio.current_time()
         while self._due and self._due[0][0] <= now:
             self._queue(heappop(self._due)[2])
@@ -156,19 +211,27 @@ class Party:
             self._room.set()
         if self._source is None or self._queued > LOOK_AHEAD // 2:
             return
-        for errand in self._source:
+        for begun, errand in enumerate(self._source, 1):
             self._begin(errand)
             if self._queued >= LOOK_AHEAD or len(self._ended) > UNTOLD:
                 return
+            if begun % TURN_FILES == 0:
+                await lowlevel.checkpoint()
+                if self._stopped:
+                    return
         self._source = None
 
     async def _feed(self, source: AsyncIterable[Errand]) -> None:
         """Queue what comes, no more of it than there is room for."""
+        begun = 0
         async for errand in source:
             if self._stopped:
                 break
             self._begin(errand)
             self._changed.set()
+            begun += 1
+            if begun % TURN_FILES == 0:
+                await lowlevel.checkpoint()
             if self._queued >= LOOK_AHEAD or len(self._ended) > UNTOLD:
                 self._room = anyio.Event()
                 await self._room.wait()
@@ -196,7 +259,7 @@ class Party:
 
     def wanted(self) -> Iterable[Road]:
         """The roads of what is queued, the most urgent first."""
-        if self._group is None or len(self._ended) > UNTOLD:
+        if (self._group is None and not self._in_one_go) or len(self._ended) > UNTOLD:
             return ()
         if len(self._queues) == 1:
             return list(self._queues)
@@ -205,11 +268,16 @@ class Party:
     def take(self, road: Road) -> None:
         """Have a batch moved by this road: some small files, or a large one."""
         queue = self._queues[road]
-        fair_share = -(-len(queue) // self._lanes.width(road))
-        most = 1 if self._lanes.limit(road.element) is not None else max(1, min(BATCH_FILES, fair_share))
+        alone = self._lanes.limit(road.element) is not None
+        share = 1 if alone else min(BATCH_FILES, -(-len(queue) // self._lanes.width(road)))
+        least = 1 if alone else len(queue) if self._in_one_go else LEAST_FILES if road.scheme in self._crowding else 1
         batch: list[Errand] = []
         size = 0
-        while queue and len(batch) < most and (not batch or size + queue[0][2].weight <= BATCH_BYTES):
+        while queue:
+            heavier = size + queue[0][2].weight
+            fits = (len(batch) < share and heavier <= BATCH_BYTES) or (len(batch) < least and heavier <= FEW_BYTES)
+            if batch and not fits:
+                break
             errand = heappop(queue)[2]
             size += errand.weight
             batch.append(errand)
@@ -218,6 +286,9 @@ class Party:
         self._queued -= len(batch)
         number = next(self._number)
         self._batches[number] = anyio.CancelScope()
+        if self._in_one_go:
+            self._granted, self._in_one_go = (number, road, batch), False
+            return
         assert self._group is not None  # noqa: S101 - lanes are only granted while we take turns
         self._group.start_soon(self._move, number, road, batch)
         if self._queued <= LOOK_AHEAD // 2:
@@ -237,6 +308,11 @@ class Party:
                     for errand in batch:
                         self._failed(errand, exc)
                     return
+                if Ability.SIDE_BY_SIDE in storage.abilities:
+                    self._crowding.add(road.scheme)
+                for errand in batch:
+                    if errand.parts is not None:
+                        await errand.parts.make_room(errand.replica.url)
                 transfers = [self._transfer(errand, storage, number) for errand in batch]
                 count = self._parts(transfers, storage)
                 if count > 1:
@@ -286,6 +362,8 @@ class Party:
             errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand
         )
         transfer.step, transfer.held = errand.step, errand.held
+        if errand.parts is not None and errand.step.sends:
+            transfer.part = errand.parts.next(url)
         if errand.source:
             transfer.source, transfer.checksum = errand.source, errand.checksum
         if errand.rest is not None:
@@ -365,8 +443,12 @@ class Party:
 
     async def _teller(self) -> None:
         try:
+            told = 0
             while self._ended:
                 await self._tell_one(*self._ended.popleft())
+                told += 1
+                if told % TURN_FILES == 0:
+                    await lowlevel.checkpoint()
         finally:
             self._telling -= 1
             self._changed.set()
@@ -379,16 +461,13 @@ class Party:
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
-    async def _watch(self) -> None:
-        """Give up what moves next to nothing: bytes have no edge to wait for."""
-        while True:
-            await anyio.sleep(self._stall_seconds / 4)
-            now = time.monotonic()
-            for transfer in self.moving:
-                if transfer.is_begun:
-                    self._lanes.hear_of(_scheme(transfer), now)
-            for transfer, number in list(self.moving.items()):
-                self._look_at(transfer, number, now)
+    def look(self, now: float) -> None:
+        """Give up what moves next to nothing."""
+        for transfer in self.moving:
+            if transfer.is_begun:
+                self._lanes.hear_of(_scheme(transfer), now)
+        for transfer, number in list(self.moving.items()):
+            self._look_at(transfer, number, now)
 
     def _look_at(self, transfer: Moving, number: int, now: float) -> None:
         passed, seconds = transfer.so_far_bytes - transfer.mark_bytes, now - transfer.mark_time
@@ -397,7 +476,7 @@ class Party:
                 self._batches[number].cancel()
         elif not transfer.is_begun and self._lanes.last_heard_of(_scheme(transfer)) > transfer.mark_time:
             transfer.mark_time = now  # waits inside the storage, which is at others
-        elif seconds >= self._stall_seconds + transfer.quiet_seconds:
+        elif seconds >= self._stalls.seconds + transfer.quiet_seconds:
             transfer.mark_bytes, transfer.mark_time = transfer.so_far_bytes, now
             if passed < SLOW_BYTES_PER_SECOND * seconds:
                 transfer.give_up()

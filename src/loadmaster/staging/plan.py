@@ -36,6 +36,8 @@ class Delivery:
     lfn: str | None = None
     file: str | None = None
     """What it is called in the work directory, when that is another name."""
+    size_bytes: int | None = None
+    """As it was seen last."""
 
 
 # -- inputs ------------------------------------------------------------------------------------------------------

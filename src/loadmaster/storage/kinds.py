@@ -7,7 +7,7 @@ in a task of its own, and closed with the transfers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import MappingProxyType
@@ -126,7 +126,7 @@ class Storages:
                     await self._closing.wait()
                     kind.storage = None
         except LookupError as exc:
-            kind.error = f"{exc.args[0]}; there is {'://, '.join(sorted(self._given))}://"
+            kind.error = await to_thread.run_sync(_none_for, exc, self._given)
         except ImportError as exc:
             kind.error = _missing(scheme, exc)
         except (ValueError, InvalidSite) as exc:
@@ -148,13 +148,10 @@ def unserved(scheme: str) -> str | None:
 
     Blocks, while it is loaded.
     """
-    from importlib.metadata import entry_points  # as below
-
     try:
         _find(scheme)
     except LookupError as exc:
-        known = {*OURS, *entry_points(group=ENTRY_POINTS).names}
-        return f"{exc.args[0]}; there is {'://, '.join(sorted(known))}://"
+        return _none_for(exc)
     except ImportError as exc:
         return _missing(scheme, exc)
     return None
@@ -176,6 +173,14 @@ def _find(scheme: str) -> StorageFactory:
         except ImportError as exc:
             first = first or exc
     raise first or LookupError(scheme)
+
+
+def _none_for(error: LookupError, given: Iterable[str] = ()) -> str:
+    """That there is no storage, and which there are."""
+    from importlib.metadata import entry_points  # as above
+
+    known = {*given, *OURS, *entry_points(group=ENTRY_POINTS).names}
+    return f"{error.args[0]}; there is {'://, '.join(sorted(known))}://"
 
 
 def _missing(scheme: str, error: ImportError) -> str:

@@ -18,6 +18,8 @@ from loadmaster.errors import AccessDenied, NoSpace, NotFound, StorageError, Sto
 from loadmaster.names import local_file, local_path
 from loadmaster.storage.base import Ability, Direction, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running, running
+from loadmaster.storage.unnamed import NewFile
+from loadmaster.threads import briefly
 
 T = TypeVar("T")
 
@@ -69,7 +71,7 @@ _ERRORS: Final[dict[int, type[StorageError]]] = {
 
 
 class LocalStorage:
-    """Files by path. Written beside the target, synced, renamed: a name never holds half a file."""
+    """Files by path. Written without a name, synced, named: a name never holds half a file, and nobody else does."""
 
     abilities = Ability.RANGES | Ability.RENAME | Ability.HOLD | Ability.COPY
 
@@ -80,6 +82,7 @@ class LocalStorage:
         """
         self._threads = CapacityLimiter(threads)
         self._small = CapacityLimiter(1)
+        self._brief = True
         self._sync = sync
 
     async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
@@ -87,16 +90,24 @@ class LocalStorage:
         if not transfers:
             return
         batch = _Batch(transfers, self._sync, lambda done: from_thread.run_sync(ended, done))
-        several = len(transfers) > 1
         try:
-            limiter = self._small if several else self._threads
-            await to_thread.run_sync(batch.move, limiter=limiter)
+            if len(transfers) > 1:
+                await to_thread.run_sync(batch.move, limiter=self._small)
+                self._adapt(batch.seconds / len(transfers))
+            elif not self._may_be_brief(transfers[0]) or not await briefly(batch.move_small):
+                await to_thread.run_sync(batch.move, limiter=self._threads)
+            if len(transfers) == 1 and transfers[0].done_bytes < SMALL_BYTES:
+                self._brief = batch.seconds < SLOW_SECONDS
         finally:
+            batch.close()
             untold, batch.untold, batch.transfers = batch.untold, [], ()  # an idle thread may remember the batch
             if untold:
                 ended(untold)
-        if several:
-            self._adapt(batch.seconds / len(transfers))
+
+    def _may_be_brief(self, transfer: Transfer) -> bool:
+        """Whether to move it takes no longer than other calls about small files, as far as is known."""
+        size = transfer.size_bytes
+        return self._brief and (size is None or size < SMALL_BYTES)
 
     def _adapt(self, seconds: float) -> None:
         """Small files of a fast disk are a matter of the interpreter, and fastest in one thread: four threads that take
@@ -114,6 +125,16 @@ class LocalStorage:
     async def remove(self, url: str) -> None:
         """Remove the file."""
         await self._in_thread(url, Path.unlink)
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Remove those of these names beside it."""
+
+        def work(path: Path) -> None:
+            for part in parts:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    path.with_name(part).unlink()
+
+        await self._in_thread(url, work)
 
     async def _in_thread(self, url: str, work: Callable[[Path], T]) -> T:
         def job() -> T:
@@ -133,6 +154,10 @@ async def open_storage(options: StorageOptions) -> AsyncIterator[LocalStorage]:
     yield LocalStorage(2 * options.streams, sync=sync)
 
 
+class _TooLarge(Exception):
+    """It cannot be moved in a moment; nothing has been done about it."""
+
+
 class _Batch:
     """Some transfers, in a thread. What has ended is safe before it is told: directories are synced once for many."""
 
@@ -141,11 +166,32 @@ class _Batch:
         self._sync = sync
         self._tell = tell
         self._block = self._nothing = memoryview(b"")
-        self._small = memoryview(bytearray(SMALL_BYTES))
-        self._made: set[str] = set()
+        self._only_small = False
+        self._opened: tuple[int, str] | None = None
+        """Of an upload that was too large: what it is read from, and what an error should call that."""
         self._unsynced: set[str] = set()
         self.untold: list[Transfer] = []
         self.seconds = 0.0
+
+    def move_small(self) -> bool:
+        """Move the only one, if it is small; whether it was. In any thread."""
+        begun = time.monotonic()
+        self._only_small = True
+        try:
+            self._move(self.transfers[0])
+        except _TooLarge:
+            self._only_small = False
+            return False
+        self.untold.append(self.transfers[0])
+        self._sync_directories()
+        self.seconds = time.monotonic() - begun
+        return True
+
+    def close(self) -> None:
+        """Close what an upload has not been read from."""
+        if self._opened is not None:
+            os.close(self._opened[0])
+            self._opened = None
 
     def move(self) -> None:
         """Move them all. Stops between blocks when cancelled."""
@@ -180,6 +226,8 @@ class _Batch:
         except StorageError as exc:
             transfer.result = exc
             transfer.local.discard()
+        except _TooLarge:
+            raise
         except BaseException:
             transfer.local.discard()
             raise
@@ -189,17 +237,22 @@ class _Batch:
 
     def _download(self, transfer: Transfer, path: str) -> FileInfo:
         found = _stat_regular(path)
+        small = found.st_size < SMALL_BYTES and transfer.first_byte == 0 and transfer.last_byte is None
+        if self._only_small and not small:
+            raise _TooLarge
         source = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            if found.st_size < SMALL_BYTES and transfer.first_byte == 0 and transfer.last_byte is None:
-                return self._download_small(transfer, source, found)
+            data = _read_small(transfer, source, found.st_size, transfer.url) if small else b""
             try:
                 target = transfer.local.open()
             except (OSError, ValueError) as exc:
                 raise translate(exc, WORK_DIRECTORY) from exc
             try:
-                self._copy(transfer, source, transfer.url, target, WORK_DIRECTORY)
+                if not small:
+                    self._copy(transfer, source, transfer.url, target, WORK_DIRECTORY)
                 try:
+                    if small:
+                        _write_small(transfer, target, data)
                     return _kept(transfer, target, found.st_mode)
                 except (OSError, ValueError) as exc:
                     raise translate(exc, WORK_DIRECTORY) from exc
@@ -208,56 +261,36 @@ class _Batch:
         finally:
             os.close(source)
 
-    def _download_small(self, transfer: Transfer, source: int, found: os.stat_result) -> FileInfo:
-        """By one reading and one writing. Most of a small file's cost is calls, of the system and of functions."""
-        passed, size = transfer.begin(), found.st_size
-        # One byte more than there should be: when it does not come, this was the end.
-        count = os.preadv(source, [self._small[: size + 1]], 0)
-        if count != size:
-            raise StorageUnavailable(transfer.url, "changed while it was copied")
-        data = self._small[:count]
-        passed.update(data)
-        try:
-            target = transfer.local.open()
-            try:
-                _write_all(target, data, 0)
-                transfer.done_bytes = count
-                return _kept(transfer, target, found.st_mode)
-            finally:
-                os.close(target)
-        except (OSError, ValueError) as exc:
-            raise translate(exc, WORK_DIRECTORY) from exc
-
     def _upload(self, transfer: Transfer, path: str) -> FileInfo:
-        """Beside the target, synced, renamed."""
-        source, name = _origin(transfer)
+        """Without a name, synced, named."""
+        (source, name), self._opened = self._opened or _origin(transfer), None
         try:
-            folder = path.rpartition("/")[0] or "/"
-            if folder not in self._made:
-                os.makedirs(folder, exist_ok=True)
-                self._made.add(folder)
-            part = f"{folder}/.{os.urandom(8).hex()}.part"
-            target = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+            size = os.fstat(source).st_size
+            small = size < SMALL_BYTES
+            if self._only_small and not small:
+                self._opened = source, name
+                raise _TooLarge
+            data = _read_small(transfer, source, size, name) if small else b""
+            new = NewFile(path, transfer.part, named=transfer.step is Step.HOLD)
             try:
-                try:
-                    self._copy(transfer, source, name, target, transfer.url)
-                    if transfer.source:
-                        transfer.is_source(transfer.info())
-                    if self._sync:
-                        os.fsync(target)
-                finally:
-                    os.close(target)
+                if small:
+                    _write_small(transfer, new.descriptor, data)
+                else:
+                    self._copy(transfer, source, name, new.descriptor, transfer.url)
+                if transfer.source:
+                    transfer.is_source(transfer.info())
+                if self._sync:
+                    os.fsync(new.descriptor)
                 if transfer.step is Step.HOLD:
-                    return transfer.hold(part)
-                os.replace(part, path)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(part)
-                raise
-            self._unsynced.add(folder)
+                    return transfer.hold(new.hold())
+                new.give_name(sync=self._sync)
+            finally:
+                new.close()
+            self._unsynced.add(path.rpartition("/")[0] or "/")
             return transfer.info()
         finally:
-            os.close(source)
+            if self._opened is None:
+                os.close(source)
 
     def _end(self, transfer: Transfer, path: str) -> FileInfo:
         """Give what is held its name, or remove it."""
@@ -353,6 +386,26 @@ def _origin(transfer: Transfer) -> tuple[int, str]:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), name
     except (OSError, ValueError) as exc:
         raise translate(exc, name) from exc
+
+
+def _read_small(transfer: Transfer, source: int, size: int, name: str) -> bytes:
+    """All of it by one reading. Most of a small file's cost is calls, of the system and of functions."""
+    passed = transfer.begin()
+    try:
+        data = os.pread(source, size + 1, 0)  # when the one byte more does not come, this was the end
+    except OSError as exc:
+        raise translate(exc, name) from exc
+    if len(data) != size:
+        raise StorageUnavailable(name, "changed while it was copied")
+    passed.update(data)
+    return data
+
+
+def _write_small(transfer: Transfer, target: int, data: bytes) -> None:
+    count = os.pwrite(target, data, 0)
+    if count < len(data):
+        _write_all(target, memoryview(data)[count:], count)
+    transfer.done_bytes = len(data)
 
 
 def _kept(transfer: Transfer, target: int, mode: int) -> FileInfo:
