@@ -273,7 +273,7 @@ class Payload:
         left after the grace. `by` is who ordered it; a payload that had ended before the order ended by itself. Call it
         shielded; it takes at most twice the grace and some 30 s.
         """
-        ordered = time.monotonic()
+        ordered, over_limit = time.monotonic(), verdict
         if self.tree.gone and not self._hurried and self.tree.asked == "-":
             by, verdict, grace_seconds = EndedBy.ITSELF, None, 0.0
         elif by is EndedBy.KILL and self.can_be_stopped_softly and await self.stop_softly():
@@ -291,8 +291,9 @@ class Payload:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
         outcome = self._outcome(by, verdict, ending_seconds=ending, left_behind=left_behind)
-        if outcome.ended_by is EndedBy.ITSELF and outcome.has_no_status:
-            outcome = self._lost(outcome, certain=(self.tree.holds_all or emptied is True) and not left_behind)
+        if outcome.ended_by is EndedBy.ITSELF and outcome.has_no_status and self.tree.shim_pid:
+            certain = (self.tree.holds_all or emptied is True) and not left_behind
+            outcome = self._lost(outcome, over_limit, certain=certain)
         try:
             if self._group is not None:
                 outcome = await self._in_thread(LAST_WORDS_SECONDS, self._leave_group, self._group, outcome)
@@ -309,11 +310,14 @@ class Payload:
                 self._state.close()
         return outcome
 
-    def _lost(self, outcome: PayloadOutcome, *, certain: bool) -> PayloadOutcome:
+    def _lost(self, outcome: PayloadOutcome, verdict: Verdict | None, *, certain: bool) -> PayloadOutcome:
         """Of one whose shim was killed: if nothing of it can be left, it may be run again, as after the death of an agent.
 
-        If something can, that is said; and a payload that could have killed its shim has failed, as it would again.
+        If something can, that is said; and a payload that could have killed its shim has failed, as it would again. So has
+        one that was to be ended for a limit.
         """
+        if verdict is not None:
+            return replace(outcome, ended_by=EndedBy.LIMIT, verdict=verdict, left_behind=not certain)
         if not certain and not self.tree.fenced:
             return outcome
         log.warning("process %d: its shim was killed: how it ended is not known", self.tree.pid)
