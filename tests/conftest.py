@@ -127,6 +127,7 @@ SERVED = (
     "test_early.py",
     "test_watch.py",
     "test_adopt.py",
+    "test_takeover.py",
     "test_diracx.py",
     "test_diracx_client.py",
 )

@@ -180,9 +180,7 @@ class HostileServer:
                 writer.write(fault.body)
             return True
         if kind == "reset":
-            writer.transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0"
-            )
+            _reset_when_closed(writer)
             writer.transport.abort()
             return False
         if kind == "empty":
@@ -214,8 +212,11 @@ class HostileServer:
             length = len(body) // 2
         elif kind in {"no length", "endless"}:
             length = None
-        elif kind == "truncated":
+        elif kind in {"truncated", "stall halfway", "reset halfway"}:
             body = body[: len(body) // 2]
+        elif kind == "chunked":
+            headers, length = (*headers, "Transfer-Encoding: chunked"), None
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
         writer.write(_head(status, length, *headers))
         if kind == "drip":
             for position in range(len(body)):
@@ -229,6 +230,10 @@ class HostileServer:
             body = body[: int(fault.body)]
         writer.write(body)
         await writer.drain()
+        if kind == "stall halfway":
+            await self._stop.wait()
+        if kind == "reset halfway":
+            _reset_when_closed(writer)
         return kind in {"", "wrong bytes"}
 
     def _do(self, asked: Asked) -> tuple[int, tuple[str, ...], bytes]:
@@ -259,6 +264,11 @@ class HostileServer:
             files[unquote(urlsplit(asked.headers["destination"]).path)] = files.pop(path)
             return 201, (), b""
         return 405, (), b""
+
+
+def _reset_when_closed(writer: asyncio.StreamWriter) -> None:
+    connection = writer.transport.get_extra_info("socket")
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
 def _head(status: int, length: int | None, *headers: str) -> bytes:

@@ -425,9 +425,9 @@ async def test_a_payload_that_nobody_knows_of_any_more_is_ended(agent: Start, ki
     left = await agent("trap '' TERM; (setsid sleep 1000 &); echo ready; sleep 1000", containment=kind, grace=0.3)
     await until(lambda: left.file("job").read_text() == "ready\n")
     left.kill()
-    assert await end_held(left.state("job"))
+    assert await end_held(left.state("job")) == Lost("it ran, and was ended", sure=True)
     assert left.everything_has_ended()
-    assert await end_held(left.state("job"))  # nobody any more
+    assert await end_held(left.state("job")) == Lost("it had ended", sure=True)
 
 
 @pytest.mark.parametrize("with_event", [True, False])

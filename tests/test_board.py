@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from loadmaster import Failure, JobResult, NodeStatistics, PayloadOutcome, Status
-from loadmaster.board import LineBoard, LiveBoard, SilentBoard, ended, open_board, rows, told
-from loadmaster.gauge import LINE_SECONDS
+from loadmaster.console.board import LineBoard, LiveBoard, SilentBoard, ended, open_board, rows, told
+from loadmaster.console.gauge import LINE_SECONDS
 from loadmaster.result import EndedBy, Phase
 
 NO_JOBS = dict.fromkeys(("waiting", "waiting for disk", "staging in", "ready", "computing", "delivering"), 0)

@@ -306,6 +306,8 @@ def test_events_that_cannot_be_written_stop_no_job(shell: Shell) -> None:
     ("options", "message"),
     [
         (["--events", "job.json/e"], "--events job.json/e: "),
+        (["--output", "job.json"], "--output job.json: Not a directory"),
+        (["--output", "job.json/below"], "--output job.json/below: Not a directory"),
         (["--result", "."], "--result .: Is a directory"),
         (["--result", "/proc/r.json"], "--result /proc/r.json: No such file or directory"),
         (["--result", "job.json/r"], "--result job.json/r: File exists"),
@@ -330,6 +332,14 @@ def test_a_result_that_cannot_be_written_in_the_end_is_said_and_the_job_is_told_
     assert done.stdout.startswith("Done\n")
     assert f"--result {small_disk}/r.json: No space left on device: it was not written" in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["full"]
+
+
+def test_where_outputs_go_is_said_by_the_option_rather_than_by_the_site(shell: Shell) -> None:
+    """`--output` meant nothing, silently, where the site had an output_directory."""
+    (shell.directory / "site.toml").write_text('output_directory = "of the site"')
+    for options, place in (([], "of the site"), (["--output", "mine"], "mine")):
+        assert shell.run(sh("true"), "--config", "site.toml", *options).returncode == 0
+        assert (shell.directory / place / "std.out").exists()
 
 
 def test_a_job_may_be_given_less_than_all_of_the_machine(shell: Shell) -> None:
@@ -391,3 +401,22 @@ def _read_until(process: subprocess.Popen[str], words: str) -> None:
         if words in line:
             return
     raise AssertionError(f"it never said {words!r}")
+
+
+INTERRUPTED = """
+import os, signal, sys
+from loadmaster.cli import command
+
+def interrupt(event, arguments):
+    if event == "import" and arguments[0].startswith("loadmaster.commands."):
+        os.kill(os.getpid(), signal.SIGINT)
+
+sys.addaudithook(interrupt)
+sys.argv = ["loadmaster", "node", "jobs.jsonl"]
+command()
+"""
+
+
+def test_an_interrupt_while_a_command_is_loaded_is_no_traceback() -> None:
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -97,6 +98,11 @@ def test_a_node_that_was_killed_is_gone_on_with_and_its_jobs_are_not_run_again(s
     (shell.directory / "go").touch()
     resumed = shell.run("resume", "journal", "--cores", "2", "--scratch", "scratch", "--results", "results", "--quiet")
     assert resumed.returncode == 0, resumed.stderr
+    life = shell.run("show", "journal", "long").stdout
+    assert re.search(rf"\(a new agent\) +process \d+ on \S+; process {agent.pid} on \S+ had died\n", life), life
+    assert re.search(r"PayloadAdopted +by process \d+ on \S+\n", life), life
+    assert life.index("PayloadStarted") < life.index("(a new agent)") < life.index("PayloadAdopted")
+    assert "a new agent" not in shell.run("show", "journal", "done").stdout
     assert json.loads((shell.directory / "results" / "long.json").read_text())["attempt"] == 1
     assert {path.name for path in (shell.directory / "results").iterdir()} == {"long.json", "next.json"}
     again = shell.run(*NODE)
@@ -127,6 +133,20 @@ def test_a_journal_in_use_is_said_with_its_owner(shell: Shell) -> None:
             shell.until("PayloadStarted", "show", "journal", "long")
             agent.send_signal(signal.SIGTERM)
             agent.communicate(timeout=30)
+
+
+def test_a_job_counts_once_however_many_attempts_it_took(shell: Shell) -> None:
+    """The line below the table said 2 Rescheduled, 1 Done of one job."""
+    shell.jobs(sh("7", "[ -e ../../go ] || exit 222"), sh("8", "true"))
+    for _ in range(2):
+        shell.run(*NODE)
+    (shell.directory / "go").touch()
+    shell.run(*NODE)
+    table = shell.run("jobs", "journal").stdout.splitlines()
+    assert [line.split()[:3] for line in table[1:-1] if line.startswith("7 ")] == [
+        ["7", "3", "Done"], ["7", "2", "Rescheduled"], ["7", "1", "Rescheduled"],
+    ]  # fmt: skip
+    assert table[-1] == "0 open, 2 Done"
 
 
 WAITS = "echo out > o; while test ! -e ../../go; do sleep 0.05; done"

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -320,6 +320,33 @@ async def test_small_uploads_are_compared_now_and_then_and_each_while_the_server
         await storage.move([later], lambda _: None)
         assert isinstance(later.result, NotFound), "what is only promised is looked for"
         assert [asked.method for asked in hostile.asked] == ["PUT", "HEAD"]
+
+
+async def test_a_proven_server_is_looked_at_for_its_samples_only_however_many_go_at_once(
+    hostile: HostileServer,
+) -> None:
+    """All that were under way with a sample were looked at as well, and those with them: one file in five."""
+    files = [Transfer(Direction.UPLOAD, f"{hostile.url}/{n}", LocalBytes(b"content")) for n in range(640)]
+    async with open_http(StorageOptions(scheme="http", streams=16)) as storage:
+        await storage.move(files, lambda _: None)
+    assert all(isinstance(file.result, FileInfo) for file in files)
+    assert 10 <= [asked.method for asked in hostile.asked].count("HEAD") <= 10 + 16
+
+
+async def test_a_server_that_has_lost_a_sample_is_not_believed_until_it_has_one(hostile: HostileServer) -> None:
+    async with open_http(StorageOptions(scheme="http", streams=1)) as storage:
+
+        async def moved(names: Sequence[object]) -> list[str]:
+            hostile.asked.clear()
+            files = [Transfer(Direction.UPLOAD, f"{hostile.url}/{n}", LocalBytes(b"content")) for n in names]
+            await storage.move(files, lambda _: None)
+            return [asked.path for asked in hostile.asked if asked.method == "HEAD"]
+
+        assert await moved(range(64)) == ["/0"]
+        hostile.orders = lambda asked: Fault("202") if asked.method == "PUT" else None
+        assert await moved(["lost", "lost-too"]) == ["/lost", "/lost-too"]
+        hostile.orders = None
+        assert await moved(["kept", "believed"]) == ["/kept"]
 
 
 @pytest.mark.parametrize("status", ["301", "302", "303", "307", "308"])

@@ -76,9 +76,8 @@ async def test_a_node_s_job_that_was_begun_by_another_process_is_reported_whole(
     ):
         await reporter._hear([events[4]], lambda _: handle)
         assert await minors(outbox) == MINORS[:2]
-        for event in events[5:]:
-            handle._tell(event)
-        await reporter._hear(events[5:], lambda _: handle)
+        whole = resumed(events)
+        await reporter._hear(events[5:], lambda _: whole)
         assert await minors(outbox) == MINORS
 
 

@@ -10,15 +10,23 @@ from pathlib import Path
 
 import anyio
 import pytest
+from anyio import lowlevel
 
+from conftest import until
+from following import kinds
 from lives import LONG_AGO, a_life
 from loadmaster import JobHandle, RuntimeFault
-from loadmaster.errors import JournalFault
-from loadmaster.events import Event, JobAccepted, StageInStarted
+from loadmaster.errors import IllegalEvent, JournalFault
+from loadmaster.events import Event, JobAccepted, PayloadPrepared, StageInEnded, StageInStarted
 from loadmaster.handle import KeepsState
 from loadmaster.journal import NodeJournal, open_journal, state_name
 from loadmaster.lifecycle import Stage
 from loadmaster.logbook import Logbook, Record
+
+
+async def there(directory: Path, job_id: str) -> list[str]:
+    """What events of a job are on disk."""
+    return kinds(await anyio.to_thread.run_sync(on_disk, directory, job_id))
 
 
 def on_disk(directory: Path, job_id: str) -> Sequence[Event]:
@@ -55,7 +63,7 @@ def slow(tmp_path: Path) -> Slow:
 
 async def test_all_who_come_while_the_disk_is_busy_share_the_next_write(slow: Slow) -> None:
     journal = NodeJournal(slow)
-    async with anyio.create_task_group() as group:
+    async with journal.kept(), anyio.create_task_group() as group:
         group.start_soon(journal.append, a_life("first")[0])
         await anyio.wait_all_tasks_blocked()
         for number in range(100):
@@ -63,12 +71,11 @@ async def test_all_who_come_while_the_disk_is_busy_share_the_next_write(slow: Sl
         await anyio.wait_all_tasks_blocked()
         slow.held.set()
     assert slow.sizes == [1, 100]
-    await journal._close()
 
 
 async def test_a_cancelled_writer_costs_nobody_else_his_event(slow: Slow, tmp_path: Path) -> None:
     journal = NodeJournal(slow)
-    async with anyio.create_task_group() as group:
+    async with journal.kept(), anyio.create_task_group() as group:
         group.start_soon(journal.append, a_life("first")[0])
         await anyio.wait_all_tasks_blocked()
         async with anyio.create_task_group() as cancelled:
@@ -78,7 +85,6 @@ async def test_a_cancelled_writer_costs_nobody_else_his_event(slow: Slow, tmp_pa
             await anyio.wait_all_tasks_blocked()
             cancelled.cancel_scope.cancel()
             slow.held.set()
-    await journal._close()
     assert await anyio.to_thread.run_sync(on_disk, tmp_path, "follows")
     assert await anyio.to_thread.run_sync(on_disk, tmp_path, "leads")
 
@@ -101,6 +107,127 @@ async def test_one_refused_event_is_one_jobs_fault(tmp_path: Path) -> None:
             group.start_soon(journal.append, a_life("9")[0])
         assert refused == ["job 7, attempt 1 is in the journal already"]
         assert {job.job_id for job in await journal.open_jobs()} == {"8", "9"}
+
+
+# -- written behind ----------------------------------------------------------------------------------------------
+
+
+async def opened(journal: NodeJournal) -> JobHandle:
+    """The handle of a job that has been accepted."""
+    handle = JobHandle(journal)
+    handle.open("7", 1)
+    await handle.record(JobAccepted, {})
+    return handle
+
+
+async def test_what_is_noted_is_told_once_it_is_on_disk_and_nobody_has_to_wait_for_that(slow: Slow) -> None:
+    slow.held.set()
+    journal = NodeJournal(slow)
+    async with journal.kept():
+        handle = await opened(journal)
+        slow.sizes.clear()  # the next write is held
+        slow.held.clear()
+        await handle.note(StageInStarted)
+        await until(lambda: bool(slow.sizes))
+        await anyio.wait_all_tasks_blocked()
+        assert (handle.stage, len(handle.history)) == (Stage.ACCEPTED, 1)
+        assert handle.life.stage is Stage.STAGING_IN
+        slow.held.set()
+        await until(lambda: handle.stage is Stage.STAGING_IN)
+        assert len(handle.history) == 2
+
+
+async def test_what_was_noted_shares_the_write_of_what_somebody_waits_for(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadmaster.journal.LATE_SECONDS", 60)
+    slow.held.set()
+    journal = NodeJournal(slow)
+    async with journal.kept():
+        handle = await opened(journal)
+        await handle.note(StageInStarted)
+        await handle.note(StageInEnded)
+        await handle.record(PayloadPrepared, "true", {})
+        assert kinds(handle.history) == ["JobAccepted", "StageInStarted", "StageInEnded", "PayloadPrepared"]
+    assert slow.sizes == [1, 3]
+
+
+async def test_what_was_noted_is_on_disk_when_the_journal_is_left(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        handle = await opened(journal)
+        await handle.note(StageInStarted)
+    assert kinds(handle.history) == await there(tmp_path, "7") == ["JobAccepted", "StageInStarted"]
+
+
+async def test_out_of_order_is_refused_at_once_with_nothing_written(tmp_path: Path) -> None:
+    async with open_journal(tmp_path) as journal:
+        handle = await opened(journal)
+        with pytest.raises(IllegalEvent, match="StageInEnded cannot come while the job is accepted"):
+            await handle.note(StageInEnded)
+        await handle.record(StageInStarted)
+    assert await there(tmp_path, "7") == ["JobAccepted", "StageInStarted"]
+
+
+class Refuses(Logbook):
+    """A disk that refuses one write, which it holds until it is let go."""
+
+    held, refusing = threading.Event(), False
+
+    def add(self, groups: Sequence[Sequence[Record]]) -> list[Exception | None]:
+        if self.refusing:
+            self.refusing = False
+            assert self.held.wait(30)
+            raise OSError("database or disk is full")
+        return super().add(groups)
+
+
+async def test_nothing_is_written_that_comes_after_what_was_refused(tmp_path: Path) -> None:
+    """What is on disk is a beginning of what there was: an end without its start would be nobody's history."""
+    book = await anyio.to_thread.run_sync(Refuses.open, tmp_path)
+    assert isinstance(book, Refuses)
+    book.held = threading.Event()
+    journal = NodeJournal(book)
+    async with journal.kept():
+        handle = await opened(journal)
+        book.refusing = True
+        async with anyio.create_task_group() as group:
+
+            async def started() -> None:
+                with pytest.raises(JournalFault, match="full"):
+                    await handle.record(StageInStarted)
+
+            group.start_soon(started)
+            await until(lambda: not book.refusing)
+            await handle.note(StageInEnded)
+            book.held.set()
+        for _ in range(2):
+            with pytest.raises(JournalFault, match="full"):
+                await handle.record(PayloadPrepared, "true", {})
+        with pytest.raises(JournalFault, match="full"):
+            await handle.settle()
+        assert handle.stage is Stage.ACCEPTED
+        await journal.append(a_life("8")[0])  # the disk has room again, for others
+    assert await there(tmp_path, "7") == kinds(handle.history) == ["JobAccepted"]
+    assert await there(tmp_path, "8") == ["JobAccepted"]
+
+
+async def test_an_order_to_end_is_on_disk_before_it_is_obeyed(slow: Slow) -> None:
+    slow.held.set()
+    journal = NodeJournal(slow)
+    async with journal.kept(), anyio.create_task_group() as tasks:
+        handle = await opened(journal)
+        slow.sizes.clear()
+        slow.held.clear()
+        handle.begin(tasks, lambda: None)
+        handle.kill("unwanted")
+        await until(lambda: bool(slow.sizes))  # on its way
+        with handle.computing():
+            await anyio.wait_all_tasks_blocked()
+            await lowlevel.checkpoint()
+            assert handle.stage is Stage.ACCEPTED
+            slow.held.set()
+            await anyio.sleep_forever()
+        assert kinds(handle.history) == ["JobAccepted", "KillOrdered"]
 
 
 async def test_a_full_disk_is_said_and_what_comes_later_is_kept(small_disk: Path) -> None:

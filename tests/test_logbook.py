@@ -79,6 +79,47 @@ def test_the_last_attempt_is_the_one_that_is_known(tmp_path: Path) -> None:
         assert book.history("8") is None
 
 
+def test_a_job_counts_as_its_last_attempt_stands(tmp_path: Path) -> None:
+    written(tmp_path, [*a_life("7", 1), *a_life("7", 2), *a_life("8", 1), *a_life("8", 2)[:3]])
+    with Logbook.look(tmp_path) as book:
+        assert book.counts() == (1, {"Done": 1})
+
+
+def test_who_has_had_it_is_known_and_who_died(tmp_path: Path) -> None:
+    written(tmp_path, a_life("7"))
+    crashed(tmp_path, (), tmp_path / "copy")
+    written(tmp_path / "copy", ())
+    with Logbook.look(tmp_path / "copy") as book:
+        first, died, last = book.agents()
+    assert first.pid == died.pid == last.pid == os.getpid()
+    assert first.closed is not None
+    assert first.began <= first.closed <= died.began <= last.began
+    assert died.closed is None
+    assert last.closed is not None
+
+
+def test_agents_are_forgotten_once_the_next_one_began_long_ago(tmp_path: Path) -> None:
+    for _ in range(3):
+        written(tmp_path, ())
+    book = Logbook.open(tmp_path)
+    try:
+        began = [agent.began for agent in book.agents()]
+        book.forget(began[2] + timedelta(microseconds=1), jobs=10)
+        assert [agent.began for agent in book.agents()] == began[2:]
+    finally:
+        book.close()
+
+
+def test_a_journal_of_an_earlier_version_has_no_agents_and_can_be_looked_at(tmp_path: Path) -> None:
+    written(tmp_path, a_life("7"))
+    with sqlite3.connect(database(tmp_path)) as earlier:
+        earlier.execute("DROP TABLE agents")
+        earlier.execute(f"PRAGMA user_version = {len(UPGRADES) - 1}")
+    earlier.close()
+    with Logbook.look(tmp_path) as book:
+        assert book.agents() == []
+
+
 def test_a_name_that_is_no_text_and_a_threshold_that_is_infinite_are_kept(tmp_path: Path) -> None:
     from dataclasses import replace
 

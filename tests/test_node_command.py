@@ -153,6 +153,21 @@ def test_lines_that_are_no_jobs_are_named_and_keep_nothing_from_running(shell: S
         assert re.search(rf"loadmaster: jobs\.jsonl:{place}: .*{re.escape(complaint)}", done.stderr), done.stderr
 
 
+def test_of_many_lines_that_are_no_jobs_the_first_are_named(shell: Shell) -> None:
+    (shell.directory / "jobs.jsonl").write_text("nonsense\n" * 150)
+    done = shell.run()
+    told = done.stderr.splitlines()
+    assert (done.returncode, len(told), told[-1]) == (1, 101, "loadmaster: and 50 more")
+
+
+def test_a_file_of_one_job_is_told_to_be_one(shell: Shell) -> None:
+    """Each of its lines was named as no JSON, and that was all."""
+    (shell.directory / "jobs.jsonl").write_text(json.dumps(job("one", "true"), indent=2))
+    done = shell.run()
+    assert done.returncode == 1
+    assert done.stderr.endswith("jobs.jsonl: is one job over many lines: `loadmaster run` takes it\n")
+
+
 def test_a_second_job_of_the_same_name_does_not_overwrite_the_result_of_the_first(shell: Shell) -> None:
     shell.write(job("twin", "sleep 1"), job("twin"))
     done = shell.run()
@@ -178,6 +193,9 @@ def test_a_file_without_jobs_is_done_at_once(shell: Shell) -> None:
     [
         (["nowhere.jsonl"], "nowhere.jsonl: No such file or directory: SOURCE is a file with a job a line"),
         (["jobs.jsonl", "--cores", "0"], "--cores"),
+        (["jobs.jsonl", "--memory", "1000"], "'1000': is less than 1M; without a unit it is bytes"),
+        (["jobs.jsonl", "--results", "jobs.jsonl"], "--results jobs.jsonl: Not a directory"),
+        (["jobs.jsonl", "--output", "jobs.jsonl"], "--output jobs.jsonl: Not a directory"),
         (["jobs.jsonl", "--events", "jobs.jsonl/e"], "--events jobs.jsonl/e"),
         (["jobs.jsonl", "--coordinator", "mine.py"], "which class? mine.py:CLASS"),
         (["jobs.jsonl", "--config", "nowhere.toml"], "nowhere.toml"),
@@ -298,9 +316,13 @@ class Terminal:
 
     def read_until(self, words: str) -> None:
         """Until that is on the screen, or has been."""
+        self.read_until_match(re.escape(words))
+
+    def read_until_match(self, pattern: str) -> None:
+        """The same, for a pattern."""
         give_up = time.monotonic() + SECONDS
-        while words not in self.shown:
-            assert self._read(give_up), f"{words!r} never was on the screen: {self.shown[-2000:]!r}"
+        while not re.search(pattern, self.shown):
+            assert self._read(give_up), f"{pattern} never was on the screen: {self.shown[-2000:]!r}"
 
     def _read(self, give_up: float) -> bool:
         ready, _, _ = select.select([self.keyboard], [], [], max(0.0, give_up - time.monotonic()))
@@ -336,9 +358,9 @@ def terminal(shell: Shell) -> Iterator[Terminal]:
 def test_a_terminal_has_a_table_of_where_the_jobs_stand(shell: Shell, terminal: Terminal) -> None:
     shell.wait_for("begun")
     terminal.read_until("1 of 1 busy")
-    assert re.search(r"computing +1\b", terminal.shown)
-    assert re.search(r"ready +2\b", terminal.shown), "the next ones are ready for the slot"
-    assert "bad  Failed" in terminal.shown
+    terminal.read_until_match(r"computing +1\b")
+    terminal.read_until_match(r"ready +2\b")  # the next ones are ready for the slot
+    terminal.read_until("bad  Failed")
     (shell.directory / "go").touch()
     assert terminal.ends() == 2
     assert "31 Done, 1 Failed in " in terminal.shown

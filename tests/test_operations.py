@@ -290,7 +290,8 @@ async def test_a_file_that_is_gone_from_where_it_was_safe_is_told_and_not_tried_
     async with place.moving() as transfers, open_journal(place.book) as journal:
         (left,) = await Operations(journal, transfers, place.heard.append, SOON).try_all(await place.left())
     assert (left.tries, left.due) == (1, None)
-    assert left.error.startswith(left.request.file.url)
+    assert left.file is not None
+    assert left.error.startswith(left.file.url)
     assert place.heard == []
 
 

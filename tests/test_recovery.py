@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ from loadmaster.events import (
     PayloadStarted,
     StageOutStarted,
 )
+from loadmaster.handle import Write
 from loadmaster.journal import NodeJournal, open_journal
 from loadmaster.lifecycle import Lifecycle, Stage
+from loadmaster.logbook import Logbook, Record
 from loadmaster.recovery import MOST_RERUNS
 from loadmaster.result import EndedBy, Failure, Phase
 from loadmaster.sources import Iterated
@@ -132,22 +135,18 @@ async def test_a_handle_and_a_journal_are_one_too_many(book: Path) -> None:
             await run_job(job(), journal=journal, handle=JobHandle())
 
 
-class Cut(Exception):
-    """The journal is taken away."""
-
-
 class Breaks(NodeJournal):
     """A journal that takes so many events and then no more: whatever comes after has not happened, for the next agent."""
 
     def __init__(self, journal: NodeJournal, after: int) -> None:
         super().__init__(journal._book)
-        self.left = after
+        self.journal, self.left = journal, after
 
-    async def append_all(self, events: Sequence[Event]) -> None:
-        if self.left <= 0:
-            raise Cut
+    def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
         self.left -= len(events)
-        await super().append_all(events)
+        if self.left < 0:
+            return self.journal.write_soon((), lambda _: told(JournalFault(f"did not take {events[0].kind}")))
+        return self.journal.write_soon(events, told)
 
 
 def straight(tmp_path: Path) -> JobDescription:
@@ -169,9 +168,8 @@ async def test_wherever_the_journal_ends_the_job_goes_on_to_the_same_end(
     words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root, "coordinator": Recalls}
     described = straight(tmp_path)
     async with open_journal(book) as journal:
-        with pytest.raises(Exception, match="did not take") as broken:
+        with pytest.raises(JournalFault, match="did not take"):
             await run_job(described, journal=Breaks(journal, after), **words)
-        assert "Cut" in repr(broken.value.__cause__)
     had = Lifecycle.of((await lives(book, "7"))[0])
     before, attempt = list(calls), 1
     calls.clear()
@@ -195,11 +193,75 @@ async def test_wherever_the_journal_ends_the_job_goes_on_to_the_same_end(
             assert (hook in calls) is not had.has_reached(stage), (had.stage, before, calls)
 
 
+class Looks(Recalls):
+    """Notes what of the job is on disk whenever a hook is called."""
+
+    seen: dict[str, str] = {}  # noqa: RUF012 - as above
+    book = Path()
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in {"stageIn", "preProcess", "postProcess", "stageOut"}:
+            return partial(self.look, name)
+        return super().__getattribute__(name)
+
+    async def look(self, name: str, *args: Any) -> Any:
+        def last() -> str:
+            with Logbook.look(self.book) as book:
+                history = book.history(self.jobArgs.job_id)
+                return history.events[-1].kind if history is not None else ""
+
+        self.seen[name] = await anyio.to_thread.run_sync(last)
+        return await getattr(Recalls, name)(self, *args)
+
+
+async def test_what_came_before_a_hook_of_a_community_is_on_disk_when_it_is_called(
+    root: Path, out: Path, book: Path, tmp_path: Path
+) -> None:
+    Looks.book = book
+    async with open_journal(book) as journal:
+        await run_job(
+            straight(tmp_path), journal=journal, site=Site(output_directory=str(out)), root=root, coordinator=Looks
+        )
+    assert Looks.seen == {
+        "stageIn": "StageInStarted",
+        "preProcess": "StageInEnded",
+        "postProcess": "PayloadExited",
+        "stageOut": "StageOutStarted",
+    }
+
+
+class Counts(Logbook):
+    """How many events it was given at once, and what runs then."""
+
+    def add(self, groups: Sequence[Sequence[Record]]) -> list[Exception | None]:
+        self.writes.append([record.kind for group in groups for record in group])
+        return super().add(groups)
+
+    writes: list[list[str]]
+
+
+async def test_a_job_waits_for_the_disk_before_it_begins_before_its_payload_does_and_at_its_end(
+    root: Path, out: Path, book: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadmaster.journal.LATE_SECONDS", 60)
+    opened = await anyio.to_thread.run_sync(Counts.open, book)
+    assert isinstance(opened, Counts)
+    opened.writes = []
+    journal = NodeJournal(opened)
+    async with journal.kept():
+        await run_job(job(), journal=journal, site=Site(output_directory=str(out)), root=root)
+    assert opened.writes == [
+        ["JobAccepted"],
+        ["StageInStarted", "StageInEnded", "PayloadPrepared", "SlotGranted"],
+        ["PayloadStarted", "PayloadExited", "ComputingEnded", "StageOutStarted", "JobFinished"],
+    ]
+
+
 async def test_a_directory_that_is_packed_is_packed_again_by_the_next_agent(root: Path, out: Path, book: Path) -> None:
     words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
     described = job(**sh("mkdir logs; echo a > logs/a"), output_sandbox=["logs", "std.out"])
     async with open_journal(book) as journal:
-        with pytest.raises(Exception, match="did not take FileStagedOut"):
+        with pytest.raises(JournalFault, match="did not take FileStagedOut"):
             await run_job(described, journal=Breaks(journal, 9), **words)
     async with open_journal(book) as journal:
         result = await run_job(described, journal=journal, **words)
@@ -213,7 +275,7 @@ async def test_what_is_gone_from_the_work_directory_is_brought_again(
     words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
     described = straight(tmp_path)
     async with open_journal(book) as journal:
-        with pytest.raises(Exception, match="did not take StageInEnded"):
+        with pytest.raises(JournalFault, match="did not take StageInEnded"):
             await run_job(described, journal=Breaks(journal, 3), **words)
     (root / "7" / "input").unlink()
     async with open_journal(book) as journal:
@@ -228,7 +290,7 @@ async def test_a_work_directory_that_is_gone_is_the_end_of_the_attempt(
     words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
     described = straight(tmp_path)
     async with open_journal(book) as journal:
-        with pytest.raises(Exception, match="did not take"):
+        with pytest.raises(JournalFault, match="did not take"):
             await run_job(described, journal=Breaks(journal, after), **words)
     shutil.rmtree(root / "7")
     async with open_journal(book) as journal:
@@ -246,7 +308,7 @@ async def test_a_work_directory_that_is_gone_before_anything_was_made_of_it_is_m
     words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
     described = straight(tmp_path)
     async with open_journal(book) as journal:
-        with pytest.raises(Exception, match="did not take"):
+        with pytest.raises(JournalFault, match="did not take"):
             await run_job(described, journal=Breaks(journal, 3), **words)
     shutil.rmtree(root / "7")
     async with open_journal(book) as journal:

@@ -46,7 +46,7 @@ def test_one_agent_at_a_time_has_it(tmp_path: Path) -> None:
 
 def test_one_that_is_there_is_not_made_again(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
-    with pytest.raises(FileExistsError):
+    with pytest.raises(PayloadHeld, match="is there already"):
         StateDirectory.make(tmp_path / "state", LAUNCH)
 
 
@@ -124,7 +124,7 @@ async def test_what_cannot_be_started_leaves_no_directory(workdir: Workdir, tmp_
 
 async def test_a_directory_that_is_there_is_not_taken_for_another_payload(workdir: Workdir, tmp_path: Path) -> None:
     (await to_thread.run_sync(StateDirectory.make, tmp_path / "state", LAUNCH)).close()
-    with pytest.raises(PayloadNotStarted, match="File exists"):
+    with pytest.raises(PayloadHeld, match="is there already"):
         await start(workdir, tmp_path / "state")
     assert (tmp_path / "state").exists()
 

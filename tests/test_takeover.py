@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from conftest import sh, until
 from following import happens, kinds
 from loadmaster import JobDescription, JobHandle, JobResult, Site, Status, run_job
 from loadmaster.description import Containment
-from loadmaster.events import Event, PayloadExited, PayloadStarted
+from loadmaster.errors import WorkdirFault
+from loadmaster.events import Event, LimitReached, PayloadStarted
 from loadmaster.journal import open_journal
 from loadmaster.logbook import Logbook
-from loadmaster.result import EndedBy
+from loadmaster.payload.usage import read_stat
+from loadmaster.result import EndedBy, Verdict
 from loadmaster.world import World
 
 AGENT = """
@@ -79,6 +83,8 @@ class Place:
         ]
         self.agent = await to_thread.run_sync(lambda: subprocess.Popen(argv, text=True))
         await until(when, 30)
+        while not any(isinstance(event, PayloadStarted) for event in await self.events()):
+            await anyio.sleep(0.01)
         self.kill()
 
     def kill(self) -> None:
@@ -108,16 +114,18 @@ class Place:
         (started,) = (event for event in await self.events() if isinstance(event, PayloadStarted))
         return started
 
-    async def exited(self) -> PayloadExited:
-        (exited,) = (event for event in await self.events() if isinstance(event, PayloadExited))
-        return exited
-
 
 @pytest.fixture
 def place(tmp_path: Path, root: Path) -> Iterator[Place]:
     place = Place(tmp_path, root)
     yield place
     place.kill()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    found = read_stat(pid)
+    return found is None or found.state in "ZX"
 
 
 STUBBORN = "trap 'touch heard' TERM; echo x >> ran; cp ran {place}/ran; touch ready; while :; do sleep 0.05; done"
@@ -132,7 +140,7 @@ async def end(place: Place, how: str) -> None:
     """What becomes of the payload while nobody is its agent."""
     shim = (await place.started()).shim_pid
     if how == "gone":  # the shim keeps the grace
-        await until(lambda: not Path(f"/proc/{shim}").exists(), 30)
+        await until(lambda: gone(shim), 30)
     elif how == "shim killed":
         os.kill(shim, signal.SIGKILL)
 
@@ -153,6 +161,17 @@ async def test_a_payload_that_a_limit_was_stopping_is_not_run_again(place: Place
     assert result.outcome.ended_by is EndedBy.LIMIT
     assert kinds(await place.events()).count("LimitReached") == 1
     assert (place.place / "ran").read_text() == "x\n"
+
+
+async def test_a_limit_that_an_agent_had_found_reached_and_not_acted_on_is_acted_on_by_the_next(place: Place) -> None:
+    words = sh("touch ready; trap 'exit 7' TERM; while :; do sleep 0.05; done")
+    await place.killed(words, lambda: place.file("ready").exists())
+    async with open_journal(place.place / "journal") as journal:
+        await journal.append(LimitReached("7", 1, datetime.now(UTC), Verdict("memory", 3e9, 2e9, "bytes")))
+    result = await place.goes_on(words)
+    assert str(result.failure) == "LimitExceeded: memory of 3 GB is over the limit of 2 GB"
+    assert result.outcome is not None
+    assert (result.outcome.exit_code, result.outcome.ended_by) == (7, EndedBy.LIMIT)
 
 
 @pytest.mark.parametrize("how", ["runs", "gone", "shim killed"])
@@ -208,3 +227,90 @@ async def test_a_shim_that_is_killed_loses_the_payload_also_while_the_agent_live
     assert result.status is status, result.failure
     if status is Status.RESCHEDULED:
         assert str(result.failure) == "PayloadLost: what held the payload is gone, and how it ended is not known"
+
+
+# -- a journal that has lost its end -------------------------------------------------------------------------------
+
+
+def cut(journal: Path, events: int) -> None:
+    """Lose all but so many events of the one job."""
+    (path,) = journal.glob("journal.*.db")
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("DELETE FROM events WHERE number > ?", (events,))
+    if events == 0:
+        database.execute("DELETE FROM jobs")
+    database.close()
+
+
+@pytest.mark.parametrize(
+    ("events", "how"), [(0, "runs"), (1, "runs"), (4, "runs"), (4, "gone"), (5, "runs"), (5, "gone")]
+)
+async def test_a_payload_that_the_journal_has_lost_is_ended_or_adopted_and_its_job_never_failed(
+    place: Place, events: int, how: str
+) -> None:
+    """`PayloadNotStarted: File exists`, said a journal that ended with PayloadPrepared, and its payload ran on."""
+    place.world["containment"] = [Containment.PID_NAMESPACE]
+    script = f"echo x >> {place.place}/ran; touch ready; until [ -e go ]; do sleep 0.05; done"
+    await place.killed(sh(script), lambda: place.file("ready").exists())
+    started = await place.started()
+    if how == "gone":
+        place.file("go").touch()
+        await until(lambda: gone(started.shim_pid))
+    await to_thread.run_sync(cut, place.place / "journal", events)
+    if events == 5 and how == "runs":  # it has a slot
+        with anyio.CancelScope() as leaving:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(place.goes_on, sh(script))
+                while "PayloadAdopted" not in kinds(await place.events()):
+                    await anyio.sleep(0.05)
+                leaving.cancel()
+        assert (await place.started()).shim_pid == started.shim_pid
+    result = await place.goes_on(sh(script))
+    assert gone(started.shim_pid)
+    assert (place.place / "ran").read_text() == "x\n"
+    if events == 5 and how == "gone":
+        assert (result.status, result.attempt) == (Status.DONE, 1)
+        return
+    assert (result.status, result.failure and result.failure.kind) == (Status.RESCHEDULED, "PayloadLost"), result
+    again = await place.goes_on(sh("true"), attempt=2)
+    assert again.status is Status.DONE, again.failure
+    assert list((place.place / "journal" / "payloads").iterdir()) == []
+
+
+# -- one work directory, two journals ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("held_by", "journal"),
+    [
+        (Containment.PID_NAMESPACE, "another"),
+        (Containment.SUBREAPER, "another"),
+        (Containment.SUBREAPER, None),
+        (Containment.SESSION, None),
+    ],
+)
+async def test_a_work_directory_in_which_a_payload_runs_is_nobody_elses(
+    place: Place, held_by: Containment, journal: str | None
+) -> None:
+    """Its agent was killed, and with it went the lock: somebody else emptied the directory under the payload."""
+    place.world["containment"] = [held_by]
+    words = sh("touch kept ready; until [ -e go ]; do sleep 0.05; done; [ -e kept ] && exit 3")
+    await place.killed(words, lambda: place.file("ready").exists())
+    started = await place.started()
+    with pytest.raises(
+        WorkdirFault, match=r"the payload of a job 7 still runs .*\(process [0-9, ]+\).* journal of that"
+    ):
+        if journal is None:
+            await run_job(JobDescription(job_id="7", **words), root=place.root, site=place.site)
+        else:
+            await place.goes_on(words, journal=journal)
+    assert place.file("kept").exists()
+    place.file("go").touch()
+    if held_by is Containment.SESSION:  # which nobody can adopt
+        await until(lambda: gone(started.pid))
+    result = await place.goes_on(words)
+    assert result.status is (Status.RESCHEDULED if held_by is Containment.SESSION else Status.FAILED)
+    if result.status is Status.FAILED:
+        assert result.outcome is not None
+        assert result.outcome.exit_code == 3
+    assert not place.file("").exists()

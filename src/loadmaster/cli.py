@@ -13,9 +13,9 @@ from importlib.metadata import version
 from typing import Final, NoReturn
 
 from loadmaster.commands.codes import NOT_PREPARED, USAGE
+from loadmaster.console.terminal import stderr_display
 from loadmaster.errors import LoadmasterError
 from loadmaster.tasks import leaves
-from loadmaster.terminal import stderr_display
 
 COMMANDS: Final[Mapping[str, str]] = {
     "run": "run one job",
@@ -35,7 +35,10 @@ COMMANDS: Final[Mapping[str, str]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit code is returned, not raised, but for usage errors."""
     words = sys.argv[1:] if arguments is None else arguments
-    options = _parser(words).parse_args(words)
+    try:
+        options = _parser(words).parse_args(words)
+    except KeyboardInterrupt:  # while its modules are loaded: there is nothing to say of what was not begun
+        return 128 + signal.SIGINT
     try:
         code: int = options.command(options)
     except (LoadmasterError, OSError) as exc:

@@ -25,7 +25,7 @@ import pytest
 
 from loadmaster.errors import CannotCopy, ChecksumMismatch, NoSpace, NotFound, StorageError
 from loadmaster.names import join_url
-from loadmaster.storage.base import Ability, Direction, FileInfo, Held, Step, Storage, Transfer
+from loadmaster.storage.base import Ability, Clears, Direction, FileInfo, Held, Step, Storage, Transfer
 from loadmaster.storage.checksums import Checksum
 
 LARGE_BYTES = 8 * 1024**3
@@ -415,6 +415,20 @@ class StorageConformance:
         assert transfer.held.token is None
         assert place.names() == []
 
+    async def test_what_somebody_held_who_is_gone_is_removed(self, place: Place) -> None:
+        if not isinstance(place.storage, Clears):
+            pytest.skip("this storage leaves nothing")
+        await place.put("d/file", b"before")
+        held, _ = await holding(place, "d/file", 100_000, ".0123456789abcdef.part")
+        for _ in range(2):  # the second time there is nothing: no harm is done
+            await place.storage.clear(place.url("d/file"), [".0123456789abcdef.part", ".1123456789abcdef.part"])
+        publishing = place.upload("d/file", LocalBytes())
+        publishing.step, publishing.held = Step.PUBLISH, held
+        await place.move(publishing)
+        assert isinstance(publishing.result, StorageError)
+        assert place.names() == ["d/file"]
+        assert await place.get("d/file") == b"before"
+
     async def test_what_is_not_held_cannot_be_published(self, place: Place) -> None:
         holds_or_skip(place)
         publishing = place.upload("file", LocalBytes())
@@ -535,11 +549,11 @@ def holds_or_skip(place: Place) -> Place:
     return place
 
 
-async def holding(place: Place, name: str, size: int) -> tuple[Held, bytes]:
+async def holding(place: Place, name: str, size: int, part: str = "") -> tuple[Held, bytes]:
     """Something that has been sent and has no name yet."""
     data = os.urandom(size)
     transfer = holds_or_skip(place).upload(name, local := LocalBytes(data))
-    transfer.step, transfer.held = Step.HOLD, Held()
+    transfer.step, transfer.held, transfer.part = Step.HOLD, Held(), part
     await place.move(transfer)
     assert transfer.result == transfer.held.info
     assert transfer.held.token is not None

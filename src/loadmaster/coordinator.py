@@ -37,12 +37,14 @@ from loadmaster.events import (
 )
 from loadmaster.handle import JobHandle
 from loadmaster.hooks import warn_of_misspellings
+from loadmaster.leftovers import Leftovers
 from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
 from loadmaster.result import Failure, PayloadOutcome, StoredFile
 from loadmaster.staging.engine import NOT_MADE, Transfers
 from loadmaster.staging.plan import (
+    MAGIC,
     Delivery,
     lfns_of,
     plan_delivery,
@@ -156,6 +158,7 @@ class JobInFlight:
         """By an earlier agent."""
         self._transfers = transfers
         self._handle = handle
+        self._leftovers = Leftovers(transfers, handle, self._plan_early, self._places) if handle.is_journalled else None
 
     def __repr__(self) -> str:
         return f"<JobInFlight {self.description.job_id}>"
@@ -267,7 +270,9 @@ class JobInFlight:
 
         patterns = [each.pattern for file in early for each in _spellings(file)]
         listener = _Recorder(self._handle, FileStagedOut)
-        async with open_early(self._transfers, self._files, patterns, self._plan_early, listener) as self._early:
+        async with open_early(
+            self._transfers, self._files, patterns, self._plan_early, listener, self._leftovers
+        ) as self._early:
             yield
 
     def stage_beside(self) -> None:
@@ -277,6 +282,11 @@ class JobInFlight:
         if self._early is not None:
             self._early.start()
             self.companions.start_soon(self._early.watch)
+
+    async def clear_leftovers(self) -> None:
+        """Have removed what an agent that was killed has left of the job's uploads."""
+        if self._leftovers is not None:
+            await self._leftovers.begin()
 
     async def abandon_early_outputs(self) -> None:
         """The job has failed: have removed what is at the storages already."""
@@ -312,6 +322,40 @@ class JobInFlight:
                     with suppress(InvalidJob):  # said when it is to leave
                         return plan_delivery(each, name, self.description, self._transfers.site)
         return None
+
+    def _places(self, found: bool) -> Iterator[str]:
+        """Where outputs go, as far as the description says; `found`: also those that are in the work directory."""
+        job, site = self.description, self._transfers.site
+        for file in (each for declared in job.output_data for each in _spellings(declared)):
+            for name in self._names(file, found):
+                with suppress(InvalidJob):
+                    delivery = plan_delivery(file, name, job, site)
+                    yield from (place.url for place in (*delivery.targets, *delivery.failover))
+        with suppress(InvalidJob):
+            place = sandbox_directory(job, site) if job.output_sandbox else ""
+            for file in job.output_sandbox:
+                for name in self._names(file, found):
+                    yield join_url(place, base_name(name))
+                    yield join_url(place, f"{base_name(name)}.tar")
+
+    def _names(self, file: OutputFile, found: bool) -> set[str]:
+        names = set() if MAGIC & set(file.pattern) else {file.pattern}
+        if found:
+            with suppress(OSError, ValueError):
+                self._files.reopen()
+                for name in self._files.matches(file.pattern):
+                    names |= set(self._files.files_below(name)) if self._files.is_directory(name) else {name}
+        return names
+
+    async def _deliver(self, deliveries: Sequence[Delivery], early: EarlyOutputs | None = None) -> None:
+        parts = None
+        if self._leftovers is not None:
+            await self._leftovers.begin()
+            await self._leftovers.delivering(deliveries)
+            parts = self._leftovers.parts
+        await self._transfers.deliver(
+            deliveries, self._files, _Recorder(self._handle, FileStagedOut), early, parts=parts
+        )
 
     # -- the same for both ---------------------------------------------------------------------------------------
 
@@ -357,7 +401,7 @@ class JobInFlight:
             await self._handle.record(OutputMissing, name, reason)
         problems = [f"{name}: {reason}" for name, reason in refused.items()]
         try:
-            await self._transfers.deliver(deliveries, self._files, _Recorder(self._handle, FileStagedOut), early)
+            await self._deliver(deliveries, early)
         except StagingFailed as exc:
             problems += exc.problems
         if problems:
@@ -390,16 +434,14 @@ class JobInFlight:
 
     async def _deliver_archive(self, packed: Packed) -> None:
         """Take the archive to the place of sandboxes; if that is not for it, to where output data go, as DIRAC does."""
-        job, site, recorder = self.description, self._transfers.site, _Recorder(self._handle, FileStagedOut)
+        job, site = self.description, self._transfers.site
         wanted = Replica(join_url(sandbox_directory(job, site), packed.name))
         if packed.oversize:
             limit = site.sandbox_limit_bytes
             problems = [f"{packed.name}: has {packed.size_bytes:,} bytes, and the sandbox store takes {limit:,}"]
         else:
             try:
-                await self._transfers.deliver(
-                    [Delivery(packed.name, (wanted,), file=packed.file)], self._files, recorder
-                )
+                await self._deliver([Delivery(packed.name, (wanted,), file=packed.file)])
             except StagingFailed as exc:
                 problems = list(exc.problems)
             else:
@@ -408,7 +450,7 @@ class JobInFlight:
             delivery = plan_delivery(OutputFile(pattern=packed.name), packed.name, job, site)
             if wanted in delivery.targets:
                 raise StagingFailed("cannot deliver", problems)
-            await self._transfers.deliver([replace(delivery, file=packed.file)], self._files, recorder)
+            await self._deliver([replace(delivery, file=packed.file)])
         except InvalidJob as exc:
             raise StagingFailed("cannot deliver", [f"{'; '.join(problems)}; as output data: {exc}"]) from exc
         except StagingFailed as exc:

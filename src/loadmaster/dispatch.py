@@ -118,7 +118,8 @@ class Dispatch:
                         attempt=handle.attempt,
                     )
         except (WorkdirFault, PayloadHeld) as exc:
-            if handle.stage in {Stage.GRANTED, Stage.RUNNING}:  # its payload may run: the next start is to look again
+            # Its payload may run: the next start is to look again.
+            if isinstance(exc, PayloadHeld) or handle.stage in {Stage.GRANTED, Stage.RUNNING}:
                 log.error("job %s: is left open in the journal: %s", job.job_id, exc)  # noqa: TRY400 - a sentence
                 book.close(entry)
                 return

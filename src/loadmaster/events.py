@@ -232,6 +232,16 @@ class RegistrationRequested(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class RemovalRequested(Event):
+    """What an agent that was killed has left of uploads to a URL could not be removed: somebody has to do that."""
+
+    url: str
+    parts: tuple[str, ...] = ()
+    """The names beside it that there may be."""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class JobFinished(Event):
     """The end. `failure` is why, when the job failed only after computing had ended."""
 

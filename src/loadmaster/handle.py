@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,11 +37,26 @@ class Journal(Protocol):
         `RuntimeFault`."""
 
 
+class Write(Protocol):
+    """Events on their way to the disk."""
+
+    async def settled(self) -> None:
+        """Return when they are on disk and were told, or it is known that they are not."""
+
+
 class KeepsState(ABC):
-    """A journal that also has a place for what outlives an agent of its payloads."""
+    """A journal that also has a place for what outlives an agent of its payloads, and that writes behind."""
 
     directory: Path
     """Where all of it is: nothing for a payload to see."""
+
+    @abstractmethod
+    def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
+        """Have events written after all that were given before: all of them, or none. Does not wait.
+
+        `told` is called in the event loop once they are on disk, or with what went wrong. Raises `RuntimeFault` when
+        nothing is taken any more.
+        """
 
     @abstractmethod
     def state_directory(self, job_id: str, attempt: int) -> Path:
@@ -71,6 +86,11 @@ class JobHandle:
         self._followers: WeakSet[_Follower] | tuple[()] = ()
         """Seldom anybody: to make a WeakSet, and to go through it, costs more than all the rest."""
         self._writing = anyio.Lock(fast_acquire=True)
+        self._stage = Stage.NEW
+        self._ordered = False
+        self._write: Write | None = None
+        self._awaited = 0
+        self._fault: Exception | None = None
         self._keeps: KeepsState | None = journal if isinstance(journal, KeepsState) else None
         self._identity: tuple[str, int] | None = None
         self._computing: anyio.CancelScope | None = None
@@ -82,6 +102,8 @@ class JobHandle:
         self._audience: Audience | None = None
         self._reserved = False
         self._resumed = False
+        self.has_past = False
+        """Whether an earlier agent may have had the job."""
         self._at_kill: Callable[[], None] | None = None
         self._beat: Callable[[], None] | None = None
         self._obeying: TaskGroup | None = None
@@ -99,15 +121,16 @@ class JobHandle:
         handle._events = list(events)
         handle._life = life = Lifecycle.of(handle._events)
         if life.identity is not None:
-            handle._identity, handle._resumed = life.identity, True
+            handle._identity, handle._resumed, handle.has_past = life.identity, True, True
         handle._computed = life.stage not in COMPUTING and life.stage is not Stage.NEW
         handle._closed = life.stage is Stage.FINISHED
-        handle.kill_reason = life.kill_reason
+        handle._stage = life.stage
+        handle.kill_reason, handle._ordered = life.kill_reason, life.kill_reason is not None
         return handle
 
     def __repr__(self) -> str:
         job = self._identity[0] if self._identity else "not started"
-        return f"<JobHandle {job}: {self._life.stage.name.lower()}, {len(self._events)} events>"
+        return f"<JobHandle {job}: {self._stage.name.lower()}, {len(self._events)} events>"
 
     # -- for whoever holds it ------------------------------------------------------------------------------------
 
@@ -123,12 +146,12 @@ class JobHandle:
 
     @property
     def stage(self) -> Stage:
-        """Where the job stands."""
-        return self._life.stage
+        """Where the job stands, as everybody has been told."""
+        return self._stage
 
     @property
     def life(self) -> Lifecycle:
-        """What has been done, as the events so far have it. To be read only."""
+        """What has been done, as the events so far have it, those too that are still being written. To be read only."""
         return self._life
 
     @property
@@ -144,7 +167,7 @@ class JobHandle:
     @property
     def result(self) -> JobResult | None:
         """The job's result once it has finished, None before and when it was interrupted."""
-        return self._life.result() if self._life.stage is Stage.FINISHED else None
+        return self._life.result() if self._stage is Stage.FINISHED else None
 
     async def wait(self) -> JobResult:
         """The job's result, once it is over. Raises `NodeClosed` if it was interrupted and has none."""
@@ -171,7 +194,7 @@ class JobHandle:
             self._obeying.start_soon(self.keep_order)
         elif self._journal is None:
             if self._life.stage in COMPUTING and self._life.kill_reason is None:
-                self._tell(self._new(KillOrdered, self.kill_reason))
+                self._say(KillOrdered, self.kill_reason)
             self._end_computing()
         if self._at_kill is not None:
             self._at_kill()
@@ -257,6 +280,7 @@ class JobHandle:
         """This job has been before: it has this history and result, and is over."""
         past = JobHandle.resumed(None, events)
         self._identity, self._life, self._events = past._identity, past._life, past._events
+        self._stage = past._stage
         self._computed = True
 
     def let_go(self) -> None:
@@ -269,7 +293,7 @@ class JobHandle:
         """The part of the job that a kill ends; an order that came earlier ends it at once."""
         try:
             with anyio.CancelScope() as self._computing:
-                if self._life.kill_reason is not None or (self._journal is None and self.kill_reason is not None):
+                if self._ordered or (self._journal is None and self.kill_reason is not None):
                     self._computing.cancel()
                 yield
         finally:
@@ -283,7 +307,8 @@ class JobHandle:
         with suppress(IllegalEvent):  # it comes too late, or somebody else was quicker
             if self._life.kill_reason is None:
                 await self.record(KillOrdered, self.kill_reason)
-        if self._life.kill_reason is not None:
+        await self.settle()
+        if self._ordered:
             self._end_computing()
 
     def _end_computing(self) -> None:
@@ -308,21 +333,72 @@ class JobHandle:
     async def record(
         self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs
     ) -> None:
-        """Add an event to the job's history: in order or refused, on disk before anybody is told.
+        """Add an event to the job's history: in order or refused; on disk, and told, when this returns.
 
         Cancellation does not interrupt it: what happened has happened.
         """
-        if self._journal is None:
-            self._tell(self._new(kind, *args, **kw))
+        if self._journal is None or self._keeps is not None:
+            self._say(kind, *args, **kw)
+            await self.settle()
             return
         with anyio.move_on_after(JOURNAL_SECONDS, shield=True) as writing:
             async with self._writing:  # the journal has the events in the order in which they were told
                 event = self._new(kind, *args, **kw)
                 self._life.check(event)
                 await self._keep(self._journal, event)
-                self._tell(event)
+                self._life.advance(event)
+                self._tell(event, self._life.stage)
         if writing.cancelled_caught:
             raise RuntimeFault(f"the journal has not answered for {JOURNAL_SECONDS:.0f} s")
+
+    async def note(
+        self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs
+    ) -> None:
+        """As `record`, without waiting for the disk: it is there, and told, in a moment, and after all that came before.
+
+        What does something outside, or calls somebody else's hook, awaits `settle` first: an agent that dies before has
+        not done it, and its successor begins there.
+        """
+        if self._journal is None or self._keeps is not None:
+            self._say(kind, *args, **kw)
+        else:
+            await self.record(kind, *args, **kw)
+
+    async def settle(self) -> None:
+        """Return when everything noted is on disk and was told. Cancellation does not interrupt it. Raises
+        `RuntimeFault` when something is not: then nothing that comes after it will be either."""
+        if self._write is not None:
+            self._awaited += 1
+            try:
+                with anyio.CancelScope(shield=True):  # bounded: a journal that writes behind knows how long it may take
+                    await self._write.settled()
+            finally:
+                self._awaited -= 1
+        if self._fault is not None:
+            raise self._fault
+
+    def _say(self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs) -> None:
+        """Add an event to the job's life, and have it written where there is a journal; then it is told."""
+        if self._fault is not None:
+            raise self._fault
+        event = self._new(kind, *args, **kw)
+        self._life.advance(event)
+        stage = self._life.stage
+        if self._keeps is None:
+            self._tell(event, stage)
+            return
+
+        def told(fault: Exception | None) -> None:
+            if self._write is write:
+                self._write = None
+            if fault is None:
+                self._tell(event, stage)
+            elif self._fault is None:
+                self._fault = fault
+                if not self._awaited and self._obeying is not None:  # nobody would hear of it for long
+                    self._obeying.start_soon(self.settle)
+
+        self._write = write = self._keeps.write_soon((event,), told)
 
     def offer(self, kind: Callable[Concatenate[str, int, datetime, P], Event], *args: P.args, **kw: P.kwargs) -> None:
         """Tell whoever follows right now; nothing is recorded."""
@@ -364,8 +440,9 @@ class JobHandle:
         except Exception as exc:  # a journal of anybody's: whatever it raises, the event is not on disk
             raise RuntimeFault(f"job {event.job_id}: the journal did not take {event.kind}: {exc}") from exc
 
-    def _tell(self, event: Event) -> None:
-        self._life.advance(event)
+    def _tell(self, event: Event, stage: Stage) -> None:
+        self._stage = stage
+        self._ordered = self._ordered or isinstance(event, KillOrdered)
         self._events.append(event)
         for follower in self._followers:
             follower.wake()

@@ -3,7 +3,8 @@
     async with open_journal(directory) as journal:
         async with Node(journal=journal) as node: ...
 
-Whoever appends while the disk is busy shares the next commit with all others who do, so a hundred jobs cost one sync.
+Whoever appends while the disk is busy shares the next commit with all others who do, so a hundred jobs cost one sync. What
+nobody waits for is written behind: the file has, at any time, a beginning of what all jobs together have said.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from pathlib import Path
@@ -23,8 +23,9 @@ from anyio import lowlevel, to_thread
 
 from loadmaster.errors import JournalFault
 from loadmaster.events import Event
-from loadmaster.handle import JobHandle, KeepsState
+from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.logbook import History, Logbook, Record
+from loadmaster.tasks import single_error
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,17 +39,33 @@ FORGOTTEN_AT_ONCE: Final = 20
 DISK_SECONDS: Final = 60.0
 """A disk that does not take a line for that long will not take the next one either."""
 
+LATE_SECONDS: Final = 0.05
+"""An event nobody waits for is written with those that somebody does wait for, or so much later: each write by itself costs
+half a millisecond of a processor (a thread is woken, and the loop by it), whatever is in it."""
+
 NAME_BYTES: Final = 100
 
 
-@dataclass(eq=False, slots=True)
-class _Batch:
+class _Batch(Write):
     """What goes to the disk together."""
 
-    groups: list[Sequence[Record]] = field(default_factory=list)
-    errors: list[Exception | None] = field(default_factory=list)
-    fault: Exception | None = None
-    done: anyio.Event = field(default_factory=anyio.Event)
+    def __init__(self) -> None:
+        self.groups: list[Sequence[Record]] = []
+        self.told: list[Callable[[Exception | None], None]] = []
+        self.begun = anyio.Event()
+        self.wanted = anyio.Event()
+        """Somebody waits for it."""
+        self._done = anyio.Event()
+
+    async def settled(self) -> None:
+        self.wanted.set()
+        await self._done.wait()
+
+    def tell(self, errors: Iterable[Exception | None]) -> None:
+        """Each what has become of his."""
+        for told, error in zip(self.told, errors, strict=True):
+            told(error)
+        self._done.set()
 
 
 class NodeJournal(KeepsState):
@@ -61,7 +78,7 @@ class NodeJournal(KeepsState):
         self._book = book
         self._turn = anyio.Lock(fast_acquire=True)
         self._gathering = _Batch()
-        self._closed = False
+        self._closed = self._abandoned = False
 
     def __repr__(self) -> str:
         return f"<NodeJournal {self.directory}>"
@@ -72,38 +89,66 @@ class NodeJournal(KeepsState):
 
     async def append_all(self, events: Sequence[Event]) -> None:
         """Return when all of them are on disk; after a crash all of them are there, or none. Raises `JournalFault`."""
-        batch = self._gathering
-        place = len(batch.groups)
-        batch.groups.append([Record.of(event) for event in events])
-        if place == 0:  # the first to come has it written, when the batch before it has been
-            await self._write(batch)
-        else:
-            await batch.done.wait()
-        if batch.fault is not None:
-            raise JournalFault(f"{self.directory}: {batch.fault}") from batch.fault
-        if (error := batch.errors[place]) is not None:
+        errors: list[Exception | None] = []
+        await self.write_soon(events, errors.append).settled()
+        if (error := errors[0]) is not None:
             raise error
 
-    async def _write(self, batch: _Batch) -> None:
-        # Not interrupted by a cancellation of whoever came first: others wait for this too.
-        with anyio.move_on_after(DISK_SECONDS, shield=True):
-            try:
-                async with self._turn:
+    def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
+        """As `KeepsState` has it: what is on disk is, at any time, a beginning of what was given, by all jobs together."""
+        self._check_open()
+        batch = self._gathering
+        batch.groups.append([Record.of(event) for event in events])
+        batch.told.append(told)
+        if len(batch.groups) == 1:
+            batch.begun.set()
+        return batch
+
+    async def _write_on(self) -> None:
+        """Write what comes, as soon as anybody waits for it, until the journal is closed."""
+        try:
+            # Not interrupted by a cancellation: those who are leaving have something to be written, too.
+            with anyio.CancelScope(shield=True):  # bounded: `kept` ends it
+                while not (self._abandoned or (self._closed and not self._gathering.groups)):
+                    batch = self._gathering
+                    await batch.begun.wait()
+                    with anyio.move_on_after(LATE_SECONDS):
+                        await batch.wanted.wait()
                     await lowlevel.checkpoint()  # whoever comes in this turn of the loop comes along
+                    if batch.groups:
+                        await self._write(batch)
+        finally:
+            self._closed = True
+            self._give_up(JournalFault("the journal has been closed"))
+
+    async def _write(self, batch: _Batch) -> None:
+        errors: Sequence[Exception | None] | None = None
+        fault: Exception | None = None
+        try:
+            with anyio.move_on_after(DISK_SECONDS):
+                async with self._turn:
                     self._gathering = _Batch()
-                    self._check_open()
-                    batch.errors = await to_thread.run_sync(self._book.add, batch.groups, abandon_on_cancel=True)
-            except (sqlite3.Error, OSError, JournalFault) as exc:
-                batch.fault = exc
-            else:
-                batch.done.set()
-                return
-        if batch.fault is None:
-            batch.fault = JournalFault(f"the disk has not answered for {DISK_SECONDS:.0f} s")
-            self._closed = True  # a thread still writes: nobody may use the file beside it
-        if self._gathering is batch:
-            self._gathering = _Batch()
-        batch.done.set()
+                    errors = await to_thread.run_sync(self._book.add, batch.groups, abandon_on_cancel=True)
+        except (sqlite3.Error, OSError, JournalFault) as exc:
+            fault = exc
+        finally:
+            if errors is not None:
+                batch.tell(errors)
+            elif fault is not None:
+                self._give_up(fault, batch)
+            else:  # a thread still writes: nobody may use the file beside it
+                self._abandoned = self._closed = True
+                self._give_up(JournalFault(f"the disk has not answered for {DISK_SECONDS:.0f} s"), batch)
+
+    def _give_up(self, cause: Exception, batch: _Batch | None = None) -> None:
+        """Nothing of it is on disk, nor anything that was to come after it."""
+        lost = [self._gathering] if batch is None or batch is self._gathering else [batch, self._gathering]
+        self._gathering = _Batch()
+        for each in lost:
+            faults = [JournalFault(f"{self.directory}: {cause}") for _ in each.groups]
+            for fault in faults:
+                fault.__cause__ = cause
+            each.tell(faults)
 
     async def open_jobs(self) -> list[History]:
         """The jobs that have not ended, with their events, in the order in which they were accepted."""
@@ -153,12 +198,24 @@ class NodeJournal(KeepsState):
         if self._closed:
             raise JournalFault("the journal has been closed")
 
-    async def _close(self) -> None:
-        with anyio.CancelScope(shield=True):  # bounded: each step in the turn is
-            async with self._turn:
-                abandoned, self._closed = self._closed, True
-                if not abandoned:
-                    await to_thread.run_sync(self._book.close)
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """While it is open; all that was given to it is written before it is left."""
+        try:
+            with single_error():
+                async with anyio.create_task_group() as writing:
+                    writing.start_soon(self._write_on)
+                    try:
+                        yield
+                    finally:
+                        self._closed = True
+                        self._gathering.begun.set()
+                        self._gathering.wanted.set()
+        finally:
+            with anyio.CancelScope(shield=True):  # bounded: each step in the turn is
+                async with self._turn:
+                    if not self._abandoned:
+                        await to_thread.run_sync(self._book.close)
 
 
 def state_name(job_id: str, attempt: int) -> str:
@@ -173,7 +230,5 @@ async def open_journal(directory: Path) -> AsyncIterator[NodeJournal]:
     """The journal in a directory on a local disk, made if need be. Raises `JournalFault`: another agent has it, the disk is
     full. What is damaged is kept aside, and what of it could be read is gone on with: `damage` says so."""
     journal = NodeJournal(await to_thread.run_sync(Logbook.open, directory))
-    try:
+    async with journal.kept():
         yield journal
-    finally:
-        await journal._close()

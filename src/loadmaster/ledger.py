@@ -239,7 +239,7 @@ class Ledger:
         return choose_gpus(list(self._free_gpus.values()), count, roomy)
 
     def _return(self, ticket: Ticket, slot: Slot | None) -> None:
-        if slot is not None:
+        if slot is not None and (slot.cpus or slot.gpus):
             self._free_cpus |= {number: self._cpus[number] for number in slot.cpus if number in self._cpus}
             self._free_gpus |= {name: self._gpus[name] for name in slot.gpus if name in self._gpus}
         self._line.give_back(ticket)

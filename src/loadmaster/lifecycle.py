@@ -43,6 +43,7 @@ from loadmaster.events import (
     PayloadStarted,
     RegistrationRequested,
     Remembered,
+    RemovalRequested,
     SlotGranted,
     SoftStopOrdered,
     StageInEnded,
@@ -98,6 +99,7 @@ _NOTES: Final[Mapping[type[Event], frozenset[Stage]]] = {
     OutputMissing: _PAYLOAD_SEEN | _DELIVERING,
     FailoverRequested: _PAYLOAD_SEEN | _DELIVERING,
     RegistrationRequested: _PAYLOAD_SEEN | _DELIVERING,
+    RemovalRequested: _PAYLOAD_SEEN | _DELIVERING,
     ParameterReported: COMPUTING | _DELIVERING,
     Remembered: COMPUTING | _DELIVERING,
     KillOrdered: COMPUTING,
@@ -203,6 +205,8 @@ class Lifecycle:
                 self._pending[move_line(file, wanted)] = None
             case RegistrationRequested(file=file):
                 self._pending[register_line(file)] = None
+            case RemovalRequested(url=url):
+                self._pending[removal_line(url)] = None
             case OperationDone(what=what):
                 self._pending.pop(what, None)
             case OperationDropped(what=what):
@@ -285,6 +289,11 @@ class Lifecycle:
 def move_line(file: StoredFile, wanted: str) -> str:
     """What is left to be done for a file that is safe elsewhere, in a line."""
     return f"move {file.url} to {wanted}"
+
+
+def removal_line(url: str) -> str:
+    """What is left to be done about uploads that were broken off, in a line."""
+    return f"remove what is left of uploads to {url}"
 
 
 def register_line(file: StoredFile) -> str:

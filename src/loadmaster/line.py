@@ -137,8 +137,11 @@ class Line:
         return None if ticket is None else (ticket, spare)
 
     def _grant(self, ticket: Ticket, spare: Amounts) -> None:
-        for other in set(self._in_front()) - {ticket}:
-            other.passed += 1
+        head, eldest = self._in_front()
+        if head is not ticket:
+            head.passed += 1
+        if eldest is not ticket and eldest is not head:
+            eldest.passed += 1
         self._leave(ticket)
         first = max(ticket.needs[0], min(ticket.most, spare[0]))
         ticket.holds = (first, *ticket.needs[1:])

@@ -79,6 +79,16 @@ UPGRADES: Final = (
         AND NOT EXISTS (SELECT 1 FROM events WHERE job = NEW.job AND kind = 'OperationDropped');
     END;
     """,
+    "CREATE TABLE agents (number INTEGER PRIMARY KEY, pid INTEGER NOT NULL, host TEXT NOT NULL, began TEXT NOT NULL,"
+    " closed TEXT);",
+    """
+    CREATE TRIGGER removal_requested AFTER INSERT ON events WHEN NEW.kind = 'RemovalRequested' BEGIN
+        INSERT INTO operations (number, job, subject, due) VALUES (
+            NEW.number, NEW.job, 'uploads to ' || json_extract(NEW.facts, '$.url'),
+            coalesce(CAST(strftime('%s', json_extract(NEW.facts, '$.time')) AS REAL), 0)
+        );
+    END;
+    """,
 )
 """What makes each version of the file out of the one before; the first one out of nothing. Only ever added to."""
 
@@ -128,6 +138,16 @@ class JobLine:
     last: Event
 
 
+@dataclass(frozen=True, slots=True)
+class Agent:
+    """A process that has had the journal. `closed` is when it left in order; None: it has it still, or has died."""
+
+    pid: int
+    host: str
+    began: datetime
+    closed: datetime | None
+
+
 class Logbook:
     """An open file of events. For one thread at a time."""
 
@@ -137,6 +157,7 @@ class Logbook:
         """What was found to be missing when it was opened, in a sentence."""
         self._db = database
         self._lock = lock
+        self._agent: int | None = None
         self._numbers = {
             (job_id, attempt): number
             for number, job_id, attempt in database.execute(
@@ -179,6 +200,7 @@ class Logbook:
             saved = _salvage(damaged, whole)
             book = cls._of(directory, whole, lock, suspect=False)
             book.damage = f"{damaged.name} is damaged ({exc}) and kept aside; {saved} events could be read up to there"
+        book._note_agent()
         with suppress(FileNotFoundError):
             (directory / "suspect").unlink()
         (directory / "payloads").mkdir(mode=0o700, exist_ok=True)
@@ -245,11 +267,19 @@ class Logbook:
             database.close()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Let go of it, in order."""
         try:
+            with suppress(sqlite3.Error):  # a full disk: it will look as if we had died
+                self._db.execute("UPDATE agents SET closed = ? WHERE number = ?", (_now(), self._agent))
             self._db.close()
         finally:
             os.close(self._lock)
+
+    def _note_agent(self) -> None:
+        """That this process has it from now on: so that a person can be told who went on with a job."""
+        with suppress(sqlite3.OperationalError):  # a full disk: it is not what a journal is for
+            values = os.getpid(), socket.gethostname(), _now()
+            self._agent = self._db.execute("INSERT INTO agents (pid, host, began) VALUES (?, ?, ?)", values).lastrowid
 
     def _valid_frames(self) -> int:
         return int(self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
@@ -348,6 +378,8 @@ class Logbook:
             ).fetchall()
             database.executemany("DELETE FROM events WHERE job = ?", old)
             database.executemany("DELETE FROM jobs WHERE number = ?", old)
+            replaced = "SELECT max(number) FROM agents WHERE began < ?"
+            database.execute(f"DELETE FROM agents WHERE number < ({replaced})", (before.isoformat(),))  # noqa: S608 - a constant
             return len(old)
 
         return self.change(work)
@@ -400,16 +432,32 @@ class Logbook:
                 break
         return History(job_id, attempt, status, tuple(events))
 
-    @property
-    def open_count(self) -> int:
-        """How many have not ended."""
-        return len(self._numbers)
+    def counts(self) -> tuple[int, dict[str, int]]:
+        """How many jobs are open, and how many have ended how: each counts once, as its last attempt stands."""
+        found: dict[str | None, int] = dict(
+            self._db.execute(
+                "SELECT status, count(*) FROM jobs WHERE NOT EXISTS"
+                " (SELECT 1 FROM jobs later WHERE later.job_id = jobs.job_id AND later.attempt > jobs.attempt)"
+                " GROUP BY status"
+            ).fetchall()
+        )
+        still_open = found.pop(None, 0)
+        return still_open, {status: count for status, count in found.items() if status is not None}
 
     def ended(self) -> dict[str, int]:
-        """How many ended how."""
-        return dict(
-            self._db.execute("SELECT status, count(*) FROM jobs WHERE status IS NOT NULL GROUP BY status").fetchall()
-        )
+        """How many jobs ended how."""
+        return self.counts()[1]
+
+    def agents(self) -> list[Agent]:
+        """The processes that have had it, one after the other; none in a journal of an earlier version."""
+        if self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'agents'").fetchone() is None:
+            return []
+        return [
+            Agent(pid, host, datetime.fromisoformat(began), datetime.fromisoformat(closed) if closed else None)
+            for pid, host, began, closed in self._db.execute(
+                "SELECT pid, host, began, closed FROM agents ORDER BY number"
+            )
+        ]
 
     def lines(self, *, last: int) -> list[JobLine]:
         """The jobs that have not ended, then those that ended last: so many of them."""
@@ -424,6 +472,10 @@ class Logbook:
                 (last,),
             )
         ]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat()
 
 
 def _second(pair: tuple[tuple[str, int], int]) -> int:

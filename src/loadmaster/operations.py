@@ -34,7 +34,7 @@ from loadmaster.errors import (
     StagingFailed,
     StorageError,
 )
-from loadmaster.events import Event, FailoverRequested
+from loadmaster.events import Event, FailoverRequested, RemovalRequested
 from loadmaster.journal import NodeJournal
 from loadmaster.names import file_url
 from loadmaster.pending import Backoff, Operation
@@ -183,6 +183,8 @@ class Operations:
         request = operation.request
         if isinstance(request, FailoverRequested):
             await self._move(request.file, request.wanted, operation.number)
+        elif isinstance(request, RemovalRequested):
+            await self._transfers.clear_one(request.url, request.parts)
         else:
             await self._transfers.register(request.file)
 

@@ -1,6 +1,7 @@
-"""What jobs have left to be done: files that are safe but not where they were wanted, files no catalog took.
+"""What jobs have left to be done: files that are safe but not where they were wanted, files no catalog took, and what is
+left of uploads that were broken off.
 
-    FailoverRequested, RegistrationRequested ──▶ waiting ─due─▶ tried ──▶ OperationDone
+    FailoverRequested, RegistrationRequested, RemovalRequested ──▶ waiting ─due─▶ tried ──▶ OperationDone
                                                     ▲             │
                                                     └─ may later ─┤
                                                                   └─ never ──▶ stuck ─(an administrator)─▶ waiting, or
@@ -25,10 +26,12 @@ from loadmaster.events import (
     OperationDone,
     OperationDropped,
     RegistrationRequested,
+    RemovalRequested,
     dumps,
     loads,
 )
-from loadmaster.lifecycle import move_line, register_line
+from loadmaster.lifecycle import move_line, register_line, removal_line
+from loadmaster.result import StoredFile
 
 FIRST_SECONDS: Final = 300.0
 """What was down when the job ended needs some time (DIRAC gives it 45 minutes)."""
@@ -57,7 +60,7 @@ class Operation:
     """Its name in this journal."""
     job_id: str
     attempt: int
-    request: FailoverRequested | RegistrationRequested
+    request: FailoverRequested | RegistrationRequested | RemovalRequested
     tries: int = 0
     due: datetime | None = None
     """When it is tried next; None: not before an administrator says so."""
@@ -70,8 +73,15 @@ class Operation:
         return isinstance(self.request, FailoverRequested)
 
     @property
+    def file(self) -> StoredFile | None:
+        """The file it is about; None where it is about none that is whole."""
+        return None if isinstance(self.request, RemovalRequested) else self.request.file
+
+    @property
     def what(self) -> str:
         """The operation in a line, as it stands in the job's result."""
+        if isinstance(self.request, RemovalRequested):
+            return removal_line(self.request.url)
         file = self.request.file
         if isinstance(self.request, FailoverRequested):
             return move_line(file, self.request.wanted)
@@ -80,6 +90,8 @@ class Operation:
     @property
     def lost_if_dropped(self) -> str:
         """What nobody will do any more, in a sentence."""
+        if isinstance(self.request, RemovalRequested):
+            return f"what job {self.job_id} may have left of uploads to {self.request.url} stays there"
         file = self.request.file
         if isinstance(self.request, FailoverRequested):
             return f"{file.name} of job {self.job_id} stays at {file.url}; nobody moves it to {self.request.wanted}"
@@ -207,7 +219,7 @@ def _end(database: sqlite3.Connection, number: int, event: OperationDone | Opera
 def _operation(row: tuple[int, str, int, str, int, float | None, str]) -> Operation:
     number, job_id, attempt, facts, tries, moment, error = row
     request = loads(facts)
-    if not isinstance(request, FailoverRequested | RegistrationRequested):
+    if not isinstance(request, FailoverRequested | RegistrationRequested | RemovalRequested):
         raise TypeError(f"operation {number} is of a {request.kind}")
     when = None if moment is None else datetime.fromtimestamp(moment, UTC)
     return Operation(number, job_id, attempt, request, tries, when, error)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ from anyio import to_thread
 
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
-from loadmaster.errors import IllegalEvent, InvalidJob, RescheduleJob, WorkdirFault
+from loadmaster.errors import IllegalEvent, InvalidJob, PayloadHeld, RescheduleJob, WorkdirFault
 from loadmaster.events import Event, JobAccepted, JobFinished
-from loadmaster.handle import JobHandle, KeepsState
+from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.hooks import find_coordinator, reference_of
 from loadmaster.journal import NodeJournal, state_name
 from loadmaster.lifecycle import Lifecycle
 from loadmaster.logbook import History
 from loadmaster.payload.adopt import end_held
+from loadmaster.payload.found import Lost
 from loadmaster.payload.state import remove_state
 from loadmaster.workdir import Workdir
 
@@ -52,23 +53,34 @@ class Succession(KeepsState):
 
     async def append(self, event: Event) -> None:
         """Return when it is on disk."""
-        if isinstance(event, JobFinished) and self._is_lost(event) and self._wanted():
-            assert self.life is not None and self.life.accepted is not None  # noqa: S101 - it is about to finish
-            accepted = self.life.accepted
-            follows = JobAccepted(
-                event.job_id,
-                event.attempt + 1,
-                event.time,
-                accepted.description,
-                accepted.coordinator,
-                accepted.lost + 1,
-                accepted.outputs,
-                accepted.site,
-            )
-            await self._journal.append_all([event, follows])
-            self.follows = follows
-        else:
-            await self._journal.append(event)
+        errors: list[Exception | None] = []
+        await self.write_soon((event,), errors.append).settled()
+        if (error := errors[0]) is not None:
+            raise error
+
+    def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
+        """As the node's, with the next attempt's beginning where there is to be one."""
+        event = events[-1]
+        if not (isinstance(event, JobFinished) and self._is_lost(event) and self._wanted()):
+            return self._journal.write_soon(events, told)
+        assert self.life is not None and self.life.accepted is not None  # noqa: S101 - it is about to finish
+        accepted = self.life.accepted
+        follows = JobAccepted(
+            event.job_id,
+            event.attempt + 1,
+            event.time,
+            accepted.description,
+            accepted.coordinator,
+            accepted.lost + 1,
+            accepted.outputs,
+            accepted.site,
+        )
+
+        def both(fault: Exception | None) -> None:
+            self.follows = follows if fault is None else None
+            told(fault)
+
+        return self._journal.write_soon([*events, follows], both)
 
     def _is_lost(self, event: JobFinished) -> bool:
         if self.life is None or self.life.accepted is None or self.life.accepted.lost >= MOST_RERUNS:
@@ -118,20 +130,29 @@ def coordinator_of(reference: str, usual: type[Coordinator]) -> type[Coordinator
 async def tidy(journal: NodeJournal, root: Path, going_on: set[tuple[str, int]]) -> None:
     """Remove what belongs to jobs that have ended: an agent that died between the last record and the last `rmdir` could
     not. Work directories that the journal knows nothing of are somebody else's."""
+    wanted = {state_name(*key) for key in going_on}
+    for path in await to_thread.run_sync(lambda: list((journal.directory / "payloads").iterdir())):
+        if path.name not in wanted:
+            await _end_forgotten(path)
     names = await to_thread.run_sync(_directories, root)
     last = await journal.last(names)
     open_ids = {job_id for job_id, _ in going_on}
     for name in names:
         if name in last and name not in open_ids:
             await to_thread.run_sync(_remove_workdir, root, name)
-    wanted = {state_name(*key) for key in going_on}
-    for path in await to_thread.run_sync(lambda: list((journal.directory / "payloads").iterdir())):
-        if path.name not in wanted:
-            # Whoever runs there is to be ended first: a damaged journal may have lost him, and the job come again.
-            if await end_held(path):
-                await to_thread.run_sync(_remove_state, path)
-            else:
-                log.error("%s: what runs there could not be ended; it is left alone", path)
+
+
+async def _end_forgotten(state: Path) -> None:
+    """Whoever runs there is to be ended first: a damaged journal may have lost him, and the job come again."""
+    try:
+        found = await end_held(state)
+    except PayloadHeld as exc:
+        log.error("%s; it is left alone", exc)  # noqa: TRY400 - a sentence
+        return
+    if isinstance(found, Lost) and found.left_behind:
+        log.error("%s: what runs there could not be ended; it is left alone", state)
+    else:
+        await to_thread.run_sync(_remove_state, state)
 
 
 def _directories(root: Path) -> list[str]:

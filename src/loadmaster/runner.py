@@ -182,6 +182,7 @@ async def run_part(
         moved = nullcontext(transfers) if transfers is not None else open_transfers(site or Site())
         made = open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
         try:
+            forgotten = await _forgotten_payload(handle)
             async with moved as moving, made as workdir:
                 flight = JobInFlight(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
@@ -189,14 +190,17 @@ async def run_part(
                 straight = _Flight(
                     flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
                 )
-                straight.until = until
+                straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
                 if not handle.has_audience:  # which has one task for the heartbeats of many jobs
                     tasks.start_soon(straight.go_on_beating, beating)
                 await straight.fly()
         finally:
             beating.cancel()
-            handle.close()
+            try:
+                await handle.settle()
+            finally:
+                handle.close()
 
     if handle.tasks is not None:
         await fly(handle.tasks)
@@ -206,6 +210,18 @@ async def run_part(
         async with anyio.create_task_group() as own:
             own.start_soon(fly, own)
     return handle.result
+
+
+async def _forgotten_payload(handle: JobHandle) -> JobError | None:
+    """Why the attempt is over because of a payload that the journal does not know of; None: there is none."""
+    state = handle.state
+    if state is None or handle.life.has_reached(Stage.GRANTED) or not (handle.has_past or handle.stage is Stage.NEW):
+        return None
+    if not await briefly(partial(os.path.lexists, state)):
+        return None
+    from loadmaster.takeover import end_forgotten  # loaded when used
+
+    return await end_forgotten(handle)
 
 
 class _Flight:
@@ -221,7 +237,7 @@ class _Flight:
         self.coordinator_class = coordinator
         self.slots = slots
         self.handle = handle
-        self.record = handle.record
+        self.record, self.note = handle.record, handle.note
         self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
         self.limits = limits_of(job.description, job.ce, os.environ)
@@ -236,6 +252,7 @@ class _Flight:
         self.usage: Usage | None = None
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
+        self.forgotten: JobError | None = None
         self.lease = AsyncExitStack()
         """The slot, as long as the payload has it."""
 
@@ -259,7 +276,7 @@ class _Flight:
                 await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
                 if self.until is not Stage.FINISHED and self.job.failure is None:
                     return
-                await self.record(ComputingEnded, self.job.failure)
+                await self.note(ComputingEnded, self.job.failure)
             if self.until is Stage.EXITED:
                 return
             failure = await self._deliver()
@@ -270,6 +287,8 @@ class _Flight:
         """Everything that a kill ends."""
         failure: Failure | None = None
         try:
+            if self.forgotten is not None:
+                raise self.forgotten
             found = await self._find_payload()
             with self.handle.computing():
                 outcome: PayloadOutcome | None
@@ -301,9 +320,9 @@ class _Flight:
             self._check_workdir()
             return
         if not (self.life.has_reached(Stage.STAGING_IN) and self.workdir.continued):
-            await self.record(StageInStarted, str(self.workdir.path), self.workdir.identity)
+            await self.note(StageInStarted, str(self.workdir.path), self.workdir.identity)
         await self._hook("stageIn")
-        await self.record(StageInEnded)
+        await self.note(StageInEnded)
 
     async def _prepare(self) -> PayloadSpec:
         self._enter(Phase.PRE_PROCESS)
@@ -313,7 +332,7 @@ class _Flight:
         env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
         command = await briefly(lambda: default_command(description, env, self.workdir))
         spec = _as_spec(await self._hook("preProcess", command, dict(env)))
-        await self.record(PayloadPrepared, spec.command, spec.env)
+        await self.note(PayloadPrepared, spec.command, spec.env)
         return spec
 
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
@@ -364,7 +383,7 @@ class _Flight:
         try:
             tree = payload.tree
             if not self.life.has_reached(Stage.RUNNING):
-                await self.record(
+                await self.note(
                     PayloadStarted, tree.pid, tree.start_ticks, tree.containment, tree.shim,
                     tree.shim_pid, tree.shim_start_ticks, self.life.boot_id,
                 )  # fmt: skip
@@ -386,8 +405,8 @@ class _Flight:
                     )  # fmt: skip
                 self.job.outcome = outcome
                 self.last_lines = payload.last_lines or self.last_lines
-                if self.handle.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
-                    await self.record(PayloadExited, outcome, payload.last_lines)
+                if self.life.stage is Stage.RUNNING:  # a journal that refused its start is not asked to take its end
+                    await self.note(PayloadExited, outcome, payload.last_lines)
         return outcome
 
     async def _watch(self, payload: Payload) -> Verdict | None:
@@ -405,7 +424,7 @@ class _Flight:
 
     async def _say_why_it_ends(self, verdict: Verdict | None) -> None:
         """Have it in the journal before it is done: the next agent is to know it, should we die in the grace."""
-        if self.handle.stage is not Stage.RUNNING:
+        if self.life.stage is not Stage.RUNNING:
             return
         if verdict is not None:
             await self.record(LimitReached, verdict)
@@ -433,9 +452,12 @@ class _Flight:
         """Take out what the job has, and say why that failed if it did."""
         self._enter(Phase.STAGE_OUT)
         if not self.life.has_reached(Stage.STAGING_OUT):
-            await self.record(StageOutStarted)
+            await self.note(StageOutStarted)
+        if self._has_outputs:
+            await self.handle.settle()
         if self.job.failure is not None:
             await self.job.abandon_early_outputs()
+        await self.job.clear_leftovers()
         try:
             if self.job.failure is None and self._has_outputs:
                 self._check_workdir()
@@ -471,6 +493,8 @@ class _Flight:
         """Call a hook of the coordinator, or the standard one where it has none."""
         await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
+        if getattr(hook, "__func__", None) is not getattr(JobExecutionCoordinator, name):  # it may do anything outside
+            await self.handle.settle()
         return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
 
     def _enter(self, phase: Phase) -> None:

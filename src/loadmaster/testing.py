@@ -21,7 +21,7 @@ from anyio import from_thread, lowlevel, to_thread
 
 from loadmaster.errors import NotFound, StorageError, StorageUnavailable
 from loadmaster.events import Event
-from loadmaster.storage.base import Ability, Direction, FileInfo, LocalFile, Step, Storage, Transfer
+from loadmaster.storage.base import Ability, Clears, Direction, FileInfo, LocalFile, Step, Storage, Transfer
 from loadmaster.storage.checksums import running
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 
@@ -93,7 +93,7 @@ class MemoryStorage:
                 raise
             else:
                 if transfer.step is Step.HOLD:
-                    part = f"{transfer.url.rpartition('/')[0]}/.{os.urandom(8).hex()}.part"
+                    part = f"{transfer.url.rpartition('/')[0]}/{transfer.part or f'.{os.urandom(8).hex()}.part'}"
                     self.files[part] = content
                     transfer.hold(part)
                 elif not download:
@@ -133,6 +133,12 @@ class MemoryStorage:
         await lowlevel.checkpoint()
         self._file(url)
         del self.files[url]
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Forget what was held under these names."""
+        await lowlevel.checkpoint()
+        for part in parts:
+            self.files.pop(f"{url.rpartition('/')[0]}/{part}", None)
 
     def _file(self, url: str) -> bytes:
         if url not in self.files:
@@ -234,6 +240,11 @@ class Faults:
         """As the storage does, unless there is an order."""
         await _obey(self._order("remove", url), url)
         await self._storage.remove(url)
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """As the other does; no order is for this."""
+        if isinstance(self._storage, Clears):
+            await self._storage.clear(url, parts)
 
     def _order(self, operation: Operation, url: str) -> _Order | None:
         """Count the call, and see whether there is an order for it."""

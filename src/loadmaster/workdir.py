@@ -25,6 +25,7 @@ import anyio
 
 from loadmaster.errors import WorkdirFault
 from loadmaster.names import check_local_name
+from loadmaster.occupants import hold, is_occupied, note_session, who
 from loadmaster.threads import briefly
 
 log = logging.getLogger(__name__)
@@ -71,8 +72,9 @@ class Workdir:
     def make(cls, root: Path, name: str, *, identity: str | None = None) -> Workdir:
         """An empty directory `<root>/<name>` that no other live job has; what a dead one left there is removed.
 
-        The directory of this `identity` is the job's own, and is gone on with as it is. Raises `WorkdirFault`. The lock is a
-        `flock` on the directory itself, so the kernel drops it with the process.
+        The directory of this `identity` is the job's own, and is gone on with as it is, also while its payload runs. Raises
+        `WorkdirFault`. The lock is a `flock` on the directory itself, so the kernel drops it with the process; that of a
+        payload, which may outlive it, is apart (occupants.py).
         """
         path = root / check_local_name(name)
         try:
@@ -84,19 +86,25 @@ class Workdir:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False)):
                 raise BlockingIOError(errno.EAGAIN, "was removed meanwhile")
-            if os.listdir(descriptor) and not _is_ours(descriptor):
+            if not made and os.listdir(descriptor) and not _is_ours(descriptor):
                 raise FileExistsError(errno.EEXIST, "it is not empty, and loadmaster did not make it")
-            with suppress(OSError):
-                os.setxattr(descriptor, MARK, b"")
             own = _identity(descriptor)
             continued = not made and own == identity
             if not continued:
-                _empty(descriptor)
+                if not made:
+                    _check_empty_of_payloads(path, descriptor)
+                with suppress(OSError):
+                    os.setxattr(descriptor, MARK, b"")
+                if not made:
+                    _empty(descriptor)
         except BlockingIOError as exc:
             os.close(descriptor)
             raise WorkdirFault(
                 f"{path}: another running job has this work directory; give this one its own id"
             ) from exc
+        except WorkdirFault:
+            os.close(descriptor)
+            raise
         except OSError as exc:
             os.close(descriptor)
             raise WorkdirFault(f"{path}: cannot empty what is left of an earlier job: {exc.strerror}") from exc
@@ -142,11 +150,14 @@ class Workdir:
         Parents are made; links are not followed. What has the name is removed, not opened: it may be a FIFO, or be open
         elsewhere.
         """
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC | (os.O_APPEND if append else 0)
         with self._parent(name, make=True) as (parent, last):
-            with suppress(FileNotFoundError):
-                os.unlink(last, dir_fd=parent)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(last, flags | os.O_APPEND if append else flags, 0o644, dir_fd=parent)
+            try:
+                return os.open(last, flags, 0o644, dir_fd=parent)
+            except FileExistsError:
+                with suppress(FileNotFoundError):
+                    os.unlink(last, dir_fd=parent)
+                return os.open(last, flags, 0o644, dir_fd=parent)
 
     def reopen_file(self, name: str) -> int:
         """A descriptor of a file that was created, for reading and writing; links are not followed."""
@@ -174,12 +185,10 @@ class Workdir:
         Raises `NotDeliverable` for links out of the directory, FIFOs, sockets, devices and names no file of ours may
         have, and `OSError` as usual.
         """
-        top = os.path.realpath(self.path)
         try:
-            real = os.path.realpath(self.path / check_local_name(name))
-            if not real.startswith(top + "/"):
-                raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
-            inside = check_local_name(real[len(top) + 1 :])
+            inside = check_local_name(name)
+            if "/" in inside or stat.S_ISLNK(_mode(inside, self._fd)):
+                inside = self._behind_links(inside)
         except ValueError as exc:
             raise NotDeliverable(errno.EINVAL, str(exc), name) from exc
         with self._parent(inside) as (parent, last):
@@ -191,6 +200,13 @@ class Workdir:
             os.close(descriptor)
             raise NotDeliverable(errno.EPERM, "was swapped for something that is not a file", name)
         return descriptor
+
+    def _behind_links(self, name: str) -> str:
+        """What a name leads to, by its own name. Raises `NotDeliverable` when that is elsewhere."""
+        top, real = os.path.realpath(self.path), os.path.realpath(self.path / name)
+        if not real.startswith(top + "/"):
+            raise NotDeliverable(errno.EPERM, "is a symbolic link out of the work directory", name)
+        return check_local_name(real[len(top) + 1 :])
 
     def matches(self, pattern: str) -> list[str]:
         """The names a pattern stands for: what is called exactly so, else what matches it as in a shell; sorted.
@@ -208,6 +224,14 @@ class Workdir:
     def descriptor(self) -> int:
         """A descriptor of the directory, the caller's to close."""
         return os.dup(self._fd)
+
+    def hold(self) -> int:
+        """A descriptor for a payload's shim, the caller's to close: the directory is nobody else's while one is open."""
+        return hold(self._fd)
+
+    def note_session(self, leader: int, start_ticks: int) -> None:
+        """A payload without a shim has it now."""
+        note_session(self._fd, leader, start_ticks)
 
     def reopen(self) -> None:
         """Let us in again, should the payload have closed the directory to everybody."""
@@ -374,6 +398,16 @@ def _make_directory(path: Path) -> bool:
     return False
 
 
+def _check_empty_of_payloads(path: Path, descriptor: int) -> None:
+    """Raise `WorkdirFault` while somebody's payload lives in there, whose agent has died."""
+    if is_occupied(descriptor):
+        raise WorkdirFault(
+            f"{path}: the payload of a job {path.name} still runs in this directory ({who(descriptor)}), and its agent has"
+            " died: start an agent with the journal of that one, which goes on with it; or end it; or give this job"
+            " another id, or another root"
+        )
+
+
 def _is_ours(descriptor: int) -> bool:
     if os.fstat(descriptor).st_mode & stat.S_ISVTX:
         return True
@@ -409,10 +443,14 @@ def _empty(top: int) -> None:
 
 def _unlink(name: str, folder: int) -> bool:
     """Remove what is not a directory; False when it is one."""
-    if stat.S_ISDIR(_mode(name, folder)):
-        return False
-    with suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=folder)
+    try:
+        os.unlink(name, dir_fd=folder)  # of a directory no file system of Linux does it
+    except FileNotFoundError:
+        return True
+    except OSError:
+        if stat.S_ISDIR(_mode(name, folder)):
+            return False
+        raise
     return True
 
 

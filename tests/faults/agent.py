@@ -58,12 +58,16 @@ def append(path: Path, line: str) -> None:
 
 
 def site(directory: Path) -> Site:
+    servers = directory / "servers.json"
+    there = json.loads(servers.read_text()) if servers.exists() else {"elements": {}, "words": {}}
     return Site(
         storage_elements={
             "DISK": str(directory / "disk"),
             "BUFFER": str(directory / "buffer"),
             "GONE": "nosuch://gone",
+            **there["elements"],
         },
+        storage=there["words"],
         default_se=["DISK"],
         failover_se=["BUFFER"],
         sandbox_store=str(directory / "sandboxes"),

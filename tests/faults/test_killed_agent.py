@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -22,6 +25,7 @@ from loadmaster.events import PayloadStarted
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.logbook import Logbook
 from loadmaster.recovery import MOST_RERUNS
+from servers import Server, moto, nginx
 
 AGENT = Path(__file__).with_name("agent.py")
 
@@ -48,8 +52,12 @@ def words(number: int, kind: str) -> dict[str, Any]:
         "output_sandbox": ["std.out"],
         "output_data": [{"pattern": f"result.{name}", "target": f"LFN:/vo/{name}"}],
     }
-    if kind == "early":
+    if kind in {"early", "web", "objects"}:
         job["output_data"][0]["leaves"] = "on_close"
+    if kind in {"web", "objects"}:
+        job["output_se"] = [kind.upper()]
+        job["output_data"].append({"pattern": "more.*", "target": "LFN:/vo/*", "leaves": "on_close"})
+        job["arguments"] = ["-c", f"echo more > more.$NAME; sleep 0.1; {RUN}"]
     if kind == "failover":
         job["output_se"] = ["GONE"]
     if kind == "kill":
@@ -61,13 +69,56 @@ WHEN: Final = ("after", "before")
 
 KINDS = ("plain", "early", "failover", "fail", "plain", "kill")
 
+UNLOOKED_AT: Final = (
+    "AWS4-HMAC-SHA256 Credential=AK/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+)
+"""moto wants to see a signature, and does not look at it."""
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Storages that know of an upload before it is whole."""
+
+    web: Server
+    objects: str
+
+    def elements(self, place: str) -> dict[str, str]:
+        return {"WEB": f"{self.web.url.replace('http', 'dav')}/{place}", "OBJECTS": f"s3://bucket/{place}"}
+
+    @property
+    def words(self) -> dict[str, Any]:
+        return {"s3": {"endpoint": self.objects, "access_key": "AK", "secret_key": "SK"}}
+
+    def content(self, kind: str, path: str) -> str:
+        base = self.web.url if kind == "web" else f"{self.objects}/bucket"
+        with urlopen(Request(f"{base}/{path}", headers={"Authorization": UNLOOKED_AT}), timeout=30) as answer:
+            return str(answer.read().decode())
+
+    def uploads(self, place: str) -> list[str]:
+        """What is there and has no name, or not its own."""
+        with urlopen(f"{self.objects}/bucket?uploads", timeout=30) as answer:
+            listing = answer.read().decode()
+        found = [key for key in re.findall("<Upload>.*?<Key>([^<]*)</Key>", listing, re.DOTALL) if place in key]
+        return found + [str(path) for path in (self.web.root / place).rglob(".*")]
+
+
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    with nginx(tmp_path_factory.mktemp("nginx") / "home") as web, moto(tmp_path_factory.mktemp("moto")) as objects:
+        yield Servers(web, objects)
+
 
 class Campaign:
     """A directory in which agents live and die."""
 
-    def __init__(self, directory: Path, jobs: int) -> None:
+    def __init__(self, directory: Path, jobs: int, servers: Servers | None = None) -> None:
         self.directory = directory
-        self.jobs = [words(number, KINDS[number % len(KINDS)]) for number in range(jobs)]
+        self.servers, self.place = servers, os.urandom(8).hex()
+        kinds = KINDS if servers is None else (*KINDS, "web", "objects")
+        self.jobs = [words(number, kinds[number % len(kinds)]) for number in range(jobs)]
+        if servers is not None:
+            there = {"elements": servers.elements(self.place), "words": servers.words}
+            (directory / "servers.json").write_text(json.dumps(there))
         for name in ("root", "disk", "buffer", "sandboxes", "out"):
             (directory / name).mkdir()
         for job in self.jobs:
@@ -128,6 +179,11 @@ class Campaign:
         elif kind in {"plain", "early"}:
             assert (str(last.status), str(last.failure)) == ("Done", "None"), self.log()
             assert here.read_text() == content
+        elif kind in {"web", "objects"}:
+            assert self.servers is not None
+            assert (str(last.status), str(last.failure)) == ("Done", "None"), self.log()
+            assert self.servers.content(kind, f"{self.place}/vo/{name}") == content
+            assert self.servers.content(kind, f"{self.place}/vo/more.{name}") == "more\n"
         elif kind == "failover":
             assert last.status == "Completed"
             assert there.read_text() == content
@@ -150,6 +206,9 @@ class Campaign:
     def check_remains(self) -> None:
         assert list((self.directory / "root").iterdir()) == []
         assert list((self.directory / "journal" / "payloads").iterdir()) == []
+        for name in ("disk", "buffer", "sandboxes", "out"):
+            assert list((self.directory / name).rglob(".*")) == [], self.log()
+        assert self.servers is None or self.servers.uploads(self.place) == [], self.log()
         for _ in range(100):
             if not (left := processes_in(self.directory)):
                 break
@@ -173,8 +232,8 @@ def processes_in(directory: Path) -> list[int]:
     return found
 
 
-def test_an_agent_that_is_left_alone_brings_all_to_their_ends(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path, 6)
+def test_an_agent_that_is_left_alone_brings_all_to_their_ends(tmp_path: Path, servers: Servers) -> None:
+    campaign = Campaign(tmp_path, 8, servers)
     campaign.lives_on()
     assert campaign.lives == 1
     # nothing is lost, and nothing is told twice
@@ -194,9 +253,9 @@ def dead_at_records(campaign: Campaign, generator: random.Random, kills: int, wh
 
 
 @pytest.mark.parametrize("when", WHEN)
-def test_an_agent_dies_at_each_record(tmp_path: Path, when: str) -> None:
+def test_an_agent_dies_at_each_record(tmp_path: Path, when: str, servers: Servers) -> None:
     """Every few records in the short form; the jobs go on where they stood, so all boundaries of a life are met."""
-    campaign = Campaign(tmp_path, 6)
+    campaign = Campaign(tmp_path, 8, servers)
     dead_at_records(campaign, random.Random(when), 8, [when])
     campaign.lives_on()
     campaign.check()
@@ -216,8 +275,8 @@ def killed_at_random(campaign: Campaign, generator: random.Random, kills: int) -
     return kills
 
 
-def test_an_agent_dies_at_any_instant(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path, 12)
+def test_an_agent_dies_at_any_instant(tmp_path: Path, servers: Servers) -> None:
+    campaign = Campaign(tmp_path, 16, servers)
     killed_at_random(campaign, random.Random(int(os.environ.get("SEED", "1"))), 6)
     campaign.lives_on()
     campaign.check()
@@ -308,12 +367,12 @@ def machine_stops(campaign: Campaign) -> None:
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_500_kills(tmp_path: Path) -> None:
+def test_500_kills(tmp_path: Path, servers: Servers) -> None:
     seed = random.randrange(2**32)
     generator, kills, rounds = random.Random(seed), 0, 0
     while kills < 500:
         rounds += 1
-        campaign = Campaign(made(tmp_path / str(rounds)), 24)
+        campaign = Campaign(made(tmp_path / str(rounds)), 24, servers)
         try:
             if rounds % 2:
                 kills += killed_at_random(campaign, generator, 25)

@@ -16,21 +16,21 @@ from typing import Final
 import anyio
 
 from loadmaster import dirac
-from loadmaster.board import open_board, told
 from loadmaster.commands.arguments import Commands, add_scratch, add_slots
 from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
-from loadmaster.commands.files import log_to, open_new, read_coordinator, read_json, usual_outputs
+from loadmaster.commands.files import check_directory, log_to, open_new, read_coordinator, read_json, usual_outputs
 from loadmaster.commands.reporting import Reporting, add_reporter
+from loadmaster.console.board import open_board, told
+from loadmaster.console.orders import told_to_stop
+from loadmaster.console.work import work
 from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import InvalidJob
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
-from loadmaster.orders import told_to_stop
 from loadmaster.site import Site
-from loadmaster.sources import JobFiles, JobLines, Nothing, read_object
-from loadmaster.work import work
+from loadmaster.sources import LINE_BYTES, JobFiles, JobLines, Nothing, read_object
 from loadmaster.workdir import default_root
 
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
@@ -42,6 +42,10 @@ SHOWN: Final = 5
 ENDS: Final = f"""Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
 named, the others were run); 2 jobs failed; 130, 143 and 129 told to stop by SIGINT, SIGTERM or SIGHUP before all were done;
 {BAD_USAGE}"""
+
+
+MOST_REFUSED: Final = 100
+"""So many lines that are no jobs are named, and the rest counted."""
 
 
 def add(commands: Commands, line: str) -> None:
@@ -107,7 +111,8 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     reporting = Reporting(options, ce)
     coordinator = read_coordinator(options)
     site = reporting.site(Site.load(options.config) if options.config else Site())
-    if not site.output_directory and options.output is not None:
+    if options.output is not None:
+        check_directory(options.output, "--output")
         site = site.model_copy(update={"output_directory": f"{file_url(options.output.absolute())}/{{job_id}}"})
     if options.journal is not None:
         site = as_begun(options, site, coordinator)
@@ -118,6 +123,7 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     memory_mb = options.memory // MIB if options.memory else None
     ledger = detect(scratch).ledger(cores=options.cores, memory_mb=memory_mb)
     if options.results:
+        check_directory(options.results, "--results")
         options.results.mkdir(parents=True, exist_ok=True)
     events = open_new(options.events)
     board = open_board(sys.stderr or StringIO(), quiet=options.quiet)
@@ -136,8 +142,12 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
         board.close()
     if shift.skipped:
         board.say(f"loadmaster: {options.source}: no job files (.json, .jdl), and skipped: {_some_of(shift.skipped)}")
-    for problem in shift.refused:
+    for problem in shift.refused[:MOST_REFUSED]:
         board.say(f"loadmaster: {problem}")
+    if (more := len(shift.refused) - MOST_REFUSED) > 0:
+        board.say(f"loadmaster: and {more} more")
+    if shift.refused and _is_one_job(options):
+        board.say(f"loadmaster: {options.source}: is one job over many lines: `loadmaster run` takes it")
     if shift.figures is not None and not options.quiet:
         with suppress(OSError, ValueError):
             print(told(shift.figures), flush=True)
@@ -150,3 +160,14 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
 def _some_of(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def _is_one_job(options: argparse.Namespace) -> bool:
+    """Whether the source is a job's file, and not one of a job a line."""
+    try:
+        source: Path | None = getattr(options, "source", None)
+        return (
+            source is not None and source.is_file() and source.stat().st_size <= LINE_BYTES and bool(read_json(source))
+        )
+    except (InvalidJob, OSError):
+        return False

@@ -15,10 +15,11 @@ from typing import Any, Final
 import anyio
 
 from loadmaster import pending
-from loadmaster.commands.arguments import Commands
+from loadmaster.commands.arguments import Commands, add_journal
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import log_to, write_whole
 from loadmaster.commands.unsent import drop_unsent, facts, name_of, read_unsent, told
+from loadmaster.console.terminal import printable, size, stderr_display
 from loadmaster.description import JobDescription
 from loadmaster.dirac import JobStatus
 from loadmaster.diracx.outbox import Filed, StatusReport
@@ -30,7 +31,6 @@ from loadmaster.operations import Operations, ring
 from loadmaster.pending import Operation
 from loadmaster.site import Site
 from loadmaster.staging.engine import open_transfers
-from loadmaster.terminal import printable, size, stderr_display
 
 WHAT: Final = """List what jobs have left to be done: files that are safe, but not where they were wanted; files that no
 catalog took; reports that no server took (r1, r2, ...). A node with this journal does it by itself, as long as it may
@@ -44,7 +44,7 @@ def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
     parser = commands.add_parser("pending", help=line, description=WHAT, epilog=ENDS)
     parser.set_defaults(command=_pending)
-    parser.add_argument("journal", type=Path, metavar="JOURNAL", help="the journal's directory, or a bundle's")
+    add_journal(parser)
     parser.add_argument("--job", metavar="ID", help="only what this job has left")
     parser.add_argument("--json", action="store_true", help="as a list in JSON")
     parser.add_argument(
@@ -67,8 +67,6 @@ def add(commands: Commands, line: str) -> None:
 
 def _pending(options: argparse.Namespace) -> int:
     directory = options.journal
-    if (directory / "journal").is_dir():  # a bundle
-        directory = directory / "journal"
     site = Site.load(options.config) if options.config else Site()
     with Logbook.look(directory) as book:
         operations = [each for each in book.ask(_every) if options.job in {None, each.job_id}]
@@ -110,18 +108,19 @@ def _every(database: sqlite3.Connection) -> list[Operation]:
 
 
 def _facts(operation: Operation) -> dict[str, Any]:
-    file, request = operation.request.file, operation.request
+    file, request = operation.file, operation.request
+    kind = "remove" if file is None else "move" if operation.is_move else "register"
     return {
         "operation": operation.number,
         "job_id": operation.job_id,
         "attempt": operation.attempt,
-        "kind": "move" if operation.is_move else "register",
-        "file": file.name,
-        "lfn": file.lfn,
-        "at": file.url,
+        "kind": kind,
+        "file": file and file.name,
+        "lfn": file and file.lfn,
+        "at": file.url if file is not None else getattr(request, "url", None),
         "wanted": getattr(request, "wanted", None),
-        "size_bytes": file.size_bytes,
-        "checksum": file.checksum,
+        "size_bytes": file and file.size_bytes,
+        "checksum": file and file.checksum,
         "since": request.time.isoformat(),
         "tries": operation.tries,
         "next_try": None if operation.due is None else operation.due.isoformat(),
@@ -137,9 +136,8 @@ def _print(operations: Sequence[Operation], reports: Sequence[Filed] = ()) -> No
             when = "stuck"
         else:
             when = "now" if each.due <= datetime.now(UTC) else f"{each.due:%Y-%m-%d %H:%M:%S} UTC"
-        rows.append(
-            (str(each.number), each.job_id, size(each.request.file.size_bytes), str(each.tries), when, each.what)
-        )
+        bytes_ = "" if each.file is None else size(each.file.size_bytes)
+        rows.append((str(each.number), each.job_id, bytes_, str(each.tries), when, each.what))
     rows += [(name_of(each), str(each.report.job), "", "", "", told(each.report)) for each in reports]
     widths = [max(len(printable(row[column])) for row in rows) for column in range(5)]
     with suppress(BrokenPipeError):
@@ -240,9 +238,9 @@ def _export(
     display = stderr_display(quiet=True)
     left_out = False
     for each in operations:
-        file = each.request.file
+        file = each.file
         key = each.job_id, each.attempt
-        if file.lfn is None or key not in jobs:
+        if file is None or file.lfn is None or key not in jobs:
             display.say(
                 f"loadmaster: {each.number}: {each.what}: has no logical name: DIRAC cannot do it, and it is left out"
             )

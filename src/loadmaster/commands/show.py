@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
-from pathlib import Path
+from itertools import pairwise
 
-from loadmaster.commands.arguments import Commands, number
+from loadmaster.commands.arguments import Commands, add_journal, number
 from loadmaster.commands.codes import LOOKED, NOT_PREPARED, OK
+from loadmaster.console.terminal import printable, size, stderr_display
 from loadmaster.events import (
     CompanionFailed,
     ComputingEnded,
@@ -32,18 +34,17 @@ from loadmaster.events import (
     SoftStopOrdered,
     StageInStarted,
 )
-from loadmaster.logbook import History, Logbook
+from loadmaster.logbook import Agent, History, Logbook
 from loadmaster.names import shown
 from loadmaster.reporter import written
 from loadmaster.result import StoredFile
-from loadmaster.terminal import printable, size, stderr_display
 
 
 def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
     show = commands.add_parser("show", help=line, epilog=LOOKED)
     show.set_defaults(command=_show)
-    show.add_argument("journal", type=Path, metavar="JOURNAL", help="the directory of the journal")
+    add_journal(show)
     show.add_argument("job", metavar="JOB", help="the job's id")
     show.add_argument("--attempt", type=number(1, 1_000_000), metavar="N", help="that attempt only")
     show.add_argument("--json", action="store_true", help="its events, a line of JSON each, for programs")
@@ -51,7 +52,7 @@ def add(commands: Commands, line: str) -> None:
 
 def _show(options: argparse.Namespace) -> int:
     with Logbook.look(options.journal) as book:
-        histories = list(_attempts(book, options.job, options.attempt))
+        histories, agents = list(_attempts(book, options.job, options.attempt)), book.agents()
     if not histories:
         stderr_display(quiet=True).say(f"loadmaster: {options.journal}: there is no such job: {options.job}")
         return NOT_PREPARED
@@ -60,7 +61,7 @@ def _show(options: argparse.Namespace) -> int:
             if options.json:
                 print("".join(map(written, history.events)), end="", flush=True)
             else:
-                _print(history)
+                _print(history, agents)
     return OK
 
 
@@ -71,13 +72,34 @@ def _attempts(book: Logbook, job_id: str, wanted: int | None) -> Iterator[Histor
             yield history
 
 
-def _print(history: History) -> None:
+def _print(history: History, agents: Sequence[Agent]) -> None:
     print(printable(f"job {history.job_id}, attempt {history.attempt}: {history.status or 'open'}"))
     began: datetime | None = None
+    for time, what, said in _lines(history, agents):
+        began = began or time
+        seconds = (time - began).total_seconds()
+        print(printable(f"  {time:%Y-%m-%d %H:%M:%S} {seconds:10.2f} s  {what:18} {said}".rstrip()))
+
+
+def _lines(history: History, agents: Sequence[Agent]) -> Iterator[tuple[datetime, str, str]]:
+    """Its events; and between them the agents that came meanwhile, each with what had become of the one before."""
+    came = deque(pairwise(agents))
+    last: datetime | None = None
     for event in history.events:
-        began = began or event.time
-        seconds = (event.time - began).total_seconds()
-        print(printable(f"  {event.time:%Y-%m-%d %H:%M:%S} {seconds:10.2f} s  {event.kind:18} {_said(event)}".rstrip()))
+        while came and came[0][1].began <= event.time:
+            replaced, agent = came.popleft()
+            if last is not None:
+                yield agent.began, "(a new agent)", _told(agent, replaced)
+        last = event.time
+        yield event.time, event.kind, _said(event)
+    if history.status is None:
+        for replaced, agent in came:
+            yield agent.began, "(a new agent)", _told(agent, replaced)
+
+
+def _told(agent: Agent, replaced: Agent) -> str:
+    left = "had died" if replaced.closed is None else f"had left at {replaced.closed:%H:%M:%S}"
+    return f"process {agent.pid} on {agent.host}; process {replaced.pid} on {replaced.host} {left}"
 
 
 def _said(event: Event) -> str:

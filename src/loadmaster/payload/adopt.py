@@ -117,32 +117,37 @@ async def end_left(known: PayloadStarted) -> bool:
     return gone
 
 
-async def end_held(state: Path) -> bool:
+async def end_held(state: Path) -> NotStarted | Lost:
     """End the payload that a state directory holds, and nobody knows of any more: its journal has lost it.
 
-    False when something is still there 30 s after it was killed, or another agent has it. Shielded, and bounded.
+    Raises `PayloadHeld` when another agent has it. Shielded, and bounded.
     """
-    gone = False
-    with anyio.CancelScope(shield=True), suppress(PayloadHeld):
+    found: NotStarted | Lost = NotStarted("no state directory was made for it")
+    with anyio.CancelScope(shield=True), suppress(FileNotFoundError):
         try:
             directory = await _take(state)
-        except (FileNotFoundError, NotOurs):
-            return True
+        except NotOurs as exc:
+            return Lost(str(exc))
         try:
-            gone = await _end_found(await _find(directory, None, ""), directory)
+            found = await _end_found(await _find(directory, None, ""), directory)
         finally:
             directory.close()
-    return gone
+    return found
 
 
-async def _end_found(found: Found, directory: StateDirectory) -> bool:
+async def _end_found(found: Found, directory: StateDirectory) -> NotStarted | Lost:
     if isinstance(found, AdoptedTree):
-        found.hold(await to_thread.run_sync(_group_of, directory, NO_LIMITS))
+        found.hold(group := await to_thread.run_sync(_group_of, directory, NO_LIMITS))
         try:
-            return await found.end(0)
+            ended = await found.end(0)
         finally:
             found.leave()
-    return not (isinstance(found, ToEnd) and (await _lost(found, directory)).left_behind)
+            if group is not None and not await to_thread.run_sync(group.remove):
+                group.close()
+        return Lost("it ran, and was ended", left_behind=not ended, sure=ended)
+    if isinstance(found, EndedTree):
+        return Lost("it had ended", sure=True)
+    return await _lost(found, directory) if isinstance(found, ToEnd) else found
 
 
 async def _take(state: Path) -> StateDirectory:

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import shutil
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -160,9 +161,13 @@ def _plain_words(command: str) -> list[str] | None:
 def _check(program: str, path: str, cwd: Path) -> str:
     """The file of a program. Raises `PayloadNotStarted` if there is none, or it cannot be executed."""
     found = str(cwd / program) if "/" in program else shutil.which(program, path=path)
-    if found is None or not os.path.exists(found):
+    try:
+        mode = os.stat(found).st_mode if found is not None else 0
+    except OSError:
+        mode = 0
+    if found is None or not mode:
         raise PayloadNotStarted(f"executable {program!r}: no such file")
-    if os.path.isdir(found) or not os.access(found, os.X_OK):
+    if stat.S_ISDIR(mode) or not os.access(found, os.X_OK):
         raise PayloadNotStarted(f"executable {program!r}: may not be executed")
     return found
 

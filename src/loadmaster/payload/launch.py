@@ -86,6 +86,10 @@ class Launch:
     hidden: tuple[int, ...] = ()
     """Directories of ours that a payload with mounts of its own finds empty, as it does `state`."""
 
+    lock: int = -1
+    """What says, as long as it is open, that somebody lives in the work directory. A shim inherits it, the payload does
+    not."""
+
     @property
     def joined(self) -> tuple[int, ...]:
         """All control groups to join."""

@@ -270,7 +270,7 @@ class Channels:
         settings = launch.settings(mode)
         own = (self._report_of_shim.fileno(), self._environment)
         hidden = launch.hidden if mode is Containment.PID_NAMESPACE else ()
-        self.passed = (*own, *launch.joined, *hidden, *((launch.state,) if launch.state >= 0 else ()))
+        self.passed = (*own, *launch.joined, *hidden, *(each for each in (launch.state, launch.lock) if each >= 0))
         self.words = [*map(str, (launch.state, *own, int(launch.grace_seconds * 1000), mode.value, settings))]
 
     def __enter__(self) -> Channels:

@@ -101,9 +101,12 @@ class StateDirectory:
 
     @classmethod
     def make(cls, path: Path, launch: LaunchRecord) -> Self:
-        """Make one that is not there yet. Raises OSError."""
+        """Make one. Raises `PayloadHeld` when it is there: a payload may have been started with it. And OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=OURS)
+        try:
+            path.mkdir(mode=OURS)
+        except FileExistsError as exc:
+            raise PayloadHeld(f"{path}: is there already, and the payload it is about may run") from exc
         made = cls(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
         try:
             made._take()

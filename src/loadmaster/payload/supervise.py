@@ -411,6 +411,7 @@ class _Seen:
 class _Begun:
     """A payload that may run already."""
 
+    workdir: Workdir
     launch: Launch
     tree: Tree
     others: Sequence[Containment]
@@ -456,19 +457,21 @@ async def start(
             if state is not None:
                 directory = _state_of(state, world, group)
                 opened.extend(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in hidden)
+            concealed = tuple(opened)
+            opened.append(lock := workdir.hold())
             launch = Launch(
                 argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
                 nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation,
                 image=world.image, group=group, state=directory.descriptor if directory else -1,
-                orphan_seconds=world.orphan_seconds, hidden=tuple(opened),
+                orphan_seconds=world.orphan_seconds, hidden=concealed, lock=lock,
             )  # fmt: skip
             tree, others = spawn(launch, world.containment)
         except BaseException:
             _discard(output, group, directory)
             raise
-        if directory is not None and tree.containment is Containment.SESSION:
-            _note_session(directory, tree)
-        return _Begun(launch, tree, others, output, group, directory)
+        if tree.containment is Containment.SESSION:
+            _note_session(workdir, directory, tree)
+        return _Begun(workdir, launch, tree, others, output, group, directory)
 
     try:
         begun = await briefly(prepare)
@@ -506,8 +509,11 @@ def _state_of(path: Path, world: World, group: Group | None) -> StateDirectory:
     return StateDirectory.make(path, record)
 
 
-def _note_session(directory: StateDirectory, tree: Tree) -> None:
-    """Who the next agent has to end: there is no shim that would say it."""
+def _note_session(workdir: Workdir, directory: StateDirectory | None, tree: Tree) -> None:
+    """Who the next agent has to end, and who lives in the work directory: there is no shim that would say it."""
+    workdir.note_session(tree.pid, tree.start_ticks)
+    if directory is None:
+        return
     facts = {"shim_pid": 0, "shim_start": 0, "payload_pid": tree.pid, "payload_start": tree.start_ticks}
     try:
         directory.note({**facts, "containment": tree.containment})
@@ -535,9 +541,9 @@ async def _settled(begun: _Begun) -> Tree:
         raise
     if begun.group is not None:
         begun.group.close_descriptors()
-    if begun.directory is not None and tree is not begun.tree and tree.containment is Containment.SESSION:
+    if tree is not begun.tree and tree.containment is Containment.SESSION:
         with anyio.CancelScope(shield=True):  # a payload that runs is one, also for somebody who is cancelled just then
-            await briefly(partial(_note_session, begun.directory, tree))
+            await briefly(partial(_note_session, begun.workdir, begun.directory, tree))
     return tree
 
 

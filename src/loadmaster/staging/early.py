@@ -16,7 +16,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Final, Self
+from typing import Final, Protocol, Self
 
 import anyio
 from anyio import to_thread
@@ -26,6 +26,7 @@ from loadmaster.errors import StorageError
 from loadmaster.staging.engine import Listener, Transfers
 from loadmaster.staging.errand import Errand, Outcome
 from loadmaster.staging.files import Outgoing
+from loadmaster.staging.partnames import PartNames
 from loadmaster.staging.plan import Delivery
 from loadmaster.staging.watch import Content, Finished, FinishedOutputs, Likeness, likeness
 from loadmaster.storage.base import Direction, Held, Step
@@ -37,6 +38,27 @@ log = logging.getLogger(__name__)
 
 ABANDON_SECONDS: Final = 15.0
 """How long storages may take to remove what was held, all of it together, also when we are leaving."""
+
+
+class Before(Protocol):
+    """Whoever sees to it that an agent which comes after this one finds what is held."""
+
+    @property
+    def parts(self) -> PartNames:
+        """What it is called there."""
+        ...
+
+    async def begin(self) -> None:
+        """Called before anything is sent."""
+        ...
+
+    async def sending(self, names: Sequence[str]) -> None:
+        """Called before these outputs are sent."""
+        ...
+
+    async def left(self, places: Iterable[str]) -> None:
+        """Called with where something could not be removed."""
+        ...
 
 
 class FinishedOutput(Outgoing):
@@ -67,6 +89,7 @@ class EarlyOutputs:
         plan: Callable[[str], Delivery | None],
         listener: Listener,
         group: TaskGroup,
+        before: Before | None = None,
     ) -> None:
         self._transfers = transfers
         self._workdir = workdir
@@ -74,6 +97,7 @@ class EarlyOutputs:
         self._plan = plan
         self._listener = listener
         self._group = group
+        self._before = before
         self._latest: dict[str, Errand] = {}
         self._contents: dict[Errand, Content] = {}
         """Of all that was begun and may hold something."""
@@ -100,7 +124,10 @@ class EarlyOutputs:
         try:
             with FinishedOutputs(self._workdir, self._patterns) as outputs:
                 while True:
-                    for finished in await outputs.next():
+                    some = await outputs.next()
+                    if self._before is not None:
+                        await self._before.sending([finished.name for finished in some])
+                    for finished in some:
                         await self._take(finished)
         except OSError as exc:
             log.warning("%s: outputs leave after the payload, for they cannot be watched: %s", self._workdir.path, exc)
@@ -117,6 +144,7 @@ class EarlyOutputs:
         errand = Errand(
             finished.name, Direction.UPLOAD, delivery.targets[:1], FinishedOutput(self._workdir, finished),
             size_bytes=finished.content.size_bytes, lfn=delivery.lfn, step=Step.HOLD, held=Held(),
+            parts=None if self._before is None else self._before.parts,
         )  # fmt: skip
         self._latest[finished.name] = errand
         self._contents[errand] = finished.content
@@ -125,6 +153,8 @@ class EarlyOutputs:
     async def _send_all(self) -> None:
         try:
             with self._scope:
+                if self._before is not None:
+                    await self._before.begin()
                 await self._transfers.hold(self, self._arrived, self._listener, self._enough)
         finally:
             self._ended.set()
@@ -215,8 +245,11 @@ class EarlyOutputs:
             await self._ended.wait()
             if left := self._held():
                 await self._transfers.abandon([_ending(errand, Step.ABANDON) for errand in left])
-        for errand in self._held():
-            log.warning("%s: what was sent of it to %s is left there", errand.name, errand.places[0].url)
+        if left := self._held():
+            for errand in left:
+                log.warning("%s: what was sent of it to %s is left there", errand.name, errand.places[0].url)
+            if self._before is not None:
+                await self._before.left({errand.places[0].url for errand in left})
         self._contents.clear()
         self._latest.clear()
 
@@ -231,12 +264,13 @@ async def open_early(
     patterns: Sequence[str],
     plan: Callable[[str], Delivery | None],
     listener: Listener,
+    before: Before | None = None,
 ) -> AsyncIterator[EarlyOutputs]:
     """What leaves early of one job: what matches the patterns, to where `plan` says. At the end, however one leaves, what
     has not been published is abandoned."""
     with single_error():
         async with anyio.create_task_group() as group:
-            early = EarlyOutputs(transfers, workdir, patterns, plan, listener, group)
+            early = EarlyOutputs(transfers, workdir, patterns, plan, listener, group, before)
             try:
                 yield early
             finally:

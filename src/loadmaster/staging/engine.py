@@ -5,20 +5,21 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol, Self
 
 import anyio
 from anyio import to_thread
 
-from loadmaster.errors import AlreadyExists, InvalidSite, StagingFailed, StorageError
+from loadmaster.errors import AlreadyExists, InvalidSite, NotFound, StagingFailed, StorageError, StorageUnavailable
 from loadmaster.names import local_file, local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
 from loadmaster.staging.errand import Errand, Outcome, told
 from loadmaster.staging.files import Elsewhere, Incoming, Outgoing, OutgoingPath
 from loadmaster.staging.lanes import Lanes
+from loadmaster.staging.partnames import PartNames
 from loadmaster.staging.parts import PartOfPath
 from loadmaster.staging.party import Party
 from loadmaster.staging.plan import Delivery, Fetch
@@ -29,6 +30,7 @@ from loadmaster.storage.base import (
     Ability,
     Catalog,
     CatalogEntry,
+    Clears,
     Direction,
     FileInfo,
     LocalFile,
@@ -47,6 +49,10 @@ if TYPE_CHECKING:
     from loadmaster.staging.cache import Cache
 
 NOT_MADE: Final = "the payload did not make it"
+
+
+CLEAR_SECONDS: Final = 30.0
+"""How long a storage may take to remove what is left of an upload, before it is left to be done later."""
 
 
 class Listener(Protocol):
@@ -286,13 +292,18 @@ class Transfers:
             raise StagingFailed("cannot bring in", problems)
 
     async def deliver(
-        self, deliveries: Sequence[Delivery], workdir: Workdir, listener: Listener, early: Early | None = None
+        self,
+        deliveries: Sequence[Delivery],
+        workdir: Workdir,
+        listener: Listener,
+        early: Early | None = None,
+        parts: PartNames | None = None,
     ) -> None:
         """Take files out of a work directory, many at once, and register those that have a logical name.
 
         The biggest are begun first. One that is not there is told to the listener and is no failure (as in DIRAC). All
         are tried; then `StagingFailed` names those that no storage took, or that may not leave. What `early` has at the
-        storage already is only published.
+        storage already is only published. `parts`: what they are called there until they are whole.
         """
         if not deliveries:
             return
@@ -303,7 +314,7 @@ class Transfers:
         errands = [
             Errand(
                 delivery.name, Direction.UPLOAD, delivery.targets, Outgoing(workdir, delivery.file or delivery.name),
-                delivery.failover, size_bytes=size, lfn=delivery.lfn,
+                delivery.failover, size_bytes=size, lfn=delivery.lfn, parts=parts,
             )
             for delivery, size in zip(deliveries, sizes, strict=True)
         ]  # fmt: skip
@@ -406,6 +417,32 @@ class Transfers:
             pass
 
         await self._run(iter(errands), gone)
+
+    async def clear(self, places: Iterable[str], parts: PartNames) -> dict[str, StorageError]:
+        """Remove what uploads to these URLs have left that were broken off; where that was not possible, and why.
+
+        In bounded time.
+        """
+        left: dict[str, StorageError] = {}
+
+        async def one(url: str) -> None:
+            left[url] = StorageUnavailable(url, f"no answer for {CLEAR_SECONDS:.0f} s")
+            with anyio.move_on_after(CLEAR_SECONDS):
+                try:
+                    await self.clear_one(url, parts.all(url))
+                    del left[url]
+                except StorageError as exc:
+                    left[url] = exc
+
+        await for_each(list(dict.fromkeys(places)), one, self.site.most_streams)
+        return left
+
+    async def clear_one(self, url: str, parts: Sequence[str]) -> None:
+        """As `clear`, for one URL and by these names. Raises `StorageError`."""
+        storage = await self._storage(url)
+        if isinstance(storage, Clears):
+            with suppress(NotFound):  # not even a place where it could be
+                await storage.clear(url, parts)
 
     # -- the same for both --------------------------------------------------------------------------------------------
 

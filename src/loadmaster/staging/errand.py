@@ -8,6 +8,7 @@ from typing import Final, Protocol, TypeAlias
 
 from loadmaster.errors import StorageError
 from loadmaster.staging.lanes import Road
+from loadmaster.staging.partnames import PartNames
 from loadmaster.staging.retry import Course
 from loadmaster.storage.base import Direction, FileInfo, Held, LocalFile, Replica, Step, Transfer
 from loadmaster.storage.checksums import Checksum
@@ -60,6 +61,8 @@ class Errand:
     """What a storage holds of it, for all steps but `ALL`."""
     key: object = None
     """Whatever the one who wants it knows it by."""
+    parts: PartNames | None = None
+    """What it is called until it is whole, if somebody is to know that."""
 
     place: int = 0
     """Which of the places it is tried at, counting those for failover after the others."""

@@ -24,12 +24,10 @@ from loadmaster.staging.files import verify
 from loadmaster.storage.base import FileInfo
 from loadmaster.storage.checksums import Checksum, Running, running
 from loadmaster.storage.local import BLOCK_BYTES
+from loadmaster.storage.unnamed import NO_UNNAMED
 
 WORTH_BYTES: Final = 1024 * 1024
 """Less is not worth being kept, and read again."""
-
-_NO_UNNAMED: Final = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
-"""What a file system, or a kernel, says that has no files without a name."""
 
 
 class PartOfPath:
@@ -139,7 +137,7 @@ class PartOfPath:
                 os.makedirs(folder, exist_ok=True)
                 return os.open(folder, flags, 0o666)
         except OSError as exc:
-            if exc.errno not in _NO_UNNAMED:
+            if exc.errno not in NO_UNNAMED:
                 raise
             self._named = True
             return -1
@@ -199,7 +197,7 @@ class PartOfPath:
                 os.unlink(beside)
                 raise
         except OSError as exc:
-            if exc.errno not in {errno.EPERM, errno.EXDEV, *_NO_UNNAMED}:
+            if exc.errno not in {errno.EPERM, errno.EXDEV, *NO_UNNAMED}:
                 raise
             self._named = True  # when it is tried again
             raise StorageUnavailable(self._path, f"cannot be linked here: {exc.strerror}") from exc

@@ -19,7 +19,7 @@ from itertools import count
 from typing import Final
 
 import anyio
-from anyio import to_thread
+from anyio import lowlevel, to_thread
 from anyio.abc import TaskGroup
 
 from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
@@ -34,6 +34,9 @@ from loadmaster.tasks import single_error
 LOOK_AHEAD: Final = 4096
 """Files that are queued at once: enough to find the biggest, and to fill all lanes."""
 
+TURN_FILES: Final = 128
+"""So many are queued, or told of, without another task's turn: some milliseconds."""
+
 UNTOLD: Final = 2048
 """Files that have arrived and are still to be told of; while there are more, nothing is begun."""
 
@@ -47,6 +50,9 @@ GIVE_UP_SECONDS: Final = 10.0
 FEW_FILES: Final = 16
 FEW_BYTES: Final = 1024**2
 """So many files, that are no larger together, are one batch and told of when all have arrived; as is a single one."""
+
+LEAST_FILES: Final = 64
+"""So many small ones go together even where there are lanes for each: what a batch costs is then shared by some."""
 
 RESUME_BYTES: Final = 1024**2
 """Less than this is not worth being continued."""
@@ -93,6 +99,8 @@ class Party:
         self._batches: dict[int, anyio.CancelScope] = {}
         self._changed = anyio.Event()
         self._group: TaskGroup | None = None
+        self._crowding = {"file"}
+        """Schemes of storages that move small files in one thread, whatever lanes they have."""
         self._in_one_go = False
         self._granted: tuple[int, Road, list[Errand]] | None = None
         self._deadline_seconds: float | None = None
@@ -125,7 +133,7 @@ class Party:
 
     async def _move_few(self, deadline: float) -> bool:
         """What makes one batch, and has its lane at once, needs no tasks. Whether that was all there is to be done."""
-        self._refill()
+        await self._refill()
         if not self.has_all or self._enough is not None or not await self._are_few():
             return False
         self._in_one_go = True
@@ -169,7 +177,7 @@ class Party:
         while True:
             if not self._late and anyio.current_time() >= deadline:
                 self._expire()
-            self._refill()
+            await self._refill()
             self._lanes.assign()
             self._tell()
             if self._is_over():
@@ -190,8 +198,8 @@ class Party:
 
     # -- what is to be moved ------------------------------------------------------------------------------------------
 
-    def _refill(self) -> None:
-        """Queue what is due, and some more of the source."""
+    async def _refill(self) -> None:
+        """Queue what is due, and some more of the source. Now and then others have their turn."""
         now = anyio.current_time()
         while self._due and self._due[0][0] <= now:
             self._queue(heappop(self._due)[2])
@@ -199,19 +207,27 @@ class Party:
             self._room.set()
         if self._source is None or self._queued > LOOK_AHEAD // 2:
             return
-        for errand in self._source:
+        for begun, errand in enumerate(self._source, 1):
             self._begin(errand)
             if self._queued >= LOOK_AHEAD or len(self._ended) > UNTOLD:
                 return
+            if begun % TURN_FILES == 0:
+                await lowlevel.checkpoint()
+                if self._stopped:
+                    return
         self._source = None
 
     async def _feed(self, source: AsyncIterable[Errand]) -> None:
         """Queue what comes, no more of it than there is room for."""
+        begun = 0
         async for errand in source:
             if self._stopped:
                 break
             self._begin(errand)
             self._changed.set()
+            begun += 1
+            if begun % TURN_FILES == 0:
+                await lowlevel.checkpoint()
             if self._queued >= LOOK_AHEAD or len(self._ended) > UNTOLD:
                 self._room = anyio.Event()
                 await self._room.wait()
@@ -248,15 +264,16 @@ class Party:
     def take(self, road: Road) -> None:
         """Have a batch moved by this road: some small files, or a large one."""
         queue = self._queues[road]
-        if self._lanes.limit(road.element) is not None:
-            most = 1
-        elif self._in_one_go:
-            most = len(queue)
-        else:
-            most = max(1, min(BATCH_FILES, -(-len(queue) // self._lanes.width(road))))  # a fair share
+        alone = self._lanes.limit(road.element) is not None
+        share = 1 if alone else min(BATCH_FILES, -(-len(queue) // self._lanes.width(road)))
+        least = 1 if alone else len(queue) if self._in_one_go else LEAST_FILES if road.scheme in self._crowding else 1
         batch: list[Errand] = []
         size = 0
-        while queue and len(batch) < most and (not batch or size + queue[0][2].weight <= BATCH_BYTES):
+        while queue:
+            heavier = size + queue[0][2].weight
+            fits = (len(batch) < share and heavier <= BATCH_BYTES) or (len(batch) < least and heavier <= FEW_BYTES)
+            if batch and not fits:
+                break
             errand = heappop(queue)[2]
             size += errand.weight
             batch.append(errand)
@@ -287,6 +304,11 @@ class Party:
                     for errand in batch:
                         self._failed(errand, exc)
                     return
+                if Ability.SIDE_BY_SIDE in storage.abilities:
+                    self._crowding.add(road.scheme)
+                for errand in batch:
+                    if errand.parts is not None:
+                        await errand.parts.make_room(errand.replica.url)
                 transfers = [self._transfer(errand, storage, number) for errand in batch]
                 count = self._parts(transfers, storage)
                 if count > 1:
@@ -336,6 +358,8 @@ class Party:
             errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand
         )
         transfer.step, transfer.held = errand.step, errand.held
+        if errand.parts is not None and errand.step.sends:
+            transfer.part = errand.parts.next(url)
         if errand.source:
             transfer.source, transfer.checksum = errand.source, errand.checksum
         if errand.rest is not None:
@@ -415,8 +439,12 @@ class Party:
 
     async def _teller(self) -> None:
         try:
+            told = 0
             while self._ended:
                 await self._tell_one(*self._ended.popleft())
+                told += 1
+                if told % TURN_FILES == 0:
+                    await lowlevel.checkpoint()
         finally:
             self._telling -= 1
             self._changed.set()

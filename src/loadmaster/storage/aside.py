@@ -22,7 +22,7 @@ from anyio import to_thread
 from anyio.abc import TaskGroup
 
 from loadmaster.errors import StorageError, StorageUnavailable
-from loadmaster.storage.base import Ability, Direction, FileInfo, Transfer
+from loadmaster.storage.base import Ability, Clears, Direction, FileInfo, Transfer
 from loadmaster.storage.local import WORK_DIRECTORY, translated
 from loadmaster.storage.single import SingleStorage, copy_by
 from loadmaster.tasks import for_each
@@ -137,6 +137,11 @@ class Aside:
     async def remove(self, url: str) -> None:
         """As the other does."""
         await self._ask(partial(self.single.remove, url))
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """As the other does, if there is anything for it to do."""
+        if isinstance(self.single, Clears):
+            await self._ask(partial(self.single.clear, url, parts))
 
     async def close(self) -> None:
         """Cancel what is under way and end the thread."""

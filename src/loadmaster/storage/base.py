@@ -162,6 +162,9 @@ class Transfer:
     """How many bytes have passed, of this part; may be read from any thread, at any time."""
     result: FileInfo | StorageError | None = None
     """The count of the bytes that passed (`done_bytes`) and the checksum, once they are safe; or why they are not."""
+    part: str = ""
+    """What an upload is called beside its name for as long as it is not whole, where the storage calls it something: one
+    that an agent which comes after this one can tell, and remove. Empty: as the storage likes."""
     step: Step = Step.ALL
     held: Held | None = None
     """For all steps but `ALL`. The storage fills it as the last thing it does, so that no cancellation comes between."""
@@ -262,6 +265,16 @@ class Storage(Protocol):
 
     async def remove(self, url: str) -> None:
         """Remove the file. Raises `NotFound` when there is none."""
+        ...
+
+
+@runtime_checkable
+class Clears(Protocol):
+    """A storage with which an upload that was broken off, by whoever was killed, may leave something."""
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Remove what uploads to this URL have left: what has one of these names beside it (`Transfer.part`), and what of
+        it has no name. What is not there is no fault. Raises `StorageError`."""
         ...
 
 

@@ -54,7 +54,7 @@ class Crew:
         self, way: Direction, transfers: Sequence[Transfer], script: Callable[[Transfer], Script], ended: Ended
     ) -> None:
         """As `CurlThread.run`, each in the thread that is for its like."""
-        large = [transfer for transfer in transfers if _is_large(transfer)]
+        large = [transfer for transfer in transfers if is_large(transfer)]
         if not large:
             await self._run_small(way, transfers, script, ended)
             return
@@ -62,7 +62,7 @@ class Crew:
             async with anyio.create_task_group() as group:
                 for transfer in large:
                     group.start_soon(self._run_large, way, transfer, script, ended)
-                if small := [transfer for transfer in transfers if not _is_large(transfer)]:
+                if small := [transfer for transfer in transfers if not is_large(transfer)]:
                     group.start_soon(self._run_small, way, small, script, ended)
 
     async def ask(self, question: I, script: Callable[[I], Script]) -> None:
@@ -105,7 +105,8 @@ class Crew:
         self._small.set_width(way.value, max(1, left))
 
 
-def _is_large(transfer: Transfer) -> bool:
+def is_large(transfer: Transfer) -> bool:
+    """Whether so much is expected of it that it has a thread for large ones."""
     if not transfer.step.sends or transfer.direction is Direction.COPY:
         return False
     size = transfer.size_bytes

@@ -242,6 +242,9 @@ class _Loop:
         self._waiting: dict[str, deque[_Call[Item]]] = {lane: deque() for lane in owner._lanes}
         self._under_way: dict[str, set[Work]] = {lane: set() for lane in owner._lanes}
         self._untold: set[_Call[Item]] = set()
+        self._large: set[Carrier[Work]] = set()
+        """Those whose answer may be read directly once it begins."""
+        self._direct: dict[int, Carrier[Work]] = {}
 
     def run(self) -> None:
         """Until the owner closes."""
@@ -270,11 +273,28 @@ class _Loop:
         for descriptor, event in self._epoll.poll(-1 if due == inf else max(0.0, due - now)):
             if descriptor == self._owner._wake:
                 os.eventfd_read(descriptor)
+            elif descriptor in self._direct:
+                self._read(self._direct[descriptor])
             else:
                 ready = pycurl.CSELECT_OUT if event & select.EPOLLOUT else 0
                 if event & ~select.EPOLLOUT:
                     ready |= pycurl.CSELECT_IN
                 self._multi.socket_action(descriptor, ready)
+        for carrier in [carrier for carrier in self._large if carrier.accepted]:
+            self._large.remove(carrier)
+            if (direct := carrier.go_direct()) is not None:
+                self._direct[direct.descriptor] = carrier
+                self._epoll.register(direct.descriptor, select.EPOLLIN)
+
+    def _read(self, carrier: Carrier[Work]) -> None:
+        """Take some of a body that libcurl has left to us."""
+        assert carrier.direct is not None  # noqa: S101 - it is registered
+        try:
+            if not carrier.direct.read():
+                return
+        except (OSError, StorageError) as exc:
+            carrier.failure = exc
+        self._ended(carrier, 0, "")
 
     def _go_on(self) -> None:
         """Step the scripts whose requests have ended, start others in their places, let libcurl do what is due.
@@ -372,13 +392,25 @@ class _Loop:
         carrier.load(request)
         self._multi.add_handle(carrier.curl)
         carrier.work, work.carrier = work, carrier
+        if request.large:
+            self._large.add(carrier)
 
     def _unload(self, carrier: Carrier[Work]) -> None:
         if carrier.work is not None:
             carrier.work.carrier = None
+        if carrier.request.large:
+            self._large.discard(carrier)
+            self._end_direct(carrier)
         self._multi.remove_handle(carrier.curl)
         carrier.unload()
         self._free[carrier.key].append(carrier)
+
+    def _end_direct(self, carrier: Carrier[Work]) -> None:
+        direct, carrier.direct = carrier.direct, None
+        if direct is not None:
+            del self._direct[direct.descriptor]
+            self._epoll.unregister(direct.descriptor)
+            direct.close()
 
     def _new_carrier(self, key: Kind) -> Carrier[Work]:
         carrier: Carrier[Work] = Carrier(key, self._settings)
@@ -509,6 +541,7 @@ class _Loop:
                     child.steps.close()
                 work.steps.close()
         for carrier in self._carriers.values():
+            self._end_direct(carrier)
             if carrier.work is not None:
                 self._multi.remove_handle(carrier.curl)
         self._multi.close()

@@ -80,7 +80,8 @@ class HttpStorage(CurlStorage):
         self._cannot_rename: set[str] = set()
         self._cannot_copy: set[str] = set()
         self._proven: dict[str, int] = {}
-        """How many small files a host has taken since it was seen to have what it said."""
+        """How many files a host has taken since it was first seen to have what it said; none after one that it has not.
+        Until then each is looked at."""
         self._without_tls = words.credentials_without_tls
         self._headers: tuple[str, ...] = ()
         self.abilities = Ability.SIDE_BY_SIDE | Ability.RANGES | Ability.CHECKSUMS
@@ -100,16 +101,20 @@ class HttpStorage(CurlStorage):
         status = yield from self._put(transfer, source, size)
         if self._publish != "put":
             seen = self._proven.get(host, 0)
+            self._proven[host] = seen + 1 if seen else 0
             if status == 202 or size > SMALL_BYTES or seen % SAMPLE == 0:
-                self._proven[host] = 0  # until it has been seen, all others are looked at as well
-                yield from self._compare(transfer, transfer.url, size)
-            self._proven[host] = seen + 1
+                try:
+                    yield from self._compare(transfer, transfer.url, size)
+                except StorageError:
+                    self._proven[host] = 0
+                    raise
+                self._proven[host] = self._proven[host] or 1
 
     def _upload_beside(
         self, transfer: Transfer, source: Origin | bytes, size: int
     ) -> Generator[Request | Together, Reply, bool]:
         """Send it to a name beside and have the server rename it. Whether the server knows how to."""
-        part = beside(transfer.url)
+        part = beside(transfer.url, transfer.part)
         try:
             yield from self._put(transfer, source, size, part)
             if size > SMALL_BYTES or transfer.step is Step.HOLD:
@@ -145,7 +150,7 @@ class HttpStorage(CurlStorage):
     def _copy(self, transfer: Transfer, there: FileInfo) -> Generator[Request | Together, Reply, FileInfo]:
         """To a name beside, since the server writes while it copies; then renamed."""
         url = transfer.url
-        part = beside(url)
+        part = beside(url, transfer.part)
         try:
             yield from self._have_copied(transfer, part)
             info = transfer.copied(there, (yield from self._told(part, transfer)))
@@ -181,6 +186,16 @@ class HttpStorage(CurlStorage):
     def _abandon(self, part: str) -> Script:
         with suppress(StorageError):
             yield from self._send("DELETE", part, seconds=CLEANUP_SECONDS)
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Have the server remove those of these names beside it."""
+        if self._publish == "move":
+            await self._ask(url, self._clear(url, parts))
+
+    def _clear(self, url: str, parts: Sequence[str]) -> Script:
+        for part in parts:
+            with suppress(NotFound):
+                yield from self._remove(beside(url, part))
 
     def _put(
         self, transfer: Transfer, source: Origin | bytes, size: int, place: str | None = None
@@ -284,11 +299,11 @@ def _host(url: str) -> str:
     return url.partition("://")[2].partition("/")[0]
 
 
-def beside(url: str) -> str:
-    """A name in the same directory that nobody else uses."""
+def beside(url: str, part: str = "") -> str:
+    """A name in the same directory, by default one that nobody else uses."""
     parts = urlsplit(url)
     directory = parts.path.rpartition("/")[0]
-    return urlunsplit((*parts[:2], f"{directory}/.{os.urandom(8).hex()}.part", parts[3], ""))
+    return urlunsplit((*parts[:2], f"{directory}/{part or f'.{os.urandom(8).hex()}.part'}", parts[3], ""))
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from loadmaster.errors import AccessDenied, NoSpace, NotFound, StorageError, Sto
 from loadmaster.names import local_file, local_path
 from loadmaster.storage.base import Ability, Direction, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.checksums import Running, running
+from loadmaster.storage.unnamed import NewFile
 from loadmaster.threads import briefly
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ _ERRORS: Final[dict[int, type[StorageError]]] = {
 
 
 class LocalStorage:
-    """Files by path. Written beside the target, synced, renamed: a name never holds half a file."""
+    """Files by path. Written without a name, synced, named: a name never holds half a file, and nobody else does."""
 
     abilities = Ability.RANGES | Ability.RENAME | Ability.HOLD | Ability.COPY
 
@@ -122,6 +123,16 @@ class LocalStorage:
     async def remove(self, url: str) -> None:
         """Remove the file."""
         await self._in_thread(url, Path.unlink)
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Remove those of these names beside it."""
+
+        def work(path: Path) -> None:
+            for part in parts:
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    path.with_name(part).unlink()
+
+        await self._in_thread(url, work)
 
     async def _in_thread(self, url: str, work: Callable[[Path], T]) -> T:
         def job() -> T:
@@ -249,7 +260,7 @@ class _Batch:
             os.close(source)
 
     def _upload(self, transfer: Transfer, path: str) -> FileInfo:
-        """Beside the target, synced, renamed."""
+        """Without a name, synced, named."""
         (source, name), self._opened = self._opened or _origin(transfer), None
         try:
             size = os.fstat(source).st_size
@@ -258,29 +269,22 @@ class _Batch:
                 self._opened = source, name
                 raise _TooLarge
             data = _read_small(transfer, source, size, name) if small else b""
-            folder = path.rpartition("/")[0]
-            part = f"{folder}/.{os.urandom(8).hex()}.part"
-            target = _new(part)
+            new = NewFile(path, transfer.part, named=transfer.step is Step.HOLD)
             try:
-                try:
-                    if small:
-                        _write_small(transfer, target, data)
-                    else:
-                        self._copy(transfer, source, name, target, transfer.url)
-                    if transfer.source:
-                        transfer.is_source(transfer.info())
-                    if self._sync:
-                        os.fsync(target)
-                finally:
-                    os.close(target)
+                if small:
+                    _write_small(transfer, new.descriptor, data)
+                else:
+                    self._copy(transfer, source, name, new.descriptor, transfer.url)
+                if transfer.source:
+                    transfer.is_source(transfer.info())
+                if self._sync:
+                    os.fsync(new.descriptor)
                 if transfer.step is Step.HOLD:
-                    return transfer.hold(part)
-                os.replace(part, path)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(part)
-                raise
-            self._unsynced.add(folder or "/")
+                    return transfer.hold(new.hold())
+                new.give_name(sync=self._sync)
+            finally:
+                new.close()
+            self._unsynced.add(path.rpartition("/")[0] or "/")
             return transfer.info()
         finally:
             if self._opened is None:
@@ -353,16 +357,6 @@ def _origin(transfer: Transfer) -> tuple[int, str]:
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), name
     except (OSError, ValueError) as exc:
         raise translate(exc, name) from exc
-
-
-def _new(part: str) -> int:
-    """A descriptor of a new file; its directory and those above it are made."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    try:
-        return os.open(part, flags, 0o644)
-    except FileNotFoundError:
-        os.makedirs(part.rpartition("/")[0], exist_ok=True)
-        return os.open(part, flags, 0o644)
 
 
 def _read_small(transfer: Transfer, source: int, size: int, name: str) -> bytes:

@@ -11,6 +11,7 @@ of its upload, so nothing is renamed; what was sent before that is abandoned whe
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
@@ -33,6 +34,8 @@ from loadmaster.storage.local import WORK_DIRECTORY
 from loadmaster.storage.replies import Reply, checksums_told, etag_md5, http_error, s3_code, told_for, visible
 from loadmaster.storage.web import CommonWords, CurlStorage, Origin, Rest, common_settings, origin, plain_body
 from loadmaster.storage.words import AmazonKeys
+
+log = logging.getLogger(__name__)
 
 PARTS: Final = 10_000
 """S3's limit; larger files have larger parts."""
@@ -177,6 +180,29 @@ class S3Storage(CurlStorage):
         with suppress(StorageError):
             yield from self._send("DELETE", url, query=upload, seconds=CLEANUP_SECONDS)
 
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Have the server forget all uploads in parts to this key that have not become an object."""
+        await self._ask(url, self._clear(url))
+
+    def _clear(self, url: str) -> Script:
+        key = unquote_to_bytes(url.removeprefix(f"{self._scheme}://").partition("/")[2]).decode(errors="replace")
+        while True:
+            reply = yield from self._send("GET", url, query=f"{_LISTING}{quote(key, safe='-._~')}&uploads=")
+            if reply.status == 403:  # a right of its own, which many have not: then the bucket's life cycle ends them
+                log.info("%s: whether uploads were broken off there is not told", visible(url))
+                return
+            if reply.status != 200:
+                raise self._refusal(url, reply, "listing uploads in parts")
+            uploads = [_UPLOAD_ID.search(each) for each in _UPLOAD.findall(reply.body) if _key_in(each) == key]
+            for found in uploads:
+                if found is not None:
+                    query = "uploadId=" + quote(_unescaped(found[1]), safe="-._~")
+                    gone = yield from self._send("DELETE", url, query=query)
+                    if gone.status not in {200, 202, 204, 404}:
+                        raise self._refusal(url, gone, "abandoning an upload in parts")
+            if not uploads or b"<IsTruncated>true</IsTruncated>" not in reply.body:
+                return  # those of this very key come first in a list
+
     def _copy(self, transfer: Transfer, there: FileInfo) -> Generator[Request | Together, Reply, FileInfo]:
         """By one request, or by one for each part of a large object."""
         url, size = transfer.url, there.size_bytes
@@ -293,6 +319,8 @@ class S3Storage(CurlStorage):
         self, method: str, url: str, query: str = "", extra: Sequence[str] = (), **rest: Unpack[Rest]
     ) -> Request:
         address = self._address(url)
+        if query.startswith(_LISTING):  # this one asks the bucket
+            address = address.removesuffix(_key(url, url.removeprefix(f"{self._scheme}://").partition("/")[2]))
         if query:
             address += f"?{query}"
         keys, signing, headers = self._signed_by(look=False)
@@ -363,6 +391,16 @@ def _of_all(algorithm: str, pieces: Sequence[Piece]) -> Running:
         if piece.passed is not None:
             whole = combined(whole, piece.passed.result(), piece.size_bytes)
     return continuing(whole)
+
+
+_LISTING: Final = "prefix="
+_UPLOAD: Final = re.compile(rb"<Upload>.*?</Upload>", re.DOTALL)
+_UPLOAD_ID: Final = re.compile(rb"<UploadId>([^<]+)</UploadId>")
+
+
+def _key_in(upload: bytes) -> str | None:
+    found = re.search(rb"<Key>([^<]*)</Key>", upload)
+    return None if found is None else _unescaped(found[1])
 
 
 _CHECKSUMS: Final = ("x-amz-checksum-mode: ENABLED",)

@@ -16,7 +16,7 @@ import asyncio
 import os
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +84,10 @@ class _Place:
     def url(self) -> str:
         return f"{self.host}{self.path}{self.words}"
 
-    def beside(self) -> _Place:
-        """A name in the same directory that nobody else has."""
+    def beside(self, part: str = "") -> _Place:
+        """A name in the same directory, by default one that nobody else has."""
         folder = self.path.rpartition("/")[0]
-        return _Place(self.told, self.host, f"{folder}/.{secrets.token_hex(8)}.part", self.words)
+        return _Place(self.told, self.host, f"{folder}/{part or f'.{secrets.token_hex(8)}.part'}", self.words)
 
 
 class Xrootd:
@@ -113,6 +113,13 @@ class Xrootd:
         """Remove the file."""
         place = self._place(url)
         await self._ask(place, self._server(place).rm, place.path + place.words)
+
+    async def clear(self, url: str, parts: Sequence[str]) -> None:
+        """Remove those of these names beside it."""
+        place = self._place(url)
+        for part in map(place.beside, parts):
+            with suppress(NotFound):
+                await self._ask(place, self._server(place).rm, part.path + part.words)
 
     async def download(self, url: str, target: int, transfer: Transfer) -> FileInfo:
         """The file, or a part of it that is still of the same version; blocks are asked for ahead of their turn."""
@@ -149,7 +156,7 @@ class Xrootd:
         place, passed, file = self._place(url), transfer.begin(), client.File()
         with translated(WORK_DIRECTORY):
             size = os.fstat(source).st_size
-        part = place.beside()
+        part = place.beside(transfer.part)
         try:
             await self._ask(place, file.open, part.url, OpenFlags.NEW | OpenFlags.MAKEPATH, _MODE)
             going: deque[tuple[int, asyncio.Future[Any]]] = deque()

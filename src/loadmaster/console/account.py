@@ -15,11 +15,11 @@ from typing import IO, Any, Final, TextIO
 import anyio
 from anyio import to_thread
 
-from loadmaster.gauge import Gauge, Pace, duration
-from loadmaster.manifest import Manifest
+from loadmaster.console.gauge import Gauge, Pace, duration
+from loadmaster.console.manifest import Manifest
+from loadmaster.console.stage import Ended, Outcome, Stage, Tally
+from loadmaster.console.terminal import size
 from loadmaster.names import shown
-from loadmaster.stage import Ended, Outcome, Stage, Tally
-from loadmaster.terminal import size
 
 log = logging.getLogger(__name__)
 

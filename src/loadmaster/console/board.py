@@ -8,10 +8,10 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Final, Protocol, TextIO
 
-from loadmaster.gauge import LINE_SECONDS, duration
+from loadmaster.console.gauge import LINE_SECONDS, duration
+from loadmaster.console.terminal import Silent, live_region, printable, size
 from loadmaster.occupancy import NodeStatistics
 from loadmaster.result import JobResult, Status
-from loadmaster.terminal import Silent, live_region, printable, size
 
 ROWS: Final = ("waiting", "waiting for disk", "staging in", "ready", "computing", "delivering")
 

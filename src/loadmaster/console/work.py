@@ -15,13 +15,13 @@ from typing import Final, Protocol, TextIO
 import anyio
 from anyio import to_thread
 
-from loadmaster.board import Board
+from loadmaster.console.board import Board
+from loadmaster.console.orders import Orders
 from loadmaster.description import JobDescription
 from loadmaster.events import Event
 from loadmaster.handle import JobHandle
 from loadmaster.node import Node
 from loadmaster.occupancy import NodeStatistics
-from loadmaster.orders import Orders
 from loadmaster.reporter import written
 from loadmaster.result import JobResult
 from loadmaster.sources import JobFiles, JobLines, JobSource, Nothing
