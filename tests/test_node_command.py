@@ -316,9 +316,13 @@ class Terminal:
 
     def read_until(self, words: str) -> None:
         """Until that is on the screen, or has been."""
+        self.read_until_match(re.escape(words))
+
+    def read_until_match(self, pattern: str) -> None:
+        """The same, for a pattern."""
         give_up = time.monotonic() + SECONDS
-        while words not in self.shown:
-            assert self._read(give_up), f"{words!r} never was on the screen: {self.shown[-2000:]!r}"
+        while not re.search(pattern, self.shown):
+            assert self._read(give_up), f"{pattern} never was on the screen: {self.shown[-2000:]!r}"
 
     def _read(self, give_up: float) -> bool:
         ready, _, _ = select.select([self.keyboard], [], [], max(0.0, give_up - time.monotonic()))
@@ -354,9 +358,9 @@ def terminal(shell: Shell) -> Iterator[Terminal]:
 def test_a_terminal_has_a_table_of_where_the_jobs_stand(shell: Shell, terminal: Terminal) -> None:
     shell.wait_for("begun")
     terminal.read_until("1 of 1 busy")
-    assert re.search(r"computing +1\b", terminal.shown)
-    assert re.search(r"ready +2\b", terminal.shown), "the next ones are ready for the slot"
-    assert "bad  Failed" in terminal.shown
+    terminal.read_until_match(r"computing +1\b")
+    terminal.read_until_match(r"ready +2\b")  # the next ones are ready for the slot
+    terminal.read_until("bad  Failed")
     (shell.directory / "go").touch()
     assert terminal.ends() == 2
     assert "31 Done, 1 Failed in " in terminal.shown

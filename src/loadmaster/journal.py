@@ -69,6 +69,7 @@ class NodeJournal(KeepsState):
 
     def __init__(self, book: Logbook) -> None:
         self.directory = book.directory
+        self._payloads = book.directory / "payloads"
         self.damage = book.damage
         """What was found to be missing when it was opened, in a sentence; None: nothing."""
         self._book = book
@@ -180,7 +181,7 @@ class NodeJournal(KeepsState):
 
     def state_directory(self, job_id: str, attempt: int) -> Path:
         """Where that is kept of a payload which outlives an agent."""
-        return self.directory / "payloads" / state_name(job_id, attempt)
+        return self._payloads / state_name(job_id, attempt)
 
     async def _ask(self, function: Callable[P, T], *args: P.args, **kw: P.kwargs) -> T:
         async with self._turn:
