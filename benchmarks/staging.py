@@ -125,7 +125,7 @@ def run(command: Sequence[str], standard_input: str | None = None) -> Cost:
 ENGINE: Final = """
 import json, resource, sys, time
 from loadmaster import cli
-import loadmaster.stage, loadmaster.storage.local
+import loadmaster.console.stage, loadmaster.storage.local
 from contextlib import suppress
 with suppress(ImportError):
     import loadmaster.storage.curl

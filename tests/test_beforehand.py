@@ -11,7 +11,9 @@ import pytest
 from loadmaster import ComputingElement, JobDescription, JobExecutionCoordinator, Site
 from loadmaster.commands.beforehand import Findings, look_ahead
 from loadmaster.coordinator import Coordinator
+from loadmaster.description import Containment, Isolation
 from loadmaster.dirac import adapt
+from loadmaster.world import World
 
 
 async def ahead(
@@ -79,6 +81,35 @@ async def test_more_than_there_is_on_this_machine_is_told_but_no_fault() -> None
     assert machine.startswith("on this machine only `run` would take it: the job needs 99999 cores, the node has ")
     assert cores == "number_of_processors: 99999, and the computing element has 2"
     assert memory == "memory_mb: 101, and the computing element has 100"
+
+
+async def test_a_node_without_what_isolates_payloads_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    world = World(isolation=Isolation.APPTAINER, image=str(tmp_path / "image.sif"))
+    assert (await ahead(Site(payload=world))).problems == (
+        "[payload] isolation = apptainer: there is neither apptainer nor singularity on the PATH; "
+        "install the package apptainer",
+        f"[payload] image = {tmp_path}/image.sif: No such file or directory",
+    )
+    (tmp_path / "apptainer").write_text("#!/bin/sh\n")
+    (tmp_path / "apptainer").chmod(0o755)
+    (tmp_path / "image.sif").touch()
+    assert (await ahead(Site(payload=world))).problems == ()
+    world = World(isolation=Isolation.NAMESPACES, containment=(Containment.SESSION,))
+    assert (await ahead(Site(payload=world))).problems == (
+        "[payload] isolation = namespaces: isolation namespaces takes containment pid-namespace, and not session",
+    )
+
+
+async def test_a_key_of_diracs_in_other_letters_is_told() -> None:
+    """It is kept for the coordinator, as any that begins with a capital: no output was delivered, and nothing was said."""
+    ce = ComputingElement.load({"MaxRam": 1000, "Mine": 1})
+    found = await ahead(ce=ce, OutputSandBox=["std.out"], MINRAM=5, Mine=1, MinRAM=6)
+    assert found.notes == (
+        "OutputSandBox means nothing here: the key is OutputSandbox",
+        "MINRAM means nothing here: the key is MinRAM",
+        "MaxRam means nothing here: the key is MaxRAM",
+    )
 
 
 async def test_everything_that_is_wrong_is_told_at_once(tmp_path: Path) -> None:

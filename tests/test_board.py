@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from loadmaster import Failure, JobResult, NodeStatistics, PayloadOutcome, Status
-from loadmaster.board import LineBoard, LiveBoard, SilentBoard, ended, open_board, rows, told
-from loadmaster.gauge import LINE_SECONDS
+from loadmaster.console.board import LineBoard, LiveBoard, SilentBoard, ended, open_board, rows, told
+from loadmaster.console.gauge import LINE_SECONDS
 from loadmaster.result import EndedBy, Phase
 
 NO_JOBS = dict.fromkeys(("waiting", "waiting for disk", "staging in", "ready", "computing", "delivering"), 0)
@@ -76,6 +76,10 @@ def test_what_it_was_in_all_is_a_line() -> None:
     line = told(figures(ended={"Done": 1234, "Rescheduled": 5}, given_back=4))
     assert line.startswith("1,234 Done, 5 Rescheduled, 4 of them given back in ")
     assert "cores busy 50%" in line
+    assert told(figures(recalled=7)).startswith("no new jobs (7 had ended before, and were not run again) in ")
+    assert told(figures(ended={"Done": 2}, recalled=7)).startswith(
+        "2 Done (7 had ended before, and were not run again) in "
+    )
 
 
 def test_a_pipe_gets_a_line_for_each_job_and_one_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:

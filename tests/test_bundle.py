@@ -309,3 +309,28 @@ async def test_a_program_can_do_the_same(tmp_path: Path) -> None:
 def test_a_path_is_renamed_where_it_is_one() -> None:
     assert _renamed("cd /a/7 && /a/7/run --in=/a/7/x:/a/7", "/a/7", "/b") == "cd /b && /b/run --in=/b/x:/b"
     assert _renamed("/a/70 /a/7.old /a/7-x", "/a/7", "/b") == "/a/70 /a/7.old /a/7-x"
+
+
+def test_a_bundle_is_looked_into_as_a_journal_is(desk: Desk) -> None:
+    assert desk.run("prepare")[0] == 0
+    told = {}
+    for words in (["jobs", "bundle"], ["show", "bundle", "7"], ["pending", "bundle"]):
+        done = subprocess.run([*LOADMASTER, *words], cwd=desk.directory, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, done.stderr
+        told[words[0]] = done.stdout
+    assert "\n1 open\n" in told["jobs"]
+    assert "job 7, attempt 1: open" in told["show"]
+    assert told["pending"] == "nothing is pending\n"
+
+
+def test_a_site_that_is_forgotten_for_the_last_part_is_asked_for(desk: Desk) -> None:
+    """The sandbox went to the current directory's `outputs`, and a storage element of the site's was unknown."""
+    assert [desk.run(command)[0] for command in ("prepare", "payload")] == [0, 0]
+    words = [*LOADMASTER, "finish", "bundle"]
+    done = subprocess.run(words, cwd=desk.directory, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.startswith("loadmaster: bundle: open jobs were begun with --config site.toml: give it again, or")
+    assert desk.run("finish")[0] == 0
+    assert desk.has_everything()
+    again = subprocess.run(words, cwd=desk.directory, capture_output=True, text=True, timeout=30)
+    assert (again.returncode, again.stdout.splitlines()[0]) == (0, "Done")  # there is nothing left to be done with it

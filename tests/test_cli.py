@@ -59,6 +59,7 @@ def test_a_job_that_succeeds_is_0_and_says_where_its_outputs_are(shell: Shell) -
     assert str(shell.directory / "results" / "o.txt") in done.stdout
     assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "hi\n"
     assert "payload ended: exit code 0" in done.stderr
+    assert f"out  o.txt  5 B  to {shell.directory}/results/o.txt\n" in done.stderr
 
 
 def test_result_and_events_are_json(shell: Shell) -> None:
@@ -306,6 +307,8 @@ def test_events_that_cannot_be_written_stop_no_job(shell: Shell) -> None:
     ("options", "message"),
     [
         (["--events", "job.json/e"], "--events job.json/e: "),
+        (["--output", "job.json"], "--output job.json: Not a directory"),
+        (["--output", "job.json/below"], "--output job.json/below: Not a directory"),
         (["--result", "."], "--result .: Is a directory"),
         (["--result", "/proc/r.json"], "--result /proc/r.json: No such file or directory"),
         (["--result", "job.json/r"], "--result job.json/r: File exists"),
@@ -330,6 +333,14 @@ def test_a_result_that_cannot_be_written_in_the_end_is_said_and_the_job_is_told_
     assert done.stdout.startswith("Done\n")
     assert f"--result {small_disk}/r.json: No space left on device: it was not written" in done.stderr
     assert [path.name for path in small_disk.iterdir()] == ["full"]
+
+
+def test_where_outputs_go_is_said_by_the_option_rather_than_by_the_site(shell: Shell) -> None:
+    """`--output` meant nothing, silently, where the site had an output_directory."""
+    (shell.directory / "site.toml").write_text('output_directory = "of the site"')
+    for options, place in (([], "of the site"), (["--output", "mine"], "mine")):
+        assert shell.run(sh("true"), "--config", "site.toml", *options).returncode == 0
+        assert (shell.directory / place / "std.out").exists()
 
 
 def test_a_job_may_be_given_less_than_all_of_the_machine(shell: Shell) -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadmaster.manifest import KEPT_LINES, MAX_LINE_BYTES, MOST_PROBLEMS, BadManifest, Entry, Manifest
+from loadmaster.console.manifest import KEPT_LINES, MAX_LINE_BYTES, MOST_PROBLEMS, BadManifest, Entry, Manifest
 from loadmaster.names import local_path
 from loadmaster.storage.checksums import Checksum
 
@@ -209,7 +209,7 @@ def test_a_long_manifest_is_read_again_and_says_the_same(tmp_path: Path, monkeyp
     lines = b"".join(b'{"source": "a%d", "target": "b%d", "checksum": "adler32:%08x"}\n' % (n, n, n) for n in range(9))
     found = []
     for kept in (9, 8):
-        monkeypatch.setattr("loadmaster.manifest.KEPT_LINES", kept)
+        monkeypatch.setattr("loadmaster.console.manifest.KEPT_LINES", kept)
         with closing(Manifest.read(io.BytesIO(lines), "it", str(tmp_path))) as manifest:
             found.append([*manifest.entries()])
             assert found[-1] == [*manifest.entries()]

@@ -89,7 +89,7 @@ def test_all_jobs_are_run_and_each_has_a_result_and_its_outputs(shell: Shell) ->
     assert (shell.directory / "outputs" / "j3" / "std.out").read_text() == "3\n"
     events = [json.loads(line) for line in (shell.directory / "events.jsonl").read_text().splitlines()]
     for name in shell.results():
-        kinds = [event["kind"] for event in events if f"{event['job_id']}.json" == name]
+        kinds = [event["kind"] for event in events if f"{event.get('job_id')}.json" == name]
         assert (kinds[0], kinds[-1]) == ("JobAccepted", "JobFinished")
     assert shell.left == []
 
@@ -102,6 +102,37 @@ def test_a_directory_of_job_files_is_a_source_too(shell: Shell) -> None:
     done = shell.run("jobs", *shell.options[1:])
     assert done.returncode == 0, done.stderr
     assert (shell.directory / "order").read_text() == "a\nb\n"
+    assert "loadmaster: jobs: no job files (.json, .jdl), and skipped: notes.txt" in done.stderr
+
+
+def test_a_directory_of_diracs_wrapper_files_and_jdl_is_a_source_too(shell: Shell) -> None:
+    (shell.directory / "jobs").mkdir()
+    shell.write({"Job": {"Executable": "/bin/true", "JobID": "12"}, "CE": {"Site": "LCG.X.y"}}, name="jobs/a.json")
+    shell.write('[ Executable = "/bin/false"; JobID = 5; ]', name="jobs/b.jdl")
+    shell.write('[ Executable = "/bin/true', name="jobs/c.jdl")
+    done = shell.run("jobs", *shell.options[1:])
+    assert shell.results() == {"12.json": "Done", "5.json": "Failed"}, done.stderr
+    assert re.search(r"loadmaster: jobs/c\.jdl: .*line 1", done.stderr), done.stderr
+
+
+def test_events_have_why_cores_are_idle(shell: Shell) -> None:
+    shell.write(job("narrow", "sleep 0.3"), job("wide", number_of_processors=2, priority=-1))
+    assert shell.run("jobs.jsonl", "--cores", "2", "--scratch", "scratch", "--events", "e.jsonl").returncode == 0
+    lines = [json.loads(line) for line in (shell.directory / "e.jsonl").read_text().splitlines()]
+    found = [line for line in lines if line["kind"] == "Occupation"]
+    assert all(line["cores"] == line["busy_cores"] + sum(line["idle"].values()) == 2 for line in found)
+    reasons = [(line["busy_cores"], line["idle"]) for line in found]
+    assert (1, {"fewer than the next job needs": 1}) in reasons or (1, {"held for a large job": 1}) in reasons
+    assert (2, {}) in reasons
+
+
+def test_jobs_that_had_ended_before_are_told_as_such(shell: Shell) -> None:
+    shell.write(job("first"), job("second"))
+    assert shell.run(*shell.options, "--journal", "journal").returncode == 0
+    done = shell.run(*shell.options, "--journal", "journal")
+    assert (done.returncode, done.stdout.partition(" in ")[0]) == (
+        0, "no new jobs (2 had ended before, and were not run again)"
+    )  # fmt: skip
 
 
 def test_a_failed_job_is_told_by_the_exit_code_and_by_name(shell: Shell) -> None:
@@ -122,12 +153,27 @@ def test_lines_that_are_no_jobs_are_named_and_keep_nothing_from_running(shell: S
         assert re.search(rf"loadmaster: jobs\.jsonl:{place}: .*{re.escape(complaint)}", done.stderr), done.stderr
 
 
+def test_of_many_lines_that_are_no_jobs_the_first_are_named(shell: Shell) -> None:
+    (shell.directory / "jobs.jsonl").write_text("nonsense\n" * 150)
+    done = shell.run()
+    told = done.stderr.splitlines()
+    assert (done.returncode, len(told), told[-1]) == (1, 101, "loadmaster: and 50 more")
+
+
+def test_a_file_of_one_job_is_told_to_be_one(shell: Shell) -> None:
+    """Each of its lines was named as no JSON, and that was all."""
+    (shell.directory / "jobs.jsonl").write_text(json.dumps(job("one", "true"), indent=2))
+    done = shell.run()
+    assert done.returncode == 1
+    assert done.stderr.endswith("jobs.jsonl: is one job over many lines: `loadmaster run` takes it\n")
+
+
 def test_a_second_job_of_the_same_name_does_not_overwrite_the_result_of_the_first(shell: Shell) -> None:
     shell.write(job("twin", "sleep 1"), job("twin"))
     done = shell.run()
-    assert done.returncode == 2
-    assert sorted(shell.results().values()) == ["Done", "Failed"]
-    assert "there is a job twin on this node already" in done.stderr
+    assert done.returncode == 1
+    assert shell.results() == {"twin.json": "Done"}
+    assert "loadmaster: jobs.jsonl:2: there is a job twin already: jobs.jsonl:1" in done.stderr
 
 
 def test_quiet_prints_nothing(shell: Shell) -> None:
@@ -145,8 +191,11 @@ def test_a_file_without_jobs_is_done_at_once(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["nowhere.jsonl"], "nowhere.jsonl"),
+        (["nowhere.jsonl"], "nowhere.jsonl: No such file or directory: SOURCE is a file with a job a line"),
         (["jobs.jsonl", "--cores", "0"], "--cores"),
+        (["jobs.jsonl", "--memory", "1000"], "'1000': is less than 1M; without a unit it is bytes"),
+        (["jobs.jsonl", "--results", "jobs.jsonl"], "--results jobs.jsonl: Not a directory"),
+        (["jobs.jsonl", "--output", "jobs.jsonl"], "--output jobs.jsonl: Not a directory"),
         (["jobs.jsonl", "--events", "jobs.jsonl/e"], "--events jobs.jsonl/e"),
         (["jobs.jsonl", "--coordinator", "mine.py"], "which class? mine.py:CLASS"),
         (["jobs.jsonl", "--config", "nowhere.toml"], "nowhere.toml"),

@@ -73,7 +73,8 @@ def test_a_list_may_be_written_as_a_string(tmp_path: Path) -> None:
     ("text", "complaint"),
     [
         ("name = ", "not TOML"),
-        ('nmae = "x"', "nmae: there is no such field"),
+        ('nmae = "x"', "nmae: there is no such field; there is name"),
+        ("kept_output_byte = 5", "kept_output_byte: there is no such field; there is payload.kept_output_bytes"),
         ("streams = 0", "streams: Input should be greater than or equal to 1"),
         ("element_streams = {DISK = 0}", "element_streams.DISK: Input should be greater than or equal to 1"),
         ("retries = -1", "retries: "),

@@ -21,13 +21,13 @@ import pytest
 
 from conftest import until
 from loadmaster import Site, open_transfers
-from loadmaster.account import Record, Report, told
+from loadmaster.console.account import Record, Report, told
+from loadmaster.console.gauge import LineGauge, Pace, SilentGauge, duration
+from loadmaster.console.manifest import BadManifest, Manifest
+from loadmaster.console.orders import Orders
+from loadmaster.console.spool import PREFIX, open_spool
+from loadmaster.console.stage import Ended, Outcome, Stage, Tally, Terms, stage
 from loadmaster.errors import AccessDenied, CannotCopy, ChecksumMismatch, StorageUnavailable
-from loadmaster.gauge import LineGauge, Pace, SilentGauge, duration
-from loadmaster.manifest import BadManifest, Manifest
-from loadmaster.orders import Orders
-from loadmaster.spool import PREFIX, open_spool
-from loadmaster.stage import Ended, Outcome, Stage, Tally, Terms, stage
 from loadmaster.staging.parts import PartOfPath, part_name
 from loadmaster.storage.base import FileInfo, Storage, Transfer
 from loadmaster.testing import Faults, MemoryStorage
@@ -680,7 +680,7 @@ def test_a_pace_is_a_line_for_a_person() -> None:
 
 def test_a_log_has_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("loadmaster.gauge.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("loadmaster.console.gauge.time.monotonic", lambda: now[0])
     stream = io.StringIO()
     gauge = LineGauge(stream)
     for _ in range(100):

@@ -15,9 +15,9 @@ import pytest
 from conftest import sh, until
 from following import Signpost, processes_of
 from loadmaster import JobResult, Ledger, Node, NodeStatistics, Site, Status
-from loadmaster.orders import Orders
+from loadmaster.console.orders import Orders
+from loadmaster.console.work import Shift, work
 from loadmaster.sources import JobLines
-from loadmaster.work import Shift, work
 
 
 class Heard:

@@ -13,9 +13,9 @@ from importlib.metadata import version
 from typing import Final, NoReturn
 
 from loadmaster.commands.codes import NOT_PREPARED, USAGE
+from loadmaster.console.terminal import stderr_display
 from loadmaster.errors import LoadmasterError
 from loadmaster.tasks import leaves
-from loadmaster.terminal import stderr_display
 
 COMMANDS: Final[Mapping[str, str]] = {
     "run": "run one job",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
@@ -132,7 +132,7 @@ def _command_line(value: object) -> object:
 
 
 def _variable_name(name: str) -> str:
-    if not name or "=" in name or not name.isprintable() or name != name.strip():
+    if not name or "=" in name or not name.isprintable() or name != name.strip():  # NUL cannot be printed, nor halves
         raise ValueError(f"{name!r} cannot be the name of an environment variable")
     return name
 
@@ -174,7 +174,7 @@ MaybeComponent = Annotated[
 ]
 Environment = Annotated[
     dict[
-        Annotated[str, BeforeValidator(lambda v: _no_nul(_variable_name(str(v))))],
+        Annotated[str, BeforeValidator(lambda name: _variable_name(str(name)))],
         Annotated[str, BeforeValidator(_variable_value)],
     ],
     BeforeValidator(_environment),
@@ -670,15 +670,27 @@ def _load(cls: type[W], data: Mapping[str, Any], what: str) -> W:
     try:
         return cls.model_validate(data)
     except ValidationError as exc:
-        raise InvalidJob(f"{what}: " + "; ".join(complaints(exc, data, cls._keys()))) from exc
+        raise InvalidJob(f"{what}: " + "; ".join(complaints(exc, data, cls._keys(), field_names(cls)))) from exc
+
+
+def field_names(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """The fields of a model as they are written, those of its parts too: `limits.wall_seconds`."""
+    for name, field in model.model_fields.items():
+        yield f"{above}{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from field_names(field.annotation, f"{above}{name}.")
 
 
 def complaints(
-    error: ValidationError, data: object = None, keys: Mapping[str, str] = MappingProxyType({})
+    error: ValidationError,
+    data: object = None,
+    keys: Mapping[str, str] = MappingProxyType({}),
+    names: Iterable[str] = (),
 ) -> list[str]:
     """One line per field at fault, with the spelling that was used: `NumberOfProcessors: Input should be ...`.
 
-    `keys` are the other spellings; a field that is not there is spelled as the others are.
+    `keys` are the other spellings; a field that is not there is spelled as the others are. `names`: the fields there are,
+    of which those like one that is none are told.
     """
     used = set(data) if isinstance(data, Mapping) else set()
     dirac = not used.isdisjoint(keys.values())
@@ -692,5 +704,16 @@ def complaints(
         message = _PLAINER.get(item["type"]) or item["msg"].removeprefix("Value error, ")
         if item["type"] == "string_pattern_mismatch":
             message = RULES.get(item["ctx"]["pattern"], message)
+        if item["type"] == "extra_forbidden" and (alike := _alike(where, names)):
+            message += f"; there is {', '.join(alike)}"
         lines.append(f"{where}: {message}" if where else message)
     return lines
+
+
+def _alike(name: str, names: Iterable[str]) -> list[str]:
+    """The fields that may have been meant, also those of another part, the likeliest first."""
+    from difflib import get_close_matches  # for mistakes only
+
+    last = {each: each.rpartition(".")[2] for each in names}
+    close = get_close_matches(name.rpartition(".")[2][:100].lower(), set(last.values()), n=3, cutoff=0.7)
+    return [each for word in close for each in last if last[each] == word]

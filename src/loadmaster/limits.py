@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from math import inf
 from types import MappingProxyType
@@ -184,7 +185,8 @@ def seconds_until_look(usage: Usage, limits: Limits, *, now: datetime, cores: in
     """
     look = heartbeat_seconds
     if limits.deadline is not None:
-        left = (limits.deadline - stop_margin(usage, limits) - now).total_seconds()
+        then = usage if usage.wall_seconds > 0 else replace(usage, wall_seconds=SHORTEST_LOOK_SECONDS)  # with its grace
+        left = (limits.deadline - stop_margin(then, limits) - now).total_seconds()
         look = min(look, left if usage.outputs_bytes is None else left / 2)  # outputs may grow meanwhile
     if limits.wall_seconds is not None:
         look = min(look, limits.wall_seconds - usage.wall_seconds)

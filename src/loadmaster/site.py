@@ -35,7 +35,7 @@ from pydantic import (
     model_validator,
 )
 
-from loadmaster.description import Bytes, LocalName, MaybeComponent, Names, Seconds, complaints
+from loadmaster.description import Bytes, LocalName, MaybeComponent, Names, Seconds, complaints, field_names
 from loadmaster.errors import InvalidSite
 from loadmaster.names import as_url, is_url
 from loadmaster.world import USUAL, World
@@ -140,6 +140,6 @@ class Site(BaseModel):
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise InvalidSite(f"{path}: not TOML: {exc}") from exc
         except ValidationError as exc:
-            raise InvalidSite(f"{path}: " + "; ".join(complaints(exc))) from exc
+            raise InvalidSite(f"{path}: " + "; ".join(complaints(exc, names=field_names(cls)))) from exc
         site._file = str(path)
         return site

@@ -28,8 +28,8 @@ pytest.importorskip("pycurl")
 from _servers import sink
 
 from loadmaster import Site, open_transfers
-from loadmaster.manifest import Manifest
-from loadmaster.stage import Ended, Outcome, Stage, Terms
+from loadmaster.console.manifest import Manifest
+from loadmaster.console.stage import Ended, Outcome, Stage, Terms
 from servers import Asked, Fault, HostileServer, some_of_the_time
 
 COUNTS = [500, pytest.param(10_000, marks=[pytest.mark.long, pytest.mark.timeout(900)])]

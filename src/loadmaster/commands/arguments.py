@@ -34,13 +34,22 @@ def add_job(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_slots(parser: argparse.ArgumentParser) -> None:
+def add_journal(parser: argparse.ArgumentParser) -> None:
+    """A journal to be looked at."""
+    parser.add_argument("journal", type=journal, metavar="JOURNAL", help="the journal's directory, or a bundle's")
+
+
+def journal(text: str) -> Path:
+    """The directory of a journal; of a bundle, which has one in it, that."""
+    path = Path(text)
+    return path / "journal" if (path / "journal").is_dir() else path
+
+
+def add_slots(parser: argparse.ArgumentParser, usual: str = "all there is") -> None:
     """What jobs may have of the machine."""
+    parser.add_argument("--cores", type=number(1, 100_000), metavar="N", help=f"of so many cores (default: {usual})")
     parser.add_argument(
-        "--cores", type=number(1, 100_000), metavar="N", help="of so many cores (default: all there are)"
-    )
-    parser.add_argument(
-        "--memory", type=size_bytes, metavar="SIZE", help="of so much memory, as 500M or 16G (default: all there is)"
+        "--memory", type=size_bytes, metavar="SIZE", help=f"of so much memory, as 500M or 16G (default: {usual})"
     )
 
 
@@ -64,13 +73,15 @@ def number(least: int, most: int) -> Callable[[str], int]:
 
 
 def size_bytes(text: str) -> int:
-    """`500M`, `16G`, `2 GB`, `1000`."""
+    """`500M`, `16G`, `2 GB`, at least `1M`: 1000 alone are bytes, and nobody means that."""
     try:
         size = int(str(bytes_of(text)))
     except ValueError:
-        size = 0
-    if not 0 < size < 2**80:
+        size = -1
+    if not 0 <= size < 2**80:
         raise argparse.ArgumentTypeError(f"{text!r:.60}: {A_SIZE}")
+    if size < 2**20:
+        raise argparse.ArgumentTypeError(f"{text!r:.60}: is less than 1M; without a unit it is bytes")
     return size
 
 

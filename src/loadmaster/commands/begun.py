@@ -9,13 +9,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from loadmaster.commands.files import usual_outputs
+from loadmaster.console.terminal import stderr_display
 from loadmaster.coordinator import Coordinator
 from loadmaster.errors import InvalidJob, JournalFault
 from loadmaster.events import JobAccepted
 from loadmaster.hooks import FILE_MODULE, find_coordinator, reference_of
 from loadmaster.names import shown
 from loadmaster.site import Site
-from loadmaster.terminal import stderr_display
 
 
 def as_begun(
@@ -31,13 +31,22 @@ def as_begun(
         _check_coordinators(options.journal, jobs, coordinator)
     elif options.coordinator is None and jobs and jobs[0].coordinator:
         raise InvalidJob(f"{options.journal}: job {job_id} was begun with --coordinator {_named(jobs[0].coordinator)}")
+    _check_site(options, options.journal, jobs)
+    return _with_outputs(options, site, sorted({job.outputs for job in jobs if job.outputs}))
+
+
+def check_bundle(options: argparse.Namespace) -> None:
+    """Raise `InvalidJob` when the site that a bundle was prepared with was forgotten. Blocks."""
+    _check_site(options, options.bundle, _open_jobs(options.bundle / "journal"))
+
+
+def _check_site(options: argparse.Namespace, place: Path, jobs: Sequence[JobAccepted]) -> None:
     files = sorted({job.site for job in jobs if job.site})
     if files and options.config is None:
         raise InvalidJob(
-            f"{options.journal}: open jobs were begun with --config {' and '.join(files)}: give it again, or another "
+            f"{place}: open jobs were begun with --config {' and '.join(files)}: give it again, or another "
             "(--config /dev/null: none)"
         )
-    return _with_outputs(options, site, sorted({job.outputs for job in jobs if job.outputs}))
 
 
 def _open_jobs(journal: Path) -> Sequence[JobAccepted]:

@@ -13,10 +13,10 @@ import anyio
 from loadmaster.commands.arguments import Commands, add_job
 from loadmaster.commands.beforehand import look_ahead
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
-from loadmaster.commands.files import log_to, read_coordinator, read_job, read_site
+from loadmaster.commands.files import read_coordinator, read_job, read_site
+from loadmaster.console.terminal import printable
 from loadmaster.coordinator import Coordinator
 from loadmaster.errors import InvalidJob
-from loadmaster.terminal import printable, stderr_display
 
 WHAT: Final = """Say what a description means, and name all that is wrong with it: inputs that are not there, an executable
 that cannot be found, outputs that have nowhere to go, words of the site that are not understood, a coordinator that cannot
@@ -46,12 +46,11 @@ def _check(options: argparse.Namespace) -> int:
         print(f"kept for the coordinator, not understood: {', '.join(sorted(job.extra))}", file=sys.stderr)
     problems: list[str] = []
     coordinator: type[Coordinator] | None = None
-    with log_to(stderr_display(quiet=True)):
-        try:
-            coordinator = read_coordinator(options)
-        except InvalidJob as exc:
-            problems.append(str(exc))
-        found = anyio.run(partial(look_ahead, job, ce, site, coordinator, online=options.online))
+    try:
+        coordinator = read_coordinator(options)
+    except InvalidJob as exc:
+        problems.append(str(exc))
+    found = anyio.run(partial(look_ahead, job, ce, site, coordinator, online=options.online))
     problems += found.problems
     for problem in problems:
         print(printable(f"{options.job}: {problem}"), file=sys.stderr)

@@ -9,19 +9,19 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from errno import EACCES, EISDIR
+from errno import EACCES, EISDIR, ENOTDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Protocol, TextIO
 
 from loadmaster import dirac
+from loadmaster.console.terminal import stderr_display
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import InvalidJob
 from loadmaster.hooks import find_coordinator
 from loadmaster.names import file_url
 from loadmaster.site import Site
-from loadmaster.terminal import stderr_display
 
 
 def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
@@ -80,11 +80,11 @@ def read_site(options: argparse.Namespace) -> Site:
 
 
 def with_outputs(options: argparse.Namespace, site: Site) -> Site:
-    """The same site, with --output, or a directory for each job below `outputs`, where it has no directory."""
-    if site.output_directory:
-        return site
-    place = usual_outputs() if options.output is None else file_url(options.output.absolute())
-    return site.model_copy(update={"output_directory": place})
+    """The same site, with --output, or a directory for each job below `outputs` where neither says another."""
+    if options.output is not None:
+        check_directory(options.output, "--output")
+        return site.model_copy(update={"output_directory": file_url(options.output.absolute())})
+    return site if site.output_directory else site.model_copy(update={"output_directory": usual_outputs()})
 
 
 def usual_outputs() -> str:
@@ -100,7 +100,8 @@ def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     if name == "dirac":
         return dirac.find_coordinator(package or None)
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; this process is ours
-    found = find_coordinator(options.coordinator)
+    with log_to(stderr_display(quiet=True)):
+        found = find_coordinator(options.coordinator)
     return dirac.adapt(found) if dirac.is_synchronous(found) else found
 
 
@@ -120,6 +121,14 @@ def check_writable(path: Path | None, option: str = "--result") -> None:
                 pass
     except OSError as exc:
         raise InvalidJob(f"{option} {path}: {exc.strerror}") from exc
+
+
+def check_directory(path: Path, option: str) -> None:
+    """Refuse a directory in which nothing can be put, now rather than when there is something. It is not made."""
+    there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    reason = ENOTDIR if not there.is_dir() else 0 if os.access(there, os.W_OK | os.X_OK) else EACCES
+    if reason:
+        raise InvalidJob(f"{option} {path}: {os.strerror(reason)}")
 
 
 def keep(path: Path | None, text: str, option: str = "--result") -> bool:

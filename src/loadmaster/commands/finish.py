@@ -8,6 +8,7 @@ from typing import Final
 
 from loadmaster.bundle import NAME, Contents, Part
 from loadmaster.commands.arguments import Commands
+from loadmaster.commands.begun import check_bundle
 from loadmaster.commands.codes import TABLE
 from loadmaster.commands.files import read_coordinator, read_site
 from loadmaster.commands.parts import add_display, run_it
@@ -42,5 +43,6 @@ def _finish(options: argparse.Namespace) -> int:
     except (ValueError, KeyError, InvalidJob) as exc:
         raise InvalidBundle(f"{path}: {exc}") from exc
     options.coordinator = options.coordinator or contents.coordinator or None
+    check_bundle(options)
     coordinator, site = read_coordinator(options), read_site(options)
     return run_it(options, Part.FINISH, options.bundle, site=site, coordinator=coordinator, outputs=Path.cwd())

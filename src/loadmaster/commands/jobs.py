@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from contextlib import suppress
-from pathlib import Path
 
-from loadmaster.commands.arguments import Commands, number
+from loadmaster.commands.arguments import Commands, add_journal, number
 from loadmaster.commands.codes import LOOKED, OK
+from loadmaster.console.terminal import printable
 from loadmaster.logbook import JobLine, Logbook
-from loadmaster.terminal import printable
 
 LISTED = 20
 
@@ -19,7 +18,7 @@ def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
     jobs = commands.add_parser("jobs", help=line, epilog=LOOKED)
     jobs.set_defaults(command=_jobs)
-    jobs.add_argument("journal", type=Path, metavar="JOURNAL", help="the directory of the journal")
+    add_journal(jobs)
     jobs.add_argument(
         "--last",
         type=number(0, 1_000_000),

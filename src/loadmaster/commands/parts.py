@@ -15,14 +15,14 @@ from loadmaster.bundle import Bundle, Contents, Ended, Part, open_bundle
 from loadmaster.commands.codes import part_code
 from loadmaster.commands.files import log_to, open_new
 from loadmaster.commands.run import LIVE_SECONDS, obey, print_result
+from loadmaster.console.orders import Orders, told_to_stop
+from loadmaster.console.terminal import Display, follow, stderr_display
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
-from loadmaster.orders import Orders, told_to_stop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
 from loadmaster.result import Status
 from loadmaster.site import Site
 from loadmaster.tasks import single_error
-from loadmaster.terminal import Display, follow, stderr_display
 
 
 def add_display(parser: argparse.ArgumentParser) -> None:

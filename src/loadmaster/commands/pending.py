@@ -15,10 +15,11 @@ from typing import Any, Final
 import anyio
 
 from loadmaster import pending
-from loadmaster.commands.arguments import Commands
+from loadmaster.commands.arguments import Commands, add_journal
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import log_to, write_whole
 from loadmaster.commands.unsent import drop_unsent, facts, name_of, read_unsent, told
+from loadmaster.console.terminal import printable, size, stderr_display
 from loadmaster.description import JobDescription
 from loadmaster.dirac import JobStatus
 from loadmaster.diracx.outbox import Filed, StatusReport
@@ -30,7 +31,6 @@ from loadmaster.operations import Operations, ring
 from loadmaster.pending import Operation
 from loadmaster.site import Site
 from loadmaster.staging.engine import open_transfers
-from loadmaster.terminal import printable, size, stderr_display
 
 WHAT: Final = """List what jobs have left to be done: files that are safe, but not where they were wanted; files that no
 catalog took; reports that no server took (r1, r2, ...). A node with this journal does it by itself, as long as it may
@@ -44,7 +44,7 @@ def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
     parser = commands.add_parser("pending", help=line, description=WHAT, epilog=ENDS)
     parser.set_defaults(command=_pending)
-    parser.add_argument("journal", type=Path, metavar="JOURNAL", help="the journal's directory, or a bundle's")
+    add_journal(parser)
     parser.add_argument("--job", metavar="ID", help="only what this job has left")
     parser.add_argument("--json", action="store_true", help="as a list in JSON")
     parser.add_argument(
@@ -67,8 +67,6 @@ def add(commands: Commands, line: str) -> None:
 
 def _pending(options: argparse.Namespace) -> int:
     directory = options.journal
-    if (directory / "journal").is_dir():  # a bundle
-        directory = directory / "journal"
     site = Site.load(options.config) if options.config else Site()
     with Logbook.look(directory) as book:
         operations = [each for each in book.ask(_every) if options.job in {None, each.job_id}]
@@ -132,6 +130,9 @@ def _facts(operation: Operation) -> dict[str, Any]:
 
 
 def _print(operations: Sequence[Operation], reports: Sequence[Filed] = ()) -> None:
+    if not operations and not reports:
+        print("nothing is pending")
+        return
     rows = [("NUMBER", "JOB", "SIZE", "TRIES", "NEXT TRY", "WHAT")]
     for each in operations:
         if each.due is None:

@@ -26,10 +26,11 @@ from loadmaster.commands.files import (
     with_outputs,
 )
 from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
+from loadmaster.console.orders import Orders, told_to_stop
+from loadmaster.console.terminal import Display, follow, printable, size, stderr_display
 from loadmaster.handle import JobHandle
 from loadmaster.ledger import Ledger
 from loadmaster.names import shown
-from loadmaster.orders import Orders, told_to_stop
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.reporter import write_events
 from loadmaster.result import JobResult, Status
@@ -37,7 +38,6 @@ from loadmaster.runner import run_job
 from loadmaster.site import Site
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
-from loadmaster.terminal import Display, follow, printable, size, stderr_display
 from loadmaster.workdir import default_root
 
 LIVE_SECONDS: Final = 1.0
@@ -49,7 +49,7 @@ def add(commands: Commands, line: str) -> None:
     run = commands.add_parser("run", help=line, epilog=TABLE)
     add_job(run)
     run.set_defaults(command=_run)
-    add_slots(run)
+    add_slots(run, usual="what the job asks")
     add_scratch(run)
     run.add_argument(
         "--journal",

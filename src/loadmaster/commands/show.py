@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 
-from loadmaster.commands.arguments import Commands, number
+from loadmaster.commands.arguments import Commands, add_journal, number
 from loadmaster.commands.codes import LOOKED, NOT_PREPARED, OK
+from loadmaster.console.terminal import printable, size, stderr_display
 from loadmaster.events import (
     CompanionFailed,
     ComputingEnded,
@@ -38,14 +38,13 @@ from loadmaster.logbook import Agent, History, Logbook
 from loadmaster.names import shown
 from loadmaster.reporter import written
 from loadmaster.result import StoredFile
-from loadmaster.terminal import printable, size, stderr_display
 
 
 def add(commands: Commands, line: str) -> None:
     """The parser of the command."""
     show = commands.add_parser("show", help=line, epilog=LOOKED)
     show.set_defaults(command=_show)
-    show.add_argument("journal", type=Path, metavar="JOURNAL", help="the directory of the journal")
+    add_journal(show)
     show.add_argument("job", metavar="JOB", help="the job's id")
     show.add_argument("--attempt", type=number(1, 1_000_000), metavar="N", help="that attempt only")
     show.add_argument("--json", action="store_true", help="its events, a line of JSON each, for programs")

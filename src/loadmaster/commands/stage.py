@@ -12,15 +12,15 @@ from typing import Final
 
 import anyio
 
-from loadmaster.account import Record, Report, told
 from loadmaster.commands.arguments import Commands, number, seconds
 from loadmaster.commands.codes import BAD_USAGE, NOT_DELIVERED, NOT_PREPARED, OK
 from loadmaster.commands.files import check_writable, keep, log_to, open_new
-from loadmaster.gauge import stderr_gauge
-from loadmaster.manifest import BadManifest, Manifest
-from loadmaster.orders import told_to_stop
+from loadmaster.console.account import Record, Report, told
+from loadmaster.console.gauge import stderr_gauge
+from loadmaster.console.manifest import BadManifest, Manifest
+from loadmaster.console.orders import told_to_stop
+from loadmaster.console.stage import Terms, stage
 from loadmaster.site import Site
-from loadmaster.stage import Terms, stage
 from loadmaster.storage.kinds import unserved
 
 WHAT: Final = """Move the files of a manifest, many at once, each verified: downloads, uploads, copies, and from server to

@@ -16,8 +16,8 @@ from typing import Final
 
 from anyio import to_thread
 
+from loadmaster.console.manifest import Entry
 from loadmaster.errors import StorageError
-from loadmaster.manifest import Entry
 from loadmaster.names import local_file
 from loadmaster.staging.engine import Transfers
 from loadmaster.storage.base import FileInfo

@@ -15,11 +15,11 @@ from typing import IO, Any, Final, TextIO
 import anyio
 from anyio import to_thread
 
-from loadmaster.gauge import Gauge, Pace, duration
-from loadmaster.manifest import Manifest
+from loadmaster.console.gauge import Gauge, Pace, duration
+from loadmaster.console.manifest import Manifest
+from loadmaster.console.stage import Ended, Outcome, Stage, Tally
+from loadmaster.console.terminal import size
 from loadmaster.names import shown
-from loadmaster.stage import Ended, Outcome, Stage, Tally
-from loadmaster.terminal import size
 
 log = logging.getLogger(__name__)
 
@@ -145,8 +145,9 @@ class Report:
 def told(tally: Tally) -> str:
     """A staging in a line for people."""
     seconds = max(tally.seconds, 1e-6)
+    what = "file" if tally.moved == 1 else "files"
     parts = [
-        f"{tally.moved:,} files moved, {size(tally.moved_bytes)} in {duration(tally.seconds)}"
+        f"{tally.moved:,} {what} moved, {size(tally.moved_bytes)} in {duration(tally.seconds)}"
         f" ({tally.moved / seconds:,.0f} files/s, {size(round(tally.moved_bytes / seconds))}/s)"
     ]
     parts += [f"{tally.there:,} were there already"] if tally.there else []

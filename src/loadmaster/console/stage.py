@@ -21,13 +21,13 @@ from typing import Final, Protocol, Self
 import anyio
 from anyio import to_thread
 
+from loadmaster.console.manifest import BadManifest, Entry, Manifest
+from loadmaster.console.orders import Orders
+from loadmaster.console.present import Absent, InTheWay, Look, There
+from loadmaster.console.spool import Spool, open_spool
 from loadmaster.errors import CannotCopy, StorageError
-from loadmaster.manifest import BadManifest, Entry, Manifest
 from loadmaster.names import shown
-from loadmaster.orders import Orders
-from loadmaster.present import Absent, InTheWay, Look, There
 from loadmaster.site import Site
-from loadmaster.spool import Spool, open_spool
 from loadmaster.staging.engine import Moved, Transfers, Wanted, open_transfers
 from loadmaster.staging.progress import Overall
 from loadmaster.storage.base import FileInfo
