@@ -10,7 +10,10 @@ have two cores (`cores`); or one more job has an input that never comes (`stuck`
 The bound: the first inputs have to arrive, the payloads follow each other without a gap, the last outputs have to leave.
 A second bound has payloads as long as they are when they are run by hand, with nothing around them: the shell, `sleep` and
 `cat` have to be started, too. The peer: the same jobs by the same code, with the slot held from the first byte to the last.
-Where the time goes: from a payload's end to the next one's start, as far as its events tell.
+
+Where the time goes, by the payloads' own clocks (they are of bash, which has one): from the last instruction of one to the
+first of the next in its slot, at each hand-over; what comes before the first one runs, beyond its stage-in, and after the
+last has ended, beyond its stage-out. How much of a hand-over comes before the grant, and after, as far as events tell.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from _bench import Spread, interleave, machine, print_machine, print_table
 from loadmaster import JobDescription, JobHandle, Ledger, Node, Site, open_transfers, run_job
 from loadmaster.events import Event, PayloadExited, PayloadStarted, SlotGranted
 
+SHELL: Final = "/bin/bash"
 KINDS: Final = ("equal", "unequal", "cores", "stuck")
 
 SERVER = """
@@ -74,6 +78,8 @@ class Load:
     """How long each computes, in seconds."""
     stuck: JobDescription | None
     """One more, whose input never comes."""
+    clocks: list[Path]
+    """Where each writes when it began and ended."""
 
     def bound(self, slots: int, around: float, more: float = 0.0) -> float:
         """The least that it can take, if each payload takes so much more."""
@@ -85,14 +91,15 @@ class Load:
         return around + max(packed, *seconds)
 
 
-def load(kind: str, count: int, port: int, payload: float, round_: int) -> Load:
+def load(kind: str, count: int, port: int, payload: float, round_: int, clocks: Path = Path("/nowhere")) -> Load:
     """The jobs of a kind: the same in each round, but for their names."""
     base, chance = f"http://127.0.0.1:{port}", random.Random(count)
     payloads = [payload * chance.uniform(0.2, 1.8) if kind == "unequal" else payload for _ in range(count)]
 
     def job(number: int, source: str) -> JobDescription:
         return JobDescription(
-            job_id=f"{kind}{count}-{round_}-{number}", executable="/bin/sh", arguments=["-c", script(payloads[number])],
+            job_id=f"{kind}{count}-{round_}-{number}", executable=SHELL,
+            arguments=["-c", script(payloads[number], clocks / f"{source}{number}")],
             number_of_processors=2 if kind == "cores" and number % 3 == 0 else 1,
             input_data=[{"source": f"{base}/{source}/{number}", "name": "input", "size_bytes": 4096}],
             output_data=[{"pattern": "output", "target": f"{base}/out/{kind}{count}/{round_}/{number}"}],
@@ -100,12 +107,12 @@ def load(kind: str, count: int, port: int, payload: float, round_: int) -> Load:
 
     jobs = [job(number, "in") for number in range(count)]
     stuck = job(0, "stuck").model_copy(update={"job_id": f"stuck{count}-{round_}"}) if kind == "stuck" else None
-    return Load(jobs, payloads, stuck)
+    return Load(jobs, payloads, stuck, [clocks / f"in{number}" for number in range(count)])
 
 
-def script(seconds: float) -> str:
-    """What a payload does."""
-    return f"sleep {seconds:.4f}; cat input > output"
+def script(seconds: float, clock: Path) -> str:
+    """What a payload does; it says when it began and ended."""
+    return f"began=$EPOCHREALTIME; sleep {seconds:.4f}; cat input > output; echo $began $EPOCHREALTIME > {clock}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +120,25 @@ class Took:
     """What a round took, and where a slot was not used."""
 
     seconds: float
-    noticed_ms: float
-    """From the end of a payload until somebody else had its slot; the median."""
+    granted_ms: float
+    """From the end of a payload until somebody else has its slot, where all have one core; the median."""
     started_ms: float
     """From there until his payload ran."""
     ran_longer_ms: float
     """Payloads, beyond their sleep; the mean."""
+    handed_over_ms: float
+    """From the end of a payload until the next one runs, likewise."""
+    before_ms: float
+    """Until the first payload runs."""
+    after_ms: float
+    """From the end of the last."""
 
 
 async def pipelined(work: Load, slots: int, root: Path) -> Took:
     """A node."""
     async with open_transfers(Site()) as transfers, Node(transfers=transfers, ledger=Ledger(slots), root=root) as node:
         events = node.events()
-        began = time.perf_counter()
+        began, at = time.perf_counter(), time.time()
         stuck = node.submit(work.stuck) if work.stuck else None
         handles = [node.submit(job) for job in work.jobs]
         results = [await handle.wait() for handle in handles]
@@ -134,29 +147,34 @@ async def pipelined(work: Load, slots: int, root: Path) -> Took:
             stuck.kill("the others are done")
     for result in results:
         result.raise_for_status()
-    return _gaps(took, work, [event async for event in events])
+    return _gaps(at, took, slots, work, [event async for event in events])
 
 
-def _gaps(took: float, work: Load, events: Sequence[Event]) -> Took:
-    free: list[float] = []  # slots of one core: when each was left
+def _gaps(origin: float, took: float, slots: int, work: Load, events: Sequence[Event]) -> Took:
     granted: dict[str, float] = {}
-    started: dict[str, float] = {}
-    noticed, starting, longer = [0.0], [0.0], [0.0]
+    starting, longer = [0.0], [0.0]
     sleeps = {job.job_id: seconds for job, seconds in zip(work.jobs, work.payloads, strict=True)}
     for event in events:
-        at = event.time.timestamp()
         match event:
             case PayloadExited():
-                free.append(at)
                 longer.append(event.outcome.wall_seconds - sleeps[event.job_id])
             case SlotGranted():
-                granted[event.job_id] = at
-                if free:
-                    noticed.append(at - free.pop(0))
+                granted[event.job_id] = event.time.timestamp()
             case PayloadStarted():
-                started[event.job_id] = at
-                starting.append(at - granted[event.job_id])
-    return Took(took, 1000 * median(noticed[1:] or noticed), 1000 * median(starting), 1000 * mean(longer[1:] or longer))
+                starting.append(event.time.timestamp() - granted[event.job_id])
+    clocks = [tuple(map(float, clock.read_text().split())) for clock in work.clocks]
+    ends, starts = sorted(end for _, end in clocks), sorted(start for start, _ in clocks)
+
+    def from_ends_to(times: list[float]) -> float:
+        """Who comes into a slot that somebody has left: the first into the first."""
+        if {job.number_of_processors for job in work.jobs} != {1} or len(times) <= slots:
+            return math.nan
+        return 1000 * median(time - end for end, time in zip(ends, times[slots:], strict=False))
+
+    return Took(
+        took, from_ends_to(sorted(granted.values())), 1000 * median(starting), 1000 * mean(longer[1:] or longer),
+        from_ends_to(starts), 1000 * (starts[0] - origin), 1000 * (origin + took - ends[-1]),
+    )  # fmt: skip
 
 
 async def serial(work: Load, slots: int, root: Path) -> Took:
@@ -180,7 +198,7 @@ async def serial(work: Load, slots: int, root: Path) -> Took:
         took = time.perf_counter() - began
         if work.stuck:
             stuck.kill("the others are done")
-    return Took(took, 0.0, 0.0, 0.0)
+    return Took(took, *[math.nan] * 6)
 
 
 def by_hand(slots: int, seconds: float, root: Path) -> float:
@@ -189,7 +207,7 @@ def by_hand(slots: int, seconds: float, root: Path) -> float:
 
     def one() -> float:
         began = time.perf_counter()
-        running = [subprocess.Popen(["/bin/sh", "-c", script(seconds)], cwd=root) for _ in range(slots)]
+        running = [subprocess.Popen([SHELL, "-c", script(seconds, root / "clock")], cwd=root) for _ in range(slots)]
         for each in running:
             each.wait()
         return time.perf_counter() - began - seconds
@@ -216,13 +234,15 @@ def main() -> None:
     words = [sys.executable, "-c", SERVER, str(options.stage_in), str(options.stage_out)]
     rounds = iter(range(10**6))
     with tempfile.TemporaryDirectory() as directory, subprocess.Popen(words, stdout=subprocess.PIPE) as server:
-        root = Path(directory)
+        root, clocks = Path(directory, "root"), Path(directory, "clocks")
+        root.mkdir()
+        clocks.mkdir()
         try:
             assert server.stdout is not None
             port = int(server.stdout.readline())
 
             def once(kind: str, count: int, way: Callable[[Load, int, Path], Awaitable[Took]]) -> Took:
-                work = load(kind, count, port, options.payload, next(rounds))
+                work = load(kind, count, port, options.payload, next(rounds), clocks)
                 return anyio.run(way, work, options.slots, root)
 
             ways = {"node": pipelined} | ({} if options.no_serial else {"serial": serial})
@@ -251,13 +271,27 @@ def tell(found: dict[str, list[Took]], count: int, options: argparse.Namespace, 
         times = Spread.of([each.seconds for each in rounds])
         row = [name, times.show(), f"{bound:.2f}", f"{times.median / bound:.3f}", f"{times.median / by_hand:.3f}"]
         gaps = [
-            median(each) for each in zip(*((r.noticed_ms, r.started_ms, r.ran_longer_ms) for r in rounds), strict=True)
-        ]
-        rows.append(row + [f"{gap:.1f}" if name.endswith("node") else "" for gap in gaps])
+            (r.handed_over_ms, r.granted_ms, r.started_ms, r.ran_longer_ms, r.before_ms - 1000 * options.stage_in,
+             r.after_ms - 1000 * options.stage_out)
+            for r in rounds
+        ]  # fmt: skip
+        rows.append(row + ["" if math.isnan(gap) else f"{gap:.1f}" for gap in map(median, zip(*gaps, strict=True))])
     print_table(
         f"{count} jobs of {options.stage_in} + {options.payload} + {options.stage_out} s on {options.slots} slots; by hand "
         f"a payload takes {1000 * more:.1f} ms longer than it sleeps",
-        ["", "makespan, s", "bound, s", "over it", "over that by hand", "noticed, ms", "started, ms", "longer, ms"],
+        [
+            "",
+            "makespan, s",
+            "bound, s",
+            "over it",
+            "by hand",
+            "hand-over, ms",
+            "granted",
+            "started",
+            "longer",
+            "before",
+            "after",
+        ],
         rows,
     )
 

@@ -176,3 +176,19 @@ async def test_the_files_of_a_directory_are_jobs_in_the_order_of_their_names(tmp
         found.append(each.job_id)
     assert found == ["a", "b", "c"]
     assert [problem.partition(":")[0] for problem in source.refused] == [str(tmp_path / "d.json")]
+    assert source.skipped == ["e.json", "notes.txt"]
+
+
+async def test_a_second_job_of_the_same_id_is_a_bad_line_that_names_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.jsonl"
+    words = ({"job_id": "twin", "executable": "/bin/true"}, {"executable": "/bin/true"})
+    path.write_text("".join(json.dumps(each) + "\n" for each in (*words, *words)))
+    source = JobLines(path, outputs=tmp_path)
+    found = [each.job_id async for each in _all(source)]
+    assert (len(found), len({*found}), found.count("twin")) == (3, 3, 1)
+    assert source.refused == [f"{path}:3: there is a job twin already: {path}:1"]
+
+
+async def _all(source: JobLines) -> AsyncIterator[JobDescription]:
+    while (each := await source.next(5)) is not None:
+        yield each

@@ -94,7 +94,7 @@ class Book:
         self.cores = Counter[str]()
         """How many they need."""
         self.ended = Counter[str]()
-        self.given_back = self.interrupted = self.bytes_in = self.bytes_out = 0
+        self.given_back = self.interrupted = self.recalled = self.bytes_in = self.bytes_out = 0
         self.cpu_seconds = 0.0
         self.open = False
         self.draining = anyio.Event()
@@ -225,7 +225,9 @@ class Book:
             del self.entries[entry.job.job_id]
         if (result := entry.handle.result) is None:
             self.interrupted += 1
-        elif not entry.recalled:
+        elif entry.recalled:
+            self.recalled += 1
+        else:
             self.ended[result.status] += 1
             entry.given_back = entry.given_back and result.status is Status.RESCHEDULED
             self.given_back += entry.given_back

@@ -11,7 +11,7 @@ before it begins anything else (`loadmaster.recovery`).
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from functools import partial
@@ -204,7 +204,7 @@ class Node:
         """Those who read `events` have what there is, then the end."""
         self._book.streams.close()
 
-    async def occupations(self) -> AsyncIterator[Occupation]:
+    async def occupations(self) -> AsyncGenerator[Occupation, None]:
         """What the cores do, and why those that do nothing do not: now, and whenever it changes; ends with the node.
 
         A slow reader misses what has passed meanwhile. `statistics` has it all added up.
@@ -298,6 +298,7 @@ class Node:
             pending=0 if self._operations is None else self._operations.waiting,
             stuck=0 if self._operations is None else self._operations.stuck,
             operations_done=0 if self._operations is None else self._operations.done,
+            recalled=book.recalled,
         )
 
     # -- details -----------------------------------------------------------------------------------------------------

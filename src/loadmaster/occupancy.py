@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 from loadmaster.ledger import NO_JOB, Ledger
 
@@ -47,6 +47,8 @@ class NodeStatistics:
     stuck: int = 0
     """How much of it nobody will try before an administrator says so."""
     operations_done: int = 0
+    recalled: int = 0
+    """How many had ended before they were given to this node: the journal has them, and they were not run again."""
 
     @property
     def core_seconds(self) -> float:
@@ -72,6 +74,7 @@ class NodeStatistics:
             self.busy_core_seconds - earlier.busy_core_seconds, self.cpu_seconds - earlier.cpu_seconds,
             self.idle, MappingProxyType(reasons), self.bytes_in - earlier.bytes_in, self.bytes_out - earlier.bytes_out,
             self.pending, self.stuck, self.operations_done - earlier.operations_done,
+            self.recalled - earlier.recalled,
         )  # fmt: skip
 
 
@@ -85,6 +88,13 @@ class Occupation:
     """Those that payloads have."""
     idle: Mapping[str, int]
     """The others: how many for each reason."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON's types, with a `kind` as events have one."""
+        return {
+            "kind": "Occupation", "time": self.time.isoformat(), "cores": self.cores, "busy_cores": self.busy_cores,
+            "idle": dict(self.idle),
+        }  # fmt: skip
 
 
 class Meter:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterator, Mapping
 from hashlib import blake2b
 from itertools import count, islice
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import anyio
 from anyio import to_thread
@@ -75,6 +75,7 @@ class Nothing:
 
     def __init__(self) -> None:
         self.refused: list[str] = []
+        self.skipped: list[str] = []
         self.exhausted = True
 
     async def next(self, free: int) -> JobDescription | None:
@@ -88,22 +89,45 @@ class Nothing:
         """Never asked."""
 
 
-class _Files:
-    """Jobs that are read in a thread, many at a time. Relative paths are taken from where the file is."""
+Describe = Callable[[bytes], JobDescription]
 
-    def __init__(self, read: Iterator[tuple[str, bytes]], directory: Path, outputs: Path) -> None:
+
+def described(text: bytes) -> JobDescription:
+    """The job of a text in JSON. Raises `InvalidJob`."""
+    return JobDescription.load(read_object(text))
+
+
+def read_object(text: bytes) -> Mapping[str, Any]:
+    """The object of a text in JSON. Raises `InvalidJob`."""
+    try:
+        words = json.loads(text)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidJob(f"not JSON: {exc}") from exc
+    if not isinstance(words, dict):
+        raise InvalidJob(f"an object {{...}} is expected, not {type(words).__name__}")
+    return words
+
+
+class _Files:
+    """Jobs that are read in a thread, many at a time. Relative paths are taken from where the file is. `describe` makes a
+    job of a text, or raises `InvalidJob`."""
+
+    def __init__(self, read: Iterator[tuple[str, bytes]], directory: Path, outputs: Path, describe: Describe) -> None:
         self._read = read
-        self._directory, self._outputs = directory, outputs
+        self._directory, self._outputs, self._describe = directory, outputs, describe
+        self._places: dict[str, str] = {}  # by job id
         self._there: deque[tuple[str, bytes]] = deque()
         self._turn = anyio.Lock()
         self.refused: list[str] = []
         """Why what stood there is no job, each with its place."""
+        self.skipped: list[str] = []
+        """What was not looked at: it has no job file's name."""
         self.exhausted = False
         """Whether there is nothing more."""
         self.returned: list[JobDescription] = []
 
     async def next(self, free: int) -> JobDescription | None:
-        """The next one that is a job; those that are none are in `refused`."""
+        """The next one that is a job; those that are none, or have the id of one before, are in `refused`."""
         async with self._turn:
             while True:
                 if not self._there:
@@ -113,9 +137,13 @@ class _Files:
                     return None
                 place, text = self._there.popleft()
                 try:
-                    job = _described(text)
+                    if not text or len(text) > LINE_BYTES:
+                        raise InvalidJob(f"longer than {LINE_BYTES} bytes")
+                    job = self._describe(text)
                     if "job_id" not in job.model_fields_set:  # the same one when it is read again
                         job = job.model_copy(update={"job_id": _name_of(place, text)})
+                    if (first := self._places.setdefault(job.job_id, place)) != place:
+                        raise InvalidJob(f"there is a job {job.job_id} already: {first}")
                     return job.relative_to(self._directory, outputs=self._outputs)
                 except InvalidJob as exc:
                     self.refused.append(f"{place}: {exc}")
@@ -134,9 +162,9 @@ class _Files:
 class JobLines(_Files):
     """The jobs of a JSON Lines file, one description a line; relative target paths are taken from `outputs`."""
 
-    def __init__(self, path: Path, *, outputs: Path) -> None:
+    def __init__(self, path: Path, *, outputs: Path, describe: Describe = described) -> None:
         self._lines = _lines(path)
-        super().__init__(self._lines, path.absolute().parent, outputs)
+        super().__init__(self._lines, path.absolute().parent, outputs, describe)
 
     def close(self) -> None:
         """Read no more."""
@@ -144,10 +172,26 @@ class JobLines(_Files):
 
 
 class JobFiles(_Files):
-    """The jobs of a directory: its files that end in `.json`, in the order of their names, as they are now."""
+    """The jobs of a directory: its files that end in one of `endings`, in the order of their names, as they are now. The
+    names of the others are in `skipped`, but for hidden ones."""
 
-    def __init__(self, path: Path, *, outputs: Path) -> None:
-        super().__init__(_texts(path), path.absolute(), outputs)
+    def __init__(
+        self, path: Path, *, outputs: Path, describe: Describe = described, endings: tuple[str, ...] = (".json",)
+    ) -> None:
+        super().__init__(self._texts(path, endings), path.absolute(), outputs, describe)
+
+    def _texts(self, path: Path, endings: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
+        for name in sorted(each.name for each in path.iterdir()):
+            file = path / name
+            try:
+                if not name.endswith(endings) or not file.is_file():  # a FIFO would hold us up for ever
+                    if not name.startswith("."):
+                        self.skipped.append(name)
+                    continue
+                with file.open("rb") as stream:
+                    yield str(file), stream.read(LINE_BYTES + 1)
+            except OSError as exc:
+                yield str(file), f"{exc.strerror}".encode()
 
 
 def _name_of(place: str, text: bytes) -> str:
@@ -167,27 +211,3 @@ def _lines(path: Path) -> Generator[tuple[str, bytes], None, None]:
                 yield f"{path}:{number}", b""
             elif line.strip():
                 yield f"{path}:{number}", line
-
-
-def _texts(path: Path) -> Iterator[tuple[str, bytes]]:
-    for name in sorted(each.name for each in path.iterdir() if each.name.endswith(".json")):
-        file = path / name
-        try:
-            if not file.is_file():  # a FIFO would hold us up for ever
-                continue
-            with file.open("rb") as stream:
-                yield str(file), stream.read(LINE_BYTES + 1)
-        except OSError as exc:
-            yield str(file), f"{exc.strerror}".encode()
-
-
-def _described(text: bytes) -> JobDescription:
-    if not text or len(text) > LINE_BYTES:
-        raise InvalidJob(f"longer than {LINE_BYTES} bytes")
-    try:
-        words = json.loads(text)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidJob(f"not JSON: {exc}") from exc
-    if not isinstance(words, dict):
-        raise InvalidJob(f"an object {{...}} is expected, not {type(words).__name__}")
-    return JobDescription.load(words)

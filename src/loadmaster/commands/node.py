@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack, closing, suppress
+from errno import EACCES
 from functools import partial
 from io import StringIO
 from pathlib import Path
@@ -12,6 +15,7 @@ from typing import Final
 
 import anyio
 
+from loadmaster import dirac
 from loadmaster.commands.arguments import Commands, add_scratch, add_slots
 from loadmaster.commands.begun import as_begun
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK, PAYLOAD_FAILED
@@ -20,17 +24,20 @@ from loadmaster.commands.reporting import Reporting, add_reporter
 from loadmaster.console.board import open_board, told
 from loadmaster.console.orders import told_to_stop
 from loadmaster.console.work import work
-from loadmaster.description import ComputingElement
+from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import InvalidJob
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
 from loadmaster.site import Site
-from loadmaster.sources import LINE_BYTES, JobFiles, JobLines, Nothing
+from loadmaster.sources import LINE_BYTES, JobFiles, JobLines, Nothing, read_object
 from loadmaster.workdir import default_root
 
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
 ones come while others compute. The first Ctrl-C lets what computes finish, the second kills it, the third leaves."""
+
+SHOWN: Final = 5
+"""So many names of files are enough to see what they are."""
 
 ENDS: Final = f"""Exit codes: 0 every job is done; 1 the source cannot be read, or has lines that are no jobs (each is
 named, the others were run); 2 jobs failed; 130, 143 and 129 told to stop by SIGINT, SIGTERM or SIGHUP before all were done;
@@ -72,13 +79,30 @@ def add_node(node: argparse.ArgumentParser) -> None:
 
 
 def _node(options: argparse.Namespace) -> int:
+    path: Path = options.source
+    try:
+        if not os.access(path, os.R_OK):
+            path.stat()  # says why
+            raise PermissionError(EACCES, os.strerror(EACCES))
+    except OSError as exc:
+        raise InvalidJob(
+            f"{path}: {exc.strerror}: SOURCE is a file with a job a line, or a directory of job files"
+        ) from exc
     with ExitStack() as opened:
         source: JobFiles | JobLines
-        if options.source.is_dir():
-            source = JobFiles(options.source, outputs=Path.cwd())
+        if path.is_dir():
+            source = JobFiles(path, outputs=Path.cwd(), describe=_described, endings=(".json", ".jdl"))
         else:
-            source = opened.enter_context(closing(JobLines(options.source, outputs=Path.cwd())))
+            source = opened.enter_context(closing(JobLines(path, outputs=Path.cwd(), describe=_described)))
         return run_node(options, source)
+
+
+def _described(text: bytes) -> JobDescription:
+    """A job in our words or in DIRAC's, also in its wrapper file or JDL. The computing element in there is not asked: the
+    node has one."""
+    line = text.decode("utf-8-sig", errors="replace")
+    words = dirac.read_jdl(line) if dirac.is_jdl(line) else read_object(text)
+    return dirac.from_dirac(words)[0] if "Job" in words or dirac.is_jdl(line) else JobDescription.load(words)
 
 
 def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing) -> int:
@@ -116,6 +140,8 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
             )
     finally:
         board.close()
+    if shift.skipped:
+        board.say(f"loadmaster: {options.source}: no job files (.json, .jdl), and skipped: {_some_of(shift.skipped)}")
     for problem in shift.refused[:MOST_REFUSED]:
         board.say(f"loadmaster: {problem}")
     if (more := len(shift.refused) - MOST_REFUSED) > 0:
@@ -140,3 +166,8 @@ def _is_one_job(options: argparse.Namespace) -> bool:
         )
     except (InvalidJob, OSError):
         return False
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -136,8 +136,10 @@ def rows(figures: NodeStatistics) -> Iterator[tuple[str, str]]:
 def told(figures: NodeStatistics) -> str:
     """What it was in all, in a line."""
     counts = ", ".join(f"{count:,} {status}" for status, count in figures.ended.items() if count)
+    counts = counts or ("no new jobs" if figures.recalled else "no jobs")
+    before = f" ({figures.recalled:,} had ended before, and were not run again)" if figures.recalled else ""
     back = f", {figures.given_back:,} of them given back" if figures.given_back else ""
     return (
-        f"{counts or 'no jobs'}{back} in {duration(figures.seconds)}; cores busy {figures.occupancy:.0%}, "
+        f"{counts}{back}{before} in {duration(figures.seconds)}; cores busy {figures.occupancy:.0%}, "
         f"{duration(figures.cpu_seconds)} of CPU; {size(figures.bytes_in)} in, {size(figures.bytes_out)} out"
     )

@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,6 +49,8 @@ class Shift:
 
     figures: NodeStatistics | None = None
     refused: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    """What in the source is no job file."""
     failed: int = 0
     exhausted: bool = False
     """Whether the source has no more."""
@@ -98,7 +100,7 @@ async def work(
                 shift.figures = node.statistics()
                 node.close_events()
             beside.cancel_scope.cancel()
-    shift.refused, shift.exhausted = source.refused, source.exhausted
+    shift.refused, shift.skipped, shift.exhausted = source.refused, source.skipped, source.exhausted
     return shift
 
 
@@ -132,10 +134,25 @@ async def _show(node: Node, board: Board) -> None:
 
 async def _write(node: Node, file: TextIO, say: Callable[[str], None]) -> None:
     stream = node.events()
+    turn = anyio.Lock()
+
+    async def put(lines: str) -> None:
+        async with turn:
+            await to_thread.run_sync(lambda: (file.write(lines), file.flush()))
+
+    async def put_occupations() -> None:
+        async with aclosing(node.occupations()) as occupations:
+            async for occupation in occupations:
+                await put(json.dumps(occupation.to_json()) + "\n")
+
     try:
-        async for event in stream:
-            batch: list[Event] = [event, *stream.take()]
-            await to_thread.run_sync(lambda lines: (file.write(lines), file.flush()), "".join(map(written, batch)))
+        with single_error():
+            async with anyio.create_task_group() as beside:
+                beside.start_soon(put_occupations)
+                async for event in stream:
+                    batch: list[Event] = [event, *stream.take()]
+                    await put("".join(map(written, batch)))
+                beside.cancel_scope.cancel()
     except OSError as exc:
         say(f"{file.name}: no more events are written: {exc.strerror}")
     finally:
