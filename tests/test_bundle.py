@@ -320,6 +320,7 @@ def test_a_bundle_is_looked_into_as_a_journal_is(desk: Desk) -> None:
         told[words[0]] = done.stdout
     assert "\n1 open\n" in told["jobs"]
     assert "job 7, attempt 1: open" in told["show"]
+    assert told["pending"] == "nothing is pending\n"
 
 
 def test_a_site_that_is_forgotten_for_the_last_part_is_asked_for(desk: Desk) -> None:

@@ -473,6 +473,17 @@ def test_what_a_job_has_a_hard_link_to_is_not_evicted(tmp_path: Path, workdir: W
         assert got(cache, "b", workdir) is not None
 
 
+def test_what_a_killed_process_was_bringing_in_is_removed_by_the_next_that_opens_the_cache(tmp_path: Path) -> None:
+    with contextlib.closing(Cache(tmp_path / "cache", 1000)) as cache:
+        fill(cache, "a", b"a" * 600)
+        words = [sys.executable, "-c", FILLER, str(cache.root)]
+        subprocess.run(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)
+        assert "part" in names_in(cache)
+    with contextlib.closing(Cache(tmp_path / "cache", 1000)) as cache:
+        assert "part" not in names_in(cache)
+        assert stored_bytes(cache) == int((cache.root / "total").read_text()) == 600
+
+
 def test_what_dead_processes_left_is_counted_and_removed(tmp_path: Path, workdir: Workdir) -> None:
     with contextlib.closing(Cache(tmp_path / "cache", 1000)) as cache:
         fill(cache, "a", b"a" * 600)

@@ -59,6 +59,7 @@ def test_a_job_that_succeeds_is_0_and_says_where_its_outputs_are(shell: Shell) -
     assert str(shell.directory / "results" / "o.txt") in done.stdout
     assert (shell.directory / "outputs" / "7" / "std.out").read_text() == "hi\n"
     assert "payload ended: exit code 0" in done.stderr
+    assert f"out  o.txt  5 B  to {shell.directory}/results/o.txt\n" in done.stderr
 
 
 def test_result_and_events_are_json(shell: Shell) -> None:

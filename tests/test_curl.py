@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -19,7 +19,7 @@ import anyio
 import pytest
 
 from loadmaster import StorageError
-from loadmaster.conformance import NAMES, LocalBytes, Place, StorageConformance, local_place
+from loadmaster.conformance import NAMES, LocalBytes, Place, StorageConformance, holding, local_place
 from loadmaster.errors import (
     AccessDenied,
     CannotCopy,
@@ -29,7 +29,7 @@ from loadmaster.errors import (
     NotFound,
     StorageUnavailable,
 )
-from loadmaster.storage.base import Direction, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.base import Direction, FileInfo, Step, StorageOptions, Transfer
 from loadmaster.storage.checksums import running
 from loadmaster.storage.http import open_http
 from loadmaster.storage.s3 import open_s3
@@ -658,7 +658,10 @@ async def test_a_request_for_any_key_is_signed_as_amazon_wants_it(hostile: Hosti
         url = place.url(name) if "//" not in name else f"s3://bucket/d/{name}"
         await storage.move([Transfer(Direction.UPLOAD, url, LocalBytes(b"content"))], lambda _: None)
         await storage.stat(url)
+        with suppress(StorageError):  # this server knows of no uploads in parts
+            await storage.clear(url, [])
     assert hostile.files == {f"/bucket/d/{name}": b"content"}
+    assert hostile.asked[-1].target.startswith("/bucket/?prefix=d%2F")
     for asked in hostile.asked:
         signed = asked.headers["authorization"].partition("SignedHeaders=")[2].partition(",")[0].split(";")
         assert {"host", "x-amz-date", "x-amz-content-sha256", "x-amz-security-token"} <= set(signed)
@@ -678,6 +681,31 @@ async def test_what_names_no_object_is_an_error_of_its_own(hostile: HostileServe
             await storage.stat(url)
     assert not refused.value.retryable
     assert hostile.asked == []
+
+
+@pytest.mark.parametrize(("status", "pattern"), [("403", None), ("500", "listing uploads in parts")])
+async def test_uploads_that_were_broken_off_are_left_to_the_bucket_where_they_may_not_be_listed(
+    hostile: HostileServer, status: str, pattern: str | None
+) -> None:
+    hostile.orders = lambda asked: Fault(status, body=s3_error("AccessDenied"))
+    async with open_s3(StorageOptions(scheme="s3", words={"endpoint": hostile.url, **KEYS})) as storage:
+        with nullcontext() if pattern is None else pytest.raises(StorageUnavailable, match=pattern):
+            await storage.clear("s3://bucket/d/f", [])
+    assert [asked.method for asked in hostile.asked] == ["GET"]
+
+
+async def test_uploads_to_other_keys_are_nobodys_leftovers(s3: str) -> None:
+    base = f"s3://bucket/{os.urandom(8).hex()}"
+    async with open_s3(StorageOptions(scheme="s3", words={"endpoint": s3, **KEYS})) as storage:
+        place = Place(storage, base, lambda: objects(s3, f"{base.rpartition('/')[2]}/"))
+        mine = [await holding(place, "f", 10) for _ in range(3)]
+        others = [await holding(place, name, 10) for name in ("f2", "f/2", "d/f")]
+        await storage.clear(f"{base}/f", [])
+        for name, (held, _) in zip(["f"] * 3 + ["f2", "f/2", "d/f"], mine + others, strict=True):
+            transfer = place.upload(name, LocalBytes())
+            transfer.step, transfer.held = Step.PUBLISH, held
+            await place.move(transfer)
+        assert place.names() == ["d/f", "f/2", "f2"]
 
 
 def s3_error(code: str) -> bytes:

@@ -29,8 +29,15 @@ from loadmaster.workdir import Workdir
 
 HASTY = Site(retry_seconds=0.001)
 
-LARGE_BYTES = 8 * 1024**3
-"""Of a sparse file: far more than can be copied before the test cancels."""
+LARGE_BYTES = 64 * 1024**3
+"""Of a sparse file: far more than can pass before the test cancels."""
+
+
+def make_large(path: Path) -> None:
+    """Some bytes, and then a hole: of that only the checksum is computed, which takes a while too."""
+    with path.open("wb") as file:
+        file.write(os.urandom(1024**2))
+        file.truncate(LARGE_BYTES)
 
 
 class Told:
@@ -178,8 +185,7 @@ async def test_a_kind_of_url_nobody_serves_is_named(workdir: Workdir, told: Told
 
 async def test_a_cancelled_staging_in_leaves_no_half_file(workdir: Workdir, there: Path, told: Told) -> None:
     for name in "abc":
-        with (there / name).open("wb") as file:
-            file.truncate(LARGE_BYTES)
+        make_large(there / name)
     with anyio.fail_after(20):
         async with anyio.create_task_group() as group:
             group.start_soon(fetch, [Fetch(name, (replica(there / name),)) for name in "abc"], workdir, told)
@@ -190,8 +196,7 @@ async def test_a_cancelled_staging_in_leaves_no_half_file(workdir: Workdir, ther
 
 
 async def test_a_full_work_directory_is_named_and_has_nothing_half(small_disk: Path, there: Path, told: Told) -> None:
-    with (there / "large").open("wb") as file:
-        file.truncate(4 * 1024**2)
+    (there / "large").write_bytes(os.urandom(4 * 1024**2))
     full = await to_thread.run_sync(Workdir.make, small_disk, "job")
     with pytest.raises(StagingFailed, match="large: the work directory: No space left on device"):
         await fetch([Fetch("large", (replica(there / "large"),))], full, told)
@@ -317,8 +322,7 @@ async def test_the_first_error_ends_all_lanes_and_is_raised_as_it_is() -> None:
 
 
 async def test_progress_is_told_while_files_move_and_only_to_those_who_want_it(workdir: Workdir, there: Path) -> None:
-    with (there / "large").open("wb") as file:
-        file.truncate(LARGE_BYTES)
+    make_large(there / "large")
     curious, deaf = Told(wants_progress=True), Told()
     async with anyio.create_task_group() as group:
         for listener in (curious, deaf):

@@ -38,6 +38,7 @@ FLOORS: dict[str, float] = {
     "occupancy": 3.5,
     # mechanisms
     "handle": 4,
+    "logfile": 3.4,
     "logbook": 3.5,
     "journal": 4.2,
     "pending": 4,

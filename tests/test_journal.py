@@ -19,9 +19,9 @@ from loadmaster import JobHandle, RuntimeFault
 from loadmaster.errors import IllegalEvent, JournalFault
 from loadmaster.events import Event, JobAccepted, PayloadPrepared, StageInEnded, StageInStarted
 from loadmaster.handle import KeepsState
-from loadmaster.journal import NodeJournal, open_journal, state_name
+from loadmaster.journal import NodeJournal, open_journal
 from loadmaster.lifecycle import Stage
-from loadmaster.logbook import Logbook, Record
+from loadmaster.logbook import Logbook, Record, state_name
 
 
 async def there(directory: Path, job_id: str) -> list[str]:

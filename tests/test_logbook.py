@@ -17,7 +17,8 @@ import pytest
 from lives import LONG_AGO, a_life
 from loadmaster.errors import JournalFault
 from loadmaster.events import Event, JobAccepted, dumps
-from loadmaster.logbook import NAME, UPGRADES, Logbook, Record
+from loadmaster.logbook import Logbook, Record
+from loadmaster.logfile import NAME, UPGRADES
 
 
 def written(directory: Path, events: Iterable[Event]) -> None:

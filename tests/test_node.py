@@ -30,6 +30,7 @@ from loadmaster import (
 )
 from loadmaster.ahead import Ahead, Preparing, has_room, next_slow, places
 from loadmaster.events import FileStagedIn, JobFinished, PayloadStarted, SlotGranted, StageInStarted
+from loadmaster.journal import open_journal
 from loadmaster.lifecycle import Stage
 from loadmaster.testing import Faults, MemoryStorage
 
@@ -475,15 +476,17 @@ def mixed(number: int, chance: random.Random, directory: Path) -> JobDescription
 
 
 @pytest.mark.parametrize("ending", ["kill", "drain", "cancel", "cancel the drain"])
+@pytest.mark.parametrize("journalled", [False, True])
 @pytest.mark.parametrize("count", [60, pytest.param(500, marks=(pytest.mark.long, pytest.mark.timeout(300)))])
 async def test_nothing_is_left_behind_and_every_job_has_one_result(
-    make_node: MakeNode, tmp_path: Path, ending: str, count: int
+    make_node: MakeNode, tmp_path: Path, root: Path, ending: str, count: int, journalled: bool
 ) -> None:
     chance = random.Random(f"{ending}{count}")
     (tmp_path / "input").write_text("cargo")
     handles: list[JobHandle] = []
+    book = tmp_path / "journal" if journalled else None
     with anyio.CancelScope() as host:
-        async with make_node(ledger=Ledger(4, disk_bytes=1000)) as node:
+        async with make_node(ledger=Ledger(4, disk_bytes=1000), journal=book) as node:
             stream = node.events()
 
             handles += [node.submit(mixed(number, chance, tmp_path)) for number in range(count)]
@@ -510,3 +513,23 @@ async def test_nothing_is_left_behind_and_every_job_has_one_result(
     assert node.ledger.free_disk_bytes == 1000
     assert sum(figures.jobs.values()) == 0
     assert processes_of(*(f"{MIXED}{number}" for number in range(count))) == []
+    if book is not None:
+        await successor_ends_all(make_node, book, with_result, count)
+    assert list(root.iterdir()) == []
+    assert [path for out in tmp_path.glob("out*") for path in out.rglob(".*")] == []
+
+
+async def successor_ends_all(make_node: MakeNode, book: Path, ended: set[str | None], count: int) -> None:
+    """Those that were interrupted; none of the others, and none twice."""
+    async with make_node(ledger=Ledger(4, disk_bytes=1000), journal=book) as node:
+        stream = node.events()
+        resumed = {str(handle.job_id) for handle in node.resumed}
+        assert resumed.isdisjoint(ended)
+        node.kill_all("enough")
+    finished = [event.job_id async for event in stream if isinstance(event, JobFinished)]
+    assert sorted(finished) == sorted(resumed)
+    assert processes_of(*(f"{MIXED}{number}" for number in range(count))) == []
+    async with open_journal(book) as journal:
+        assert await journal.open_jobs() == []
+        assert sum((await journal.ended()).values()) == len(resumed | ended)
+    assert list((book / "payloads").iterdir()) == []

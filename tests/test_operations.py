@@ -23,7 +23,8 @@ from loadmaster.errors import AccessDenied, AlreadyExists, NoSpace, NotFound, St
 from loadmaster.events import Event, FailoverRequested, OperationDone, RegistrationRequested
 from loadmaster.journal import open_journal
 from loadmaster.lifecycle import Lifecycle
-from loadmaster.logbook import UPGRADES, Logbook
+from loadmaster.logbook import Logbook
+from loadmaster.logfile import UPGRADES
 from loadmaster.operations import Operations, may_succeed_later, ring
 from loadmaster.pending import Backoff, Operation
 from loadmaster.staging.engine import Transfers, open_transfers

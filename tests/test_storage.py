@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from loadmaster.names import file_url
 from loadmaster.staging.files import IncomingPath
 from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
 from loadmaster.storage.checksums import Checksum
-from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, open_storage, translated
+from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, _after_hole, checksum, open_storage, translated
 from loadmaster.storage.single import OneByOne
 from loadmaster.testing import Faults, MemoryStorage
 
@@ -320,6 +321,42 @@ assert list(Path("closed").iterdir()) == []
 """
     assert as_ordinary_user(script) == "denied False\n" * 3
     assert not AccessDenied.retryable
+
+
+@pytest.mark.parametrize("algorithm", ["adler32", "sha256"])
+async def test_holes_stay_holes_and_count_as_the_zeros_they_are(tmp_path: Path, algorithm: str) -> None:
+    """Data at the beginning, amid and before a hole that ends the file."""
+    size, pieces = 2**25, {0: b"first", 5 * 2**20 + 7: os.urandom(3 * 2**20), 2**24: b"last"}
+    sparse, other = tmp_path / "sparse", tmp_path / "other"
+    with sparse.open("wb") as file:
+        for place, data in pieces.items():
+            file.seek(place)
+            file.write(data)
+        file.truncate(size)
+    if sparse.stat().st_blocks * 512 > size // 2:
+        pytest.skip("no sparse files on this disk")
+    transfer = Transfer(Direction.DOWNLOAD, file_url(sparse), IncomingPath(other), algorithm)
+    await LocalStorage().move([transfer], lambda _: None)
+    expected = hashlib.new(algorithm) if algorithm == "sha256" else None
+    with sparse.open("rb") as one, other.open("rb") as two:
+        value = 1
+        while data := one.read(2**22):
+            assert two.read(2**22) == data
+            value = zlib.adler32(data, value)
+            if expected is not None:
+                expected.update(data)
+    digits = f"{value:08x}" if expected is None else expected.hexdigest()
+    assert transfer.result == FileInfo(size, Checksum(algorithm, digits))
+    assert other.stat().st_size == size
+    assert other.stat().st_blocks * 512 < size // 2
+
+
+def test_a_file_that_became_shorter_has_no_hole_there(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("w+b") as file:
+        file.truncate(2**20)
+        assert _after_hole(file.fileno(), 0, 2**20) == 2**20
+        assert _after_hole(file.fileno(), 0, 2**20 + 1) == 0
+        assert _after_hole(file.fileno(), 2**20, 2**21) == 2**20
 
 
 async def test_an_input_that_shrinks_while_it_is_copied_is_not_taken_for_whole(tmp_path: Path) -> None:

@@ -511,6 +511,15 @@ async def test_a_payload_that_has_lost_its_shim_is_lost_where_nothing_of_it_can_
     assert (outcome.ended_by, outcome.has_no_status, outcome.left_behind) == (EndedBy.LOST, True, False)
 
 
+async def test_a_payload_over_a_limit_that_loses_its_shim_before_it_is_asked_is_not_run_again(workdir: Workdir) -> None:
+    payload = await start("sleep 1000", workdir, containment=[Containment.PID_NAMESPACE])
+    os.kill(payload.tree.shim_pid, signal.SIGKILL)
+    await payload.tree.wait()
+    verdict = Verdict("memory", 3e9, 2e9, "bytes")
+    outcome = await payload.end(EndedBy.LIMIT, grace_seconds=10, verdict=verdict)
+    assert (outcome.ended_by, outcome.verdict, outcome.left_behind) == (EndedBy.LIMIT, verdict, False)
+
+
 @pytest.mark.usefixtures("groups")
 async def test_a_payload_that_has_lost_its_shim_is_lost_where_its_group_is_empty(workdir: Workdir) -> None:
     payload = await start(DAEMON, workdir, containment=[Containment.CGROUP])

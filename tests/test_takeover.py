@@ -19,7 +19,7 @@ from anyio import to_thread
 
 from conftest import sh, until
 from following import happens, kinds
-from loadmaster import JobDescription, JobHandle, JobResult, Site, Status, run_job
+from loadmaster import JobDescription, JobHandle, JobResult, Ledger, Node, Site, Status, run_job
 from loadmaster.description import Containment
 from loadmaster.errors import WorkdirFault
 from loadmaster.events import Event, LimitReached, PayloadStarted
@@ -42,8 +42,7 @@ place, words, world = Path(sys.argv[1]), json.loads(sys.argv[2]), json.loads(sys
 
 class Worried(JobExecutionCoordinator):
     async def preProcess(self, command, exeEnv):
-        if "worried" in self.jobArgs.job_name:
-            self.job.start_soon(self.worry)
+        self.job.start_soon(self.worry)
         return await super().preProcess(command, exeEnv)
 
     async def worry(self):
@@ -54,7 +53,8 @@ class Worried(JobExecutionCoordinator):
 async def main():
     site = Site(output_directory=str(place / "out"), payload=World(**world))
     async with open_journal(place / "journal") as journal:
-        await run_job(JobDescription(**words), journal=journal, root=place / "root", site=site, coordinator=Worried)
+        coordinator = Worried if words.get("job_name") == "worried" else JobExecutionCoordinator
+        await run_job(JobDescription(**words), journal=journal, root=place / "root", site=site, coordinator=coordinator)
 
 anyio.run(main)
 """
@@ -275,6 +275,25 @@ async def test_a_payload_that_the_journal_has_lost_is_ended_or_adopted_and_its_j
     again = await place.goes_on(sh("true"), attempt=2)
     assert again.status is Status.DONE, again.failure
     assert list((place.place / "journal" / "payloads").iterdir()) == []
+
+
+async def test_a_node_ends_a_payload_it_has_forgotten_before_anything_waits(place: Place) -> None:
+    """A job that only waits may be given back, to be run elsewhere; its payload ran on here."""
+    script = f"echo x >> {place.place}/ran; touch ready; [ -e {place.place}/again ] || sleep 1000"
+    await place.killed(sh(script), lambda: place.file("ready").exists())
+    started = await place.started()
+    await to_thread.run_sync(cut, place.place / "journal", 1)
+    async with Node(ledger=Ledger(1), root=place.root, site=place.site, journal=place.place / "journal") as node:
+        assert gone(started.shim_pid)
+        (place.place / "again").touch()
+        (handle,) = node.resumed
+        lost = await handle.wait()
+        assert (lost.status, lost.failure and lost.failure.kind) == (Status.RESCHEDULED, "PayloadLost")
+        following = node.handle("7")
+        assert following is not None
+        result = await following.wait()
+        assert (result.status, result.attempt) == (Status.DONE, 2), result.failure
+    assert (place.place / "ran").read_text() == "x\nx\n"
 
 
 # -- one work directory, two journals ------------------------------------------------------------------------------

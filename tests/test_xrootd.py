@@ -14,7 +14,7 @@ import pytest
 
 from loadmaster.conformance import NAMES, LocalBytes, Place, StorageConformance, local_place
 from loadmaster.errors import ChecksumMismatch, InvalidSite, NotFound, StorageError
-from loadmaster.storage.base import Ability, Direction, FileInfo, StorageOptions, Transfer
+from loadmaster.storage.base import Ability, Clears, Direction, FileInfo, StorageOptions, Transfer
 from servers_objects import xrootd
 
 pytest.importorskip("XRootD")
@@ -62,6 +62,15 @@ async def test_a_name_xrootd_cannot_have_is_refused(place: Place) -> None:
         with pytest.raises(StorageError, match="no URL of a file") as refused:
             await place.storage.stat(url)
         assert not refused.value.retryable
+
+
+async def test_what_an_upload_that_was_broken_off_has_left_is_removed(place: Place) -> None:
+    for name in ("d/file", "d/.0123.part", "d/.4567.part"):
+        await place.put(name, b"content")
+    assert isinstance(place.storage, Clears)
+    for _ in range(2):  # the second time there is nothing: no harm is done
+        await place.storage.clear(place.url("d/file"), [".0123.part", ".89ab.part"])
+    assert place.names() == ["d/.4567.part", "d/file"]
 
 
 async def test_stat_has_the_servers_checksum(place: Place) -> None:

@@ -132,7 +132,7 @@ def _command_line(value: object) -> object:
 
 
 def _variable_name(name: str) -> str:
-    if not name or "=" in name or not name.isprintable() or name != name.strip():
+    if not name or "=" in name or not name.isprintable() or name != name.strip():  # NUL cannot be printed, nor halves
         raise ValueError(f"{name!r} cannot be the name of an environment variable")
     return name
 
@@ -174,7 +174,7 @@ MaybeComponent = Annotated[
 ]
 Environment = Annotated[
     dict[
-        Annotated[str, BeforeValidator(lambda v: _no_nul(_variable_name(str(v))))],
+        Annotated[str, BeforeValidator(lambda name: _variable_name(str(name)))],
         Annotated[str, BeforeValidator(_variable_value)],
     ],
     BeforeValidator(_environment),

@@ -9,12 +9,10 @@ nobody waits for is written behind: the file has, at any time, a beginning of wh
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from hashlib import sha256
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
@@ -24,7 +22,7 @@ from anyio import lowlevel, to_thread
 from loadmaster.errors import JournalFault
 from loadmaster.events import Event
 from loadmaster.handle import JobHandle, KeepsState, Write
-from loadmaster.logbook import History, Logbook, Record
+from loadmaster.logbook import History, Logbook, Record, state_name
 from loadmaster.tasks import single_error
 
 P = ParamSpec("P")
@@ -42,8 +40,6 @@ DISK_SECONDS: Final = 60.0
 LATE_SECONDS: Final = 0.05
 """An event nobody waits for is written with those that somebody does wait for, or so much later: each write by itself costs
 half a millisecond of a processor (a thread is woken, and the loop by it), whatever is in it."""
-
-NAME_BYTES: Final = 100
 
 
 class _Batch(Write):
@@ -73,6 +69,7 @@ class NodeJournal(KeepsState):
 
     def __init__(self, book: Logbook) -> None:
         self.directory = book.directory
+        self._payloads = book.directory / "payloads"
         self.damage = book.damage
         """What was found to be missing when it was opened, in a sentence; None: nothing."""
         self._book = book
@@ -184,7 +181,7 @@ class NodeJournal(KeepsState):
 
     def state_directory(self, job_id: str, attempt: int) -> Path:
         """Where that is kept of a payload which outlives an agent."""
-        return self.directory / "payloads" / state_name(job_id, attempt)
+        return self._payloads / state_name(job_id, attempt)
 
     async def _ask(self, function: Callable[P, T], *args: P.args, **kw: P.kwargs) -> T:
         async with self._turn:
@@ -216,13 +213,6 @@ class NodeJournal(KeepsState):
                 async with self._turn:
                     if not self._abandoned:
                         await to_thread.run_sync(self._book.close)
-
-
-def state_name(job_id: str, attempt: int) -> str:
-    """What the directory of a payload's state is called: never too long, never the same for two."""
-    if len(os.fsencode(job_id)) > NAME_BYTES:
-        job_id = sha256(job_id.encode(errors="surrogatepass")).hexdigest()
-    return f"{attempt}.{job_id}"
 
 
 @asynccontextmanager

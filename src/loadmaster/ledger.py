@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Protocol
 
+from anyio import lowlevel
+
 from loadmaster.description import JobDescription
 from loadmaster.errors import PayloadNotStarted, StagingFailed
 from loadmaster.line import Amounts, Line, Ticket
@@ -162,7 +164,7 @@ class Ledger:
         ticket = self._request(job)
         slot: Slot | None = None
         try:
-            await ticket.granted.wait()
+            await _granted(ticket)
             slot = self._assigned(ticket, job)
             yield slot
         finally:
@@ -290,7 +292,7 @@ class Ledger:
             raise StagingFailed(f"the job needs {size_bytes} bytes of disk, the node has {self.disk_bytes}")
         ticket = self._disk.request((size_bytes,), priority=priority)
         try:
-            await ticket.granted.wait()
+            await _granted(ticket)
             yield
         finally:
             self._disk.give_back(ticket)
@@ -306,3 +308,10 @@ class Ledger:
             yield
         finally:
             self._disk.give_back(ticket)
+
+
+async def _granted(ticket: Ticket) -> None:
+    """Wait for it. Who has it at once goes on at once, unless cancelled."""
+    await lowlevel.checkpoint_if_cancelled()
+    if not ticket.holds:
+        await ticket.granted.wait()

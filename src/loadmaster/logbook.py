@@ -1,105 +1,50 @@
-"""The file of a journal: an SQLite database that one agent writes to and everybody may read. What is in here blocks.
+"""The events of a node, in a file that one agent writes to and everybody may read. What is in here blocks.
 
     <directory>/lock                whose journal it is; the kernel drops the lock with the process
     <directory>/journal.<n>.db      the events, in the order in which they came; the highest number counts
     <directory>/payloads/           what outlives an agent of the payloads it has started
 
-A write-ahead log, synced with each commit: what was committed survives the process and the machine. What a crash tears is
-the end of that log, which SQLite leaves out when it opens it next. A file that is damaged beyond that (cut short, half of it
-gone) stays as it is, with its number; what can be read of it in order, up to the first event that cannot, begins the next.
+What the file is, and what becomes of a damaged one: `loadmaster.logfile`.
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import os
 import socket
 import sqlite3
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Final, TypeVar
-from urllib.parse import quote
 
 from loadmaster.errors import JournalFault
 from loadmaster.events import Event, dumps, loads
+from loadmaster.logfile import (
+    NAME,
+    changed_beside,
+    frames,
+    generations,
+    is_damage,
+    locked,
+    prepared,
+    salvage,
+    seen,
+    sync_directory,
+)
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-UPGRADES: Final = (
-    """
-    CREATE TABLE events (number INTEGER PRIMARY KEY, job INTEGER NOT NULL, kind TEXT NOT NULL, facts TEXT NOT NULL);
-    CREATE INDEX events_of_job ON events (job);
-    CREATE TABLE jobs (
-        number INTEGER PRIMARY KEY, job_id TEXT NOT NULL, attempt INTEGER NOT NULL, status TEXT, ended TEXT,
-        UNIQUE (job_id, attempt)
-    );
-    CREATE INDEX open_jobs ON jobs (number) WHERE status IS NULL;
-    CREATE TRIGGER job_accepted AFTER INSERT ON events WHEN NEW.kind = 'JobAccepted' BEGIN
-        INSERT INTO jobs (number, job_id, attempt)
-        VALUES (NEW.job, json_extract(NEW.facts, '$.job_id'), json_extract(NEW.facts, '$.attempt'));
-    END;
-    CREATE TRIGGER job_finished AFTER INSERT ON events WHEN NEW.kind = 'JobFinished' BEGIN
-        UPDATE jobs SET status = json_extract(NEW.facts, '$.status'), ended = json_extract(NEW.facts, '$.time')
-        WHERE number = NEW.job;
-    END;
-    """,
-    "CREATE INDEX ended_jobs ON jobs (ended) WHERE status IS NOT NULL;",
-    """
-    CREATE TABLE operations (
-        number INTEGER PRIMARY KEY, job INTEGER NOT NULL, subject TEXT NOT NULL, tries INTEGER NOT NULL DEFAULT 0,
-        due REAL, error TEXT NOT NULL DEFAULT ''
-    );
-    CREATE INDEX operations_of_job ON operations (job);
-    CREATE INDEX operations_of_subject ON operations (subject, number);
-    CREATE INDEX due_operations ON operations (due) WHERE due IS NOT NULL;
-    INSERT INTO operations (number, job, subject, due)
-    SELECT number, job, coalesce(json_extract(facts, '$.file.lfn'), json_extract(facts, '$.file.url')), 0
-    FROM events WHERE kind = 'FailoverRequested';
-    CREATE TRIGGER operation_requested AFTER INSERT ON events
-    WHEN NEW.kind IN ('FailoverRequested', 'RegistrationRequested') BEGIN
-        INSERT INTO operations (number, job, subject, due) VALUES (
-            NEW.number, NEW.job,
-            coalesce(json_extract(NEW.facts, '$.file.lfn'), json_extract(NEW.facts, '$.file.url')),
-            coalesce(CAST(strftime('%s', json_extract(NEW.facts, '$.time')) AS REAL), 0)
-        );
-    END;
-    CREATE TRIGGER operation_ended AFTER INSERT ON events
-    WHEN NEW.kind IN ('OperationDone', 'OperationDropped') BEGIN
-        DELETE FROM operations WHERE number = json_extract(NEW.facts, '$.operation');
-        UPDATE jobs SET status = 'Done' WHERE number = NEW.job AND status = 'Completed'
-        AND NOT EXISTS (SELECT 1 FROM operations WHERE job = NEW.job)
-        AND NOT EXISTS (SELECT 1 FROM events WHERE job = NEW.job AND kind = 'OperationDropped');
-    END;
-    """,
-    "CREATE TABLE agents (number INTEGER PRIMARY KEY, pid INTEGER NOT NULL, host TEXT NOT NULL, began TEXT NOT NULL,"
-    " closed TEXT);",
-    """
-    CREATE TRIGGER removal_requested AFTER INSERT ON events WHEN NEW.kind = 'RemovalRequested' BEGIN
-        INSERT INTO operations (number, job, subject, due) VALUES (
-            NEW.number, NEW.job, 'uploads to ' || json_extract(NEW.facts, '$.url'),
-            coalesce(CAST(strftime('%s', json_extract(NEW.facts, '$.time')) AS REAL), 0)
-        );
-    END;
-    """,
-)
-"""What makes each version of the file out of the one before; the first one out of nothing. Only ever added to."""
-
 ROWS_AT_ONCE: Final = 300
 """A statement takes so many rows of three values: SQLite before 3.32 has at most 999."""
 
-PAGE_BYTES: Final = 4096
-
-NAME: Final = "journal.{}.db"
-
-_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+NAME_BYTES: Final = 100
+DIGEST_LENGTH: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +119,7 @@ class Logbook:
         """The journal of a directory, made if need be, for this process alone. Raises `JournalFault`."""
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            lock = _locked(directory)
+            lock = locked(directory)
         except OSError as exc:
             raise JournalFault(f"{directory}: cannot open the journal: {exc.strerror}") from exc
         try:
@@ -187,31 +132,34 @@ class Logbook:
 
     @classmethod
     def _opened(cls, directory: Path, lock: int) -> Logbook:
-        number = max(_generations(directory), default=0)
+        number = max(generations(directory), default=0)
         damaged, whole = (directory / NAME.format(each) for each in (number, number + 1))
-        frames = _frames(damaged)
+        written = frames(damaged)
         try:
             book = cls._of(directory, damaged, lock, suspect=(directory / "suspect").exists())
-            if frames > book._valid_frames():
+            if written > book._valid_frames():
                 book.damage = "the end of the last write was torn, and is left out"
         except sqlite3.DatabaseError as exc:
-            if not _is_damage(exc):
+            if not is_damage(exc):
                 raise
-            saved = _salvage(damaged, whole)
+            saved = salvage(damaged, whole)
             book = cls._of(directory, whole, lock, suspect=False)
             book.damage = f"{damaged.name} is damaged ({exc}) and kept aside; {saved} events could be read up to there"
         book._note_agent()
         with suppress(FileNotFoundError):
             (directory / "suspect").unlink()
         (directory / "payloads").mkdir(mode=0o700, exist_ok=True)
-        _sync_directory(directory)
+        sync_directory(directory)
+        if unknown := book._unexplained():
+            lost = f"it has lost what it had of {len(unknown)} payloads that were started: {', '.join(unknown[:3])}"
+            book.damage = lost if book.damage is None else f"{book.damage}; {lost}"
         if book.damage is not None:
             log.warning("%s: %s", directory, book.damage)
         return book
 
     @classmethod
     def _of(cls, directory: Path, path: Path, lock: int, *, suspect: bool) -> Logbook:
-        database = _prepared(path, suspect=suspect)
+        database = prepared(path, suspect=suspect)
         try:
             return cls(directory, database, lock)
         except BaseException:
@@ -225,46 +173,15 @@ class Logbook:
 
         Raises `JournalFault`.
         """
-        number = max(_generations(directory), default=None)
-        if number is None:
-            raise JournalFault(f"{directory}: there is no journal in it")
-        try:
-            name = quote(str(directory / NAME.format(number)))
-            database = sqlite3.connect(f"file:{name}?mode=rw", uri=True, isolation_level=None, timeout=30)
-            try:
-                database.execute("PRAGMA synchronous = FULL")
-                if database.execute("PRAGMA user_version").fetchone()[0] != len(UPGRADES):
-                    raise JournalFault(
-                        f"{directory}: was written by another version of loadmaster: have that one do it"
-                    )
-                database.execute("BEGIN IMMEDIATE")
-                yield database
-                database.execute("COMMIT")
-            finally:
-                database.close()  # which takes back what was not committed
-        except sqlite3.Error as exc:
-            raise JournalFault(f"{directory}: cannot change the journal: {exc}") from exc
+        with changed_beside(directory) as database:
+            yield database
 
     @classmethod
     @contextmanager
     def look(cls, directory: Path) -> Iterator[Logbook]:
         """The journal of a directory to be read only, also while an agent writes to it. Raises `JournalFault`."""
-        number = max(_generations(directory), default=None)
-        if number is None:
-            raise JournalFault(f"{directory}: there is no journal in it")
-        try:
-            database = sqlite3.connect(
-                f"file:{quote(str(directory / NAME.format(number)))}?mode=ro", uri=True, isolation_level=None
-            )
-            book = cls(directory, database, -1)
-        except sqlite3.Error as exc:
-            raise JournalFault(f"{directory}: cannot read the journal: {exc}") from exc
-        try:
-            yield book
-        except sqlite3.Error as exc:
-            raise JournalFault(f"{directory}: cannot read the journal: {exc}") from exc
-        finally:
-            database.close()
+        with seen(directory) as database:
+            yield cls(directory, database, -1)
 
     def close(self) -> None:
         """Let go of it, in order."""
@@ -284,6 +201,32 @@ class Logbook:
     def _valid_frames(self) -> int:
         return int(self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
 
+    def _unexplained(self) -> list[str]:
+        """The states of payloads of which no job is known: whoever was emptied or removed beside them, it was not us."""
+        return [ascii(name) for name in sorted(os.listdir(self.directory / "payloads")) if not self._explains(name)]
+
+    def _explains(self, name: str) -> bool:
+        """Whether the state of a payload that has this name is of a job that is known to have been given a slot."""
+        attempt, _, job_id = name.partition(".")
+        if not (attempt.isdecimal() and len(attempt) < 10):
+            return False
+        query = "SELECT number, status FROM jobs WHERE job_id = ? AND attempt = ?"
+        found = self._db.execute(query, (job_id, int(attempt))).fetchone() or self._with_long_name(name, int(attempt))
+        if found is None:
+            return False
+        number, status = found
+        granted = "SELECT 1 FROM events WHERE job = ? AND kind = 'SlotGranted'"
+        return status is not None or self._db.execute(granted, (number,)).fetchone() is not None
+
+    def _with_long_name(self, name: str, attempt: int) -> tuple[int, str | None] | None:
+        if len(name) < DIGEST_LENGTH:  # to go through all of them takes its time
+            return None
+        query = "SELECT number, job_id, status FROM jobs WHERE attempt = ? AND length(job_id) >= ?"
+        for number, job_id, status in self._db.execute(query, (attempt, NAME_BYTES // 4)):
+            if state_name(job_id, attempt) == name:
+                return number, status
+        return None
+
     # -- writing -----------------------------------------------------------------------------------------------------
 
     def add(self, groups: Sequence[Sequence[Record]]) -> list[Exception | None]:
@@ -296,7 +239,7 @@ class Logbook:
         except sqlite3.IntegrityError:  # somebody's job is there already: the others' events must not suffer for it
             return [error for group in groups for error in self._alone(group)]
         except sqlite3.DatabaseError as exc:
-            if _is_damage(exc):
+            if is_damage(exc):
                 (self.directory / "suspect").touch()
             raise
 
@@ -474,6 +417,13 @@ class Logbook:
         ]
 
 
+def state_name(job_id: str, attempt: int) -> str:
+    """What the directory of a payload's state is called: never too long, never the same for two."""
+    if len(os.fsencode(job_id)) > NAME_BYTES:
+        job_id = sha256(job_id.encode(errors="surrogatepass")).hexdigest()
+    return f"{attempt}.{job_id}"
+
+
 def _now() -> str:
     return datetime.now(UTC).isoformat()
 
@@ -484,165 +434,3 @@ def _second(pair: tuple[tuple[str, int], int]) -> int:
 
 def _insertion(rows: int) -> str:
     return f"INSERT INTO events (job, kind, facts) VALUES {', '.join(['(?, ?, ?)'] * rows)}"  # noqa: S608 - no values in it
-
-
-def _locked(directory: Path) -> int:
-    """A descriptor that holds the journal for this process. Raises `JournalFault` that names who has it."""
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as exc:
-        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
-        os.close(descriptor)
-        raise JournalFault(f"{directory}: this journal is in use by {owner}") from exc
-    with suppress(OSError):  # a full disk: the lock holds all the same
-        os.ftruncate(descriptor, 0)
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
-    return descriptor
-
-
-def _generations(directory: Path) -> list[int]:
-    names = (path.name.split(".") for path in directory.glob(NAME.format("*")))
-    return [int(number) for _, number, _ in names if number.isdecimal()]
-
-
-# -- the database ----------------------------------------------------------------------------------------------------
-
-
-def _connected(path: Path) -> sqlite3.Connection:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    os.close(descriptor)  # SQLite gives its other files the mode of this one
-    return sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=30)
-
-
-def _prepared(path: Path, *, suspect: bool) -> sqlite3.Connection:
-    """The database, in its latest version. Raises `JournalFault` for one of a version to come."""
-    short = _is_short(path)
-    database = _connected(path)
-    try:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        version: int = database.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(UPGRADES):
-            raise JournalFault(f"{path}: was written by a later loadmaster (version {version} of the file)")
-        if (short or suspect) and (said := database.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise _damage(said)
-        for number, script in enumerate(UPGRADES[version:], version + 1):
-            database.executescript(f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT")
-    except BaseException:
-        database.close()
-        raise
-    return database
-
-
-def _damage(said: str) -> sqlite3.DatabaseError:
-    error = sqlite3.DatabaseError(said.splitlines()[0])
-    error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-    return error
-
-
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    code: int = getattr(error, "sqlite_errorcode", 0)
-    return code & 0xFF in _DAMAGED
-
-
-def _sizes(path: Path) -> tuple[int, int]:
-    """How large the file is, and how large its own first page says it is; that may say nothing."""
-    with path.open("rb") as file:
-        header = file.read(100)
-        size = os.fstat(file.fileno()).st_size
-    if len(header) < 100:
-        return size, PAGE_BYTES
-    page, pages = struct.unpack(">H", header[16:18])[0], struct.unpack(">I", header[28:32])[0]
-    return size, pages * (65536 if page == 1 else page)
-
-
-def _is_short(path: Path) -> bool:
-    """Whether the file is shorter than it says, or nothing beside a log of its changes."""
-    try:
-        size, said = _sizes(path)
-    except FileNotFoundError:
-        return False
-    return size < said and (size > 0 or Path(f"{path}-wal").exists())
-
-
-def _frames(path: Path) -> int:
-    """How many frames of its latest generation the log has, whole or not."""
-    try:
-        with Path(f"{path}-wal").open("rb") as file:
-            header = file.read(32)
-            if len(header) < 32:
-                return 0
-            page = struct.unpack(">I", header[8:12])[0]
-            frames = 0
-            while len(frame := os.pread(file.fileno(), 16, 32 + frames * (24 + page))) == 16:
-                if frame[8:16] != header[16:24]:
-                    break
-                frames += 1
-            return frames
-    except FileNotFoundError:
-        return 0
-
-
-def _salvage(damaged: Path, whole: Path) -> int:
-    """Copy what can be read of a damaged file, in order, into a new one that is there all at once; how many events."""
-    beside = whole.with_name(f".{whole.name}.part")
-    for suffix in ("", "-wal", "-shm"):
-        Path(f"{beside}{suffix}").unlink(missing_ok=True)
-    target, count = _prepared(beside, suspect=False), 0
-    try:
-        target.execute("BEGIN")
-        for row in _readable(damaged):
-            with suppress(sqlite3.IntegrityError):
-                target.execute("INSERT INTO events (number, job, kind, facts) VALUES (?, ?, ?, ?)", row)
-                count += 1
-        target.execute("COMMIT")
-        target.execute("PRAGMA journal_mode = DELETE")  # all of it in one file, which can be renamed
-    finally:
-        target.close()
-    descriptor = os.open(beside, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.replace(beside, whole)
-    _sync_directory(whole.parent)
-    return count
-
-
-def _readable(damaged: Path) -> Iterator[tuple[int, int, str, str]]:
-    """The events of a damaged file up to the first that cannot be read. The file stays as it is: a copy is looked at."""
-    copy = damaged.with_name(f".{damaged.name}.copy")
-    for suffix in ("", "-wal"):
-        with suppress(FileNotFoundError):
-            Path(f"{copy}{suffix}").write_bytes(Path(f"{damaged}{suffix}").read_bytes())
-    size, said = _sizes(copy)
-    if (
-        size < said
-    ):  # as it is, SQLite would look at none of it; and without a first page not at the log, which may have it
-        os.truncate(copy, said)
-    try:
-        database = sqlite3.connect(copy, isolation_level=None)
-        try:
-            for number, job, kind, facts in database.execute(
-                "SELECT number, job, kind, facts FROM events ORDER BY number"
-            ):
-                if not isinstance(json.loads(facts), dict) or not isinstance(job, int):
-                    return
-                yield number, job, str(kind), facts
-        finally:
-            database.close()
-    except (sqlite3.Error, ValueError, TypeError) as exc:
-        log.warning("%s: cannot be read any further: %s", damaged, exc)
-    finally:
-        for suffix in ("", "-wal", "-shm", "-journal"):
-            Path(f"{copy}{suffix}").unlink(missing_ok=True)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

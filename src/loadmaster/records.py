@@ -56,7 +56,7 @@ class Records:
             return found
 
         histories = await self._journal.open_jobs()
-        await tidy(self._journal, root, {(each.job_id, each.attempt) for each in histories})
+        await tidy(self._journal, root, histories)
         for each, succession in await to_thread.run_sync(understood, histories):
             job, handle = each.job, each.handle
             entry = self._book.enter(job, handle, each.coordinator, handle.attempt, succession)

@@ -14,12 +14,12 @@ from anyio import to_thread
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
 from loadmaster.errors import IllegalEvent, InvalidJob, PayloadHeld, RescheduleJob, WorkdirFault
-from loadmaster.events import Event, JobAccepted, JobFinished
+from loadmaster.events import Event, JobAccepted, JobFinished, SlotGranted
 from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.hooks import find_coordinator, reference_of
-from loadmaster.journal import NodeJournal, state_name
+from loadmaster.journal import NodeJournal
 from loadmaster.lifecycle import Lifecycle
-from loadmaster.logbook import History
+from loadmaster.logbook import History, state_name
 from loadmaster.payload.adopt import end_held
 from loadmaster.payload.found import Lost
 from loadmaster.payload.state import remove_state
@@ -127,22 +127,29 @@ def coordinator_of(reference: str, usual: type[Coordinator]) -> type[Coordinator
     return found
 
 
-async def tidy(journal: NodeJournal, root: Path, going_on: set[tuple[str, int]]) -> None:
+async def tidy(journal: NodeJournal, root: Path, going_on: Sequence[History]) -> None:
     """Remove what belongs to jobs that have ended: an agent that died between the last record and the last `rmdir` could
-    not. Work directories that the journal knows nothing of are somebody else's."""
-    wanted = {state_name(*key) for key in going_on}
+    not. Work directories that the journal knows nothing of are somebody else's.
+
+    A payload of a job that has no slot, as far as the journal knows, is ended before anybody waits for one; what is kept of
+    it stays, for it is the end of the attempt (takeover.py).
+    """
+    granted = {
+        state_name(each.job_id, each.attempt): any(isinstance(event, SlotGranted) for event in each.events)
+        for each in going_on
+    }
     for path in await to_thread.run_sync(lambda: list((journal.directory / "payloads").iterdir())):
-        if path.name not in wanted:
-            await _end_forgotten(path)
+        if not granted.get(path.name, False):
+            await _end_forgotten(path, keep=path.name in granted)
     names = await to_thread.run_sync(_directories, root)
     last = await journal.last(names)
-    open_ids = {job_id for job_id, _ in going_on}
+    open_ids = {each.job_id for each in going_on}
     for name in names:
         if name in last and name not in open_ids:
             await to_thread.run_sync(_remove_workdir, root, name)
 
 
-async def _end_forgotten(state: Path) -> None:
+async def _end_forgotten(state: Path, *, keep: bool) -> None:
     """Whoever runs there is to be ended first: a damaged journal may have lost him, and the job come again."""
     try:
         found = await end_held(state)
@@ -151,7 +158,7 @@ async def _end_forgotten(state: Path) -> None:
         return
     if isinstance(found, Lost) and found.left_behind:
         log.error("%s: what runs there could not be ended; it is left alone", state)
-    else:
+    elif not keep:
         await to_thread.run_sync(_remove_state, state)
 
 

@@ -214,10 +214,9 @@ async def run_part(
 
 async def _forgotten_payload(handle: JobHandle) -> JobError | None:
     """Why the attempt is over because of a payload that the journal does not know of; None: there is none."""
-    state = handle.state
-    if state is None or handle.life.has_reached(Stage.GRANTED) or not (handle.has_past or handle.stage is Stage.NEW):
+    if handle.life.has_reached(Stage.GRANTED) or not (handle.has_past or handle.stage is Stage.NEW):
         return None
-    if not await briefly(partial(os.path.lexists, state)):
+    if (state := handle.state) is None or not await briefly(partial(os.path.lexists, state)):
         return None
     from loadmaster.takeover import end_forgotten  # loaded when used
 

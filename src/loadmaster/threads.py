@@ -29,6 +29,9 @@ PATIENCE_SECONDS: Final = 0.1
 """An errand that takes longer may hang, on a disk that is gone: another clerk takes the others over. It is ten times what
 the longest of them take on a healthy one."""
 
+MOST_PATIENT: Final = 10
+"""So many times longer waits somebody who has that many before him, or more."""
+
 LINGER_SECONDS: Final = 1.0
 """A clerk who has had nothing to do for that long goes home."""
 
@@ -73,13 +76,13 @@ class _Clerks:
         self._since = inf
         """When the clerk began what he does; infinite when he does nothing."""
 
-    def take(self, errand: _Errand[Any]) -> bool:
-        """Have it done; whether others are before it. Raises RuntimeError when there is no thread to be had."""
+    def take(self, errand: _Errand[Any]) -> int:
+        """Have it done; how many others are before it. Raises RuntimeError when there is no thread to be had."""
         self._errands.put(errand)
         self._open += 1
         if self._clerk is None:  # looked at after it was put there: see `_work`
             self._hire()
-        return self._open > 1
+        return self._open - 1
 
     def relieve(self) -> None:
         """Have another clerk if this one hangs. Raises RuntimeError as `take` does."""
@@ -149,12 +152,14 @@ async def briefly(function: Callable[[], T], *, abandon_on_cancel: bool = False)
     try:
         behind = clerks.take(errand)
         while not errand.over.is_set():
-            deadline = anyio.current_time() + PATIENCE_SECONDS if behind else inf
+            # Who came late looks seldom: a hundred who look ten times a second cost more than what they wait for.
+            patience = PATIENCE_SECONDS * min(behind, MOST_PATIENT) if behind else inf
+            deadline = anyio.current_time() + patience
             with anyio.CancelScope(shield=not abandon_on_cancel, deadline=deadline) as waiting:
                 await errand.over.wait()
             if waiting.cancelled_caught:
                 clerks.relieve()
-                behind = not errand.begun
+                behind = 0 if errand.begun else behind
     except BaseException:
         errand.withdrawn = True
         raise

@@ -3,8 +3,9 @@
     python agent.py DIRECTORY BACKEND [--die-after N] [--die-before N] [--full-at N]
 
 It exits with 0 once all jobs have ended. `--die-after`: kill itself with SIGKILL once so many events are on disk;
-`--die-before`: when so many would be; `--full-at`: the disk is full for one write; `--power-at`: the power fails then, and
-what the journal had synced is in `synced`. `--boot`: it is another boot of the machine.
+`--die-before`: when so many would be; `--die-before-kind`, `--die-after-kind`: at the first event of a kind; `--full-at`:
+the disk is full for one write; `--power-at`: the power fails then, and what the journal had synced is in `synced`.
+`--boot`: it is another boot of the machine.
 """
 
 from __future__ import annotations
@@ -78,13 +79,18 @@ def site(directory: Path) -> Site:
     )
 
 
-def doomed(book: type[Logbook], *, after: int, before: int, full_at: int, power_at: int) -> None:
+def doomed(
+    book: type[Logbook], *, after: int, before: int, full_at: int, power_at: int, before_kind: str, after_kind: str
+) -> None:
     """Have this process die, or its disk be full, at an event."""
     usual, written = book.add, 0
 
     def add(self: Logbook, groups: Sequence[Sequence[Record]]) -> list[Exception | None]:
         nonlocal written
         count = sum(map(len, groups))
+        kinds = {record.kind for group in groups for record in group}
+        if before_kind in kinds:
+            os.kill(os.getpid(), signal.SIGKILL)
         if written < before <= written + count:
             os.kill(os.getpid(), signal.SIGKILL)
         if written < full_at <= written + count:
@@ -100,7 +106,7 @@ def doomed(book: type[Logbook], *, after: int, before: int, full_at: int, power_
                 if not path.name.endswith("-shm"):
                     shutil.copy(path, synced)
             os.kill(os.getpid(), signal.SIGKILL)
-        if after and written >= after:
+        if (after and written >= after) or after_kind in kinds:
             os.kill(os.getpid(), signal.SIGKILL)
         return errors
 
@@ -132,11 +138,15 @@ if __name__ == "__main__":
     parser.add_argument("--die-before", type=int, default=0)
     parser.add_argument("--full-at", type=int, default=0)
     parser.add_argument("--power-at", type=int, default=0)
+    parser.add_argument("--die-before-kind", default="")
+    parser.add_argument("--die-after-kind", default="")
     parser.add_argument("--boot", default="")
     parser.add_argument("--cores", type=int, default=CORES)
     words = parser.parse_args()
-    if words.die_after or words.die_before or words.full_at or words.power_at:
-        doomed(Logbook, after=words.die_after, before=words.die_before, full_at=words.full_at, power_at=words.power_at)
+    doomed(
+        Logbook, after=words.die_after, before=words.die_before, full_at=words.full_at, power_at=words.power_at,
+        before_kind=words.die_before_kind, after_kind=words.die_after_kind,
+    )  # fmt: skip
     if words.boot:
         boot = words.directory / "boot"
         boot.write_text(words.boot)

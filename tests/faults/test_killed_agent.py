@@ -21,6 +21,7 @@ from urllib.request import Request, urlopen
 import pytest
 
 from loadmaster.errors import JournalFault
+from loadmaster.events import KINDS as KINDS_OF_EVENTS
 from loadmaster.events import PayloadStarted
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.logbook import Logbook
@@ -49,7 +50,7 @@ def words(number: int, kind: str) -> dict[str, Any]:
         "arguments": ["-c", RUN],
         "environment": {"NAME": name, "LONG": "0.15", "CODE": "3" if kind == "fail" else "0"},
         "input_data": [f"input.{name}"],
-        "output_sandbox": ["std.out"],
+        "output_sandbox": ["std.out", "never.made"],
         "output_data": [{"pattern": f"result.{name}", "target": f"LFN:/vo/{name}"}],
     }
     if kind in {"early", "web", "objects"}:
@@ -57,7 +58,8 @@ def words(number: int, kind: str) -> dict[str, Any]:
     if kind in {"web", "objects"}:
         job["output_se"] = [kind.upper()]
         job["output_data"].append({"pattern": "more.*", "target": "LFN:/vo/*", "leaves": "on_close"})
-        job["arguments"] = ["-c", f"echo more > more.$NAME; sleep 0.1; {RUN}"]
+        job["arguments"] = ["-c", f"echo more > more.$NAME; {RUN}"]
+        job["environment"]["LONG"] = "0.4"
     if kind == "failover":
         job["output_se"] = ["GONE"]
     if kind == "kill":
@@ -111,10 +113,12 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 class Campaign:
     """A directory in which agents live and die."""
 
-    def __init__(self, directory: Path, jobs: int, servers: Servers | None = None) -> None:
+    def __init__(
+        self, directory: Path, jobs: int, servers: Servers | None = None, kinds: Sequence[str] = KINDS
+    ) -> None:
         self.directory = directory
         self.servers, self.place = servers, os.urandom(8).hex()
-        kinds = KINDS if servers is None else (*KINDS, "web", "objects")
+        kinds = kinds if servers is None else (*kinds, "web", "objects")
         self.jobs = [words(number, kinds[number % len(kinds)]) for number in range(jobs)]
         if servers is not None:
             there = {"elements": servers.elements(self.place), "words": servers.words}
@@ -257,6 +261,42 @@ def test_an_agent_dies_at_each_record(tmp_path: Path, when: str, servers: Server
     """Every few records in the short form; the jobs go on where they stood, so all boundaries of a life are met."""
     campaign = Campaign(tmp_path, 8, servers)
     dead_at_records(campaign, random.Random(when), 8, [when])
+    campaign.lives_on()
+    campaign.check()
+
+
+NOT_MET: Final = {
+    "RegistrationRequested": "the catalog is never down",
+    "RemovalRequested": "nothing resists: see test_killed_uploads.py",
+    "OperationDone": "where the failover is wanted there never is anything: see test_killed_operations.py",
+    "OperationDropped": "nobody drops any",
+}
+"""What events a campaign's jobs do not have, and why."""
+
+BOUNDARIES: Final = [kind for kind, event in KINDS_OF_EVENTS.items() if event.kept and kind not in NOT_MET]
+
+
+def dead_at_both_sides_of(kind: str, campaign: Campaign) -> None:
+    """Of the commit of the first event of a kind; the second death is that of a successor."""
+    if kind == "KillOrdered":
+        with campaign.agent("--die-after-kind", "PayloadStarted") as agent:
+            assert agent.wait(60) == -9, campaign.log()
+    for when in reversed(WHEN):
+        with campaign.agent(f"--die-{when}-kind", kind) as agent:
+            assert agent.wait(60) == -9, f"{when} {kind}: {campaign.log()}"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=[] if kind in {"FileStagedOut", "PayloadStarted"} else pytest.mark.long)
+        for kind in BOUNDARIES
+    ],
+)
+def test_an_agent_dies_at_both_sides_of_each_kind_of_record(tmp_path: Path, kind: str, servers: Servers) -> None:
+    # A kill is ordered by a successor, for what has begun.
+    campaign = Campaign(tmp_path, 8, servers, sorted(KINDS, key="kill".__ne__) if kind == "KillOrdered" else KINDS)
+    dead_at_both_sides_of(kind, campaign)
     campaign.lives_on()
     campaign.check()
 

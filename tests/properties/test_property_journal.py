@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from lives import a_life
 from loadmaster.events import Event, dumps
 from loadmaster.lifecycle import Lifecycle
-from loadmaster.logbook import NAME, Logbook, Record
+from loadmaster.logbook import Logbook, Record
+from loadmaster.logfile import NAME
 
 JOBS = 12
 EVENTS: list[Event] = [event for step in range(11) for number in range(JOBS) for event in [a_life(f"{number}")[step]]]

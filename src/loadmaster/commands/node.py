@@ -157,11 +157,6 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     return PAYLOAD_FAILED if shift.failed else NOT_PREPARED if shift.refused else OK
 
 
-def _some_of(names: Sequence[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
-
-
 def _is_one_job(options: argparse.Namespace) -> bool:
     """Whether the source is a job's file, and not one of a job a line."""
     try:
@@ -171,3 +166,8 @@ def _is_one_job(options: argparse.Namespace) -> bool:
         )
     except (InvalidJob, OSError):
         return False
+
+
+def _some_of(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -130,6 +130,9 @@ def _facts(operation: Operation) -> dict[str, Any]:
 
 
 def _print(operations: Sequence[Operation], reports: Sequence[Filed] = ()) -> None:
+    if not operations and not reports:
+        print("nothing is pending")
+        return
     rows = [("NUMBER", "JOB", "SIZE", "TRIES", "NEXT TRY", "WHAT")]
     for each in operations:
         if each.due is None:

@@ -145,8 +145,9 @@ class Report:
 def told(tally: Tally) -> str:
     """A staging in a line for people."""
     seconds = max(tally.seconds, 1e-6)
+    what = "file" if tally.moved == 1 else "files"
     parts = [
-        f"{tally.moved:,} files moved, {size(tally.moved_bytes)} in {duration(tally.seconds)}"
+        f"{tally.moved:,} {what} moved, {size(tally.moved_bytes)} in {duration(tally.seconds)}"
         f" ({tally.moved / seconds:,.0f} files/s, {size(round(tally.moved_bytes / seconds))}/s)"
     ]
     parts += [f"{tally.there:,} were there already"] if tally.there else []

@@ -13,7 +13,8 @@ from typing import Final
 import anyio
 
 ECHO_SECONDS: Final = 0.1
-"""A program that ends another one signals it and then its group, as timeout(1) does: that is one order."""
+"""A program that ends another one signals it and then its group, as timeout(1) does, and of a terminal that is closed the
+kernel tells and the shell: that is one order. Not SIGINT: two of them are a person's, who wants to leave at once."""
 
 
 class Orders:
@@ -53,7 +54,7 @@ def told_to_stop() -> Iterator[Orders]:
     def take(number: int, frame: FrameType | None) -> None:
         now, before = time.monotonic(), last.get(number, -ECHO_SECONDS)
         last[number] = now
-        if number == signal.SIGTERM and now - before < ECHO_SECONDS:
+        if number != signal.SIGINT and now - before < ECHO_SECONDS:
             return
         orders.seen.append(number)
         os.write(writer, b"!")

@@ -29,6 +29,7 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
+from loadmaster.names import shown
 from loadmaster.result import Phase, StoredFile
 
 if TYPE_CHECKING:
@@ -108,9 +109,9 @@ def _line(event: Event) -> str | None:
         case StageOutStarted():
             return "staging out"
         case FileStagedOut(file=file):
-            return f"  out  {file.name}  {size(file.size_bytes)}  to {file.url}"
+            return f"  out  {file.name}  {size(file.size_bytes)}  to {shown(file.url)}"
         case FailoverRequested(file=file, wanted=wanted):
-            return f"  out  {file.name}  {size(file.size_bytes)}  to {file.url}, to be moved to {wanted}"
+            return f"  out  {file.name}  {size(file.size_bytes)}  to {shown(file.url)}, to be moved to {shown(wanted)}"
         case OutputMissing(name=name, reason=reason):
             return f"  no   {name}: {reason}"
         case JobFinished(status=status, failure=failure):
@@ -121,7 +122,7 @@ def _line(event: Event) -> str | None:
 
 def place(file: StoredFile) -> str:
     """Where a file is, in a person's words."""
-    return f"LFN:{file.lfn} on {file.storage_element}" if file.lfn else file.url
+    return f"LFN:{file.lfn} on {file.storage_element}" if file.lfn else shown(file.url)
 
 
 class Silent:

@@ -22,10 +22,10 @@ import resource
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Final
 
 import anyio
+from anyio import to_thread
 
 from loadmaster.description import Containment
 from loadmaster.payload.isolation import isolated
@@ -36,7 +36,6 @@ from loadmaster.payload.shimtree import Channels, ShimTree, check_started, facts
 from loadmaster.payload.state import mark_executed
 from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import TreeUsage, read_session
-from loadmaster.threads import briefly
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +130,7 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree
     Raises OSError when it cannot be executed, or the node has no process left for it, and `Refused` when it allows none
     of them, or not its isolation. Cancelled, it leaves nothing.
     """
-    return await settled(launch, *await briefly(partial(spawn, launch, wanted)))
+    return await settled(launch, *await to_thread.run_sync(spawn, launch, wanted))
 
 
 def spawn(launch: Launch, wanted: Sequence[Containment]) -> tuple[Tree, Sequence[Containment]]:
@@ -161,7 +160,7 @@ async def settled(launch: Launch, tree: Tree, others: Sequence[Containment]) -> 
         except Refused:
             if not others:
                 raise
-            tree, others = await briefly(partial(spawn, launch, others))
+            tree, others = await to_thread.run_sync(spawn, launch, others)
         else:
             return tree
     return tree

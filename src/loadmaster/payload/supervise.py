@@ -10,12 +10,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
+from anyio import to_thread
 
 from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
@@ -273,7 +274,7 @@ class Payload:
         left after the grace. `by` is who ordered it; a payload that had ended before the order ended by itself. Call it
         shielded; it takes at most twice the grace and some 30 s.
         """
-        ordered = time.monotonic()
+        ordered, over_limit = time.monotonic(), verdict
         if self.tree.gone and not self._hurried and self.tree.asked == "-":
             by, verdict, grace_seconds = EndedBy.ITSELF, None, 0.0
         elif by is EndedBy.KILL and self.can_be_stopped_softly and await self.stop_softly():
@@ -291,8 +292,9 @@ class Payload:
             log.error("process %d: still there although it was killed; left behind", self.tree.pid)
         ending = time.monotonic() - ordered
         outcome = self._outcome(by, verdict, ending_seconds=ending, left_behind=left_behind)
-        if outcome.ended_by is EndedBy.ITSELF and outcome.has_no_status:
-            outcome = self._lost(outcome, certain=(self.tree.holds_all or emptied is True) and not left_behind)
+        if outcome.ended_by is EndedBy.ITSELF and outcome.has_no_status and self.tree.shim_pid:
+            certain = (self.tree.holds_all or emptied is True) and not left_behind
+            outcome = self._lost(outcome, over_limit, certain=certain)
         try:
             if self._group is not None:
                 outcome = await self._in_thread(LAST_WORDS_SECONDS, self._leave_group, self._group, outcome)
@@ -309,11 +311,14 @@ class Payload:
                 self._state.close()
         return outcome
 
-    def _lost(self, outcome: PayloadOutcome, *, certain: bool) -> PayloadOutcome:
+    def _lost(self, outcome: PayloadOutcome, verdict: Verdict | None, *, certain: bool) -> PayloadOutcome:
         """Of one whose shim was killed: if nothing of it can be left, it may be run again, as after the death of an agent.
 
-        If something can, that is said; and a payload that could have killed its shim has failed, as it would again.
+        If something can, that is said; and a payload that could have killed its shim has failed, as it would again. So has
+        one that was to be ended for a limit.
         """
+        if verdict is not None:
+            return replace(outcome, ended_by=EndedBy.LIMIT, verdict=verdict, left_behind=not certain)
         if not certain and not self.tree.fenced:
             return outcome
         log.warning("process %d: its shim was killed: how it ended is not known", self.tree.pid)
@@ -444,9 +449,12 @@ async def start(
         """All that has to be done in a thread, in one."""
         near = world.containment[0] is Containment.SESSION
         if state is not None or hidden:
-            own = workdir.path.resolve()
-            for place in (*((state,) if state is not None else ()), *hidden):
-                if own.is_relative_to(place.resolve()) or place.resolve().is_relative_to(own):
+            own = os.path.join(_real(workdir.path.parent), workdir.path.name, "")
+            places = [os.path.join(_real(place), "") for place in hidden]
+            if state is not None:
+                places.append(os.path.join(_real(state.parent), state.name, ""))
+            for place in places:
+                if own.startswith(place) or place.startswith(own):
                     raise ValueError(f"{place}: has to be apart from the work directory {own}")
         argv = argv_of(spec, workdir.path, near=near)
         output = Output(workdir, stdout, stderr)
@@ -474,7 +482,8 @@ async def start(
         return _Begun(workdir, launch, tree, others, output, group, directory)
 
     try:
-        begun = await briefly(prepare)
+        # A start waits for the new process, for milliseconds where all cores are busy: as many as come may do so at once.
+        begun = await to_thread.run_sync(prepare)
         tree = await _settled(begun)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
@@ -485,6 +494,12 @@ async def start(
         tree, begun.output, group=begun.group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes,
         outputs_bytes=outputs_bytes, state=begun.directory,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def _real(directory: Path) -> str:
+    """Of directories that are the same for many jobs: each resolution takes a dozen system calls."""
+    return os.path.realpath(directory)
 
 
 def _kernels_cpu(limits: Limits) -> float | None:

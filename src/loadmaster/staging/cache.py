@@ -119,6 +119,7 @@ class Cache:
             os.close(self._top)
             raise InvalidSite(f"cache: {root}: is not a directory that only this user can write to")
         self._boot = _BOOT.read_text().strip() if _BOOT.exists() else ""
+        self._remove_parts()
 
     def __repr__(self) -> str:
         return f"<Cache {self.root} of {self.max_bytes:,} bytes>"
@@ -333,6 +334,14 @@ class Cache:
                 return False
             _write_total(accounts, total + size)
             return True
+
+    def _remove_parts(self) -> None:
+        """Those of processes that were killed while they brought something in; they may be large."""
+        with os.scandir(self._top) as found:
+            is_there = any(item.name.endswith(".part") for item in found)
+        if is_there:
+            with self._accounts() as accounts:
+                _write_total(accounts, self._scan()[1])
 
     def _scan(self) -> tuple[list[tuple[float, str, int]], int]:
         """The entries by their last use, the sum of their sizes; what dead processes have left is removed."""

@@ -468,6 +468,7 @@ class Transfers:
             stalls=self.stalls,
             tellers=tellers,
             enough=enough,
+            few=listener is not None,
         )
         one: Callable[..., None] | None = None
         if listener is not None and enough is None:

@@ -119,7 +119,9 @@ class PartOfPath:
             try:
                 if self._is_ours(descriptor):
                     self._mine = True
-                    os.ftruncate(descriptor, self.continues)
+                    # Not a new one: what was cut to nothing ext4 begins to write to the disk when it is closed, all of it.
+                    if os.fstat(descriptor).st_size != self.continues:
+                        os.ftruncate(descriptor, self.continues)
                     return descriptor
             except BaseException:
                 os.close(descriptor)

@@ -5,7 +5,7 @@
                   +---------- waiting until it is due <------------+  what failed and may succeed later
 
 There is a task for each batch, not for each file, and what is queued is bounded: a hundred thousand files take no more
-memory than five thousand. What makes but one small batch has no task at all: it is moved by its caller's.
+memory than five thousand. What makes but one small batch of a job has no task at all: it is moved by the job's.
 """
 
 from __future__ import annotations
@@ -76,8 +76,12 @@ class Party:
         stalls: Stalls,
         tellers: int = 1,
         enough: anyio.Event | None = None,
+        few: bool = False,
     ) -> None:
-        """`enough`: once it is set, nothing more is begun; what has not been begun is not told of."""
+        """`enough`: once it is set, nothing more is begun; what has not been begun is not told of. `few`: whether a few
+        files may be moved by the task that calls `run`: one that only scopes cancel, for asyncio's own way knows no shield.
+        """
+        self._few = few
         self._enough = enough
         self._later = source if isinstance(source, AsyncIterable) else None
         self._source = iter(source) if isinstance(source, Iterable) else None
@@ -123,7 +127,7 @@ class Party:
         self._lanes.join(self)
         self._stalls.join(self)
         try:
-            if not await self._move_few(deadline):
+            if not (self._few and await self._move_few(deadline)):
                 await self._move_all(deadline)
         finally:
             self._group = None

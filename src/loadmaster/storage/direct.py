@@ -2,8 +2,8 @@
 
 libcurl hands over 16 KiB at a time, each by a call for which its thread has to have the interpreter: several threads that
 receive large files wait for each other more than for the network. Where nothing lies between the connection and the file
-(no TLS, no chunks), what is left of a body when its headers have come is read here, a megabyte at a time. libcurl has the
-transfer paused meanwhile, keeps the connection, and closes it afterwards.
+(no TLS, no chunks), what is left of a body when its headers have come is read here, half a megabyte at a time. libcurl
+has the transfer paused meanwhile, keeps the connection, and closes it afterwards.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Final, Protocol
 
 from loadmaster.storage.replies import curl_error
 
-BLOCK_BYTES: Final = 1024**2
+BLOCK_BYTES: Final = 512 * 1024
+"""See `local.BLOCK_BYTES`."""
 
-BLOCKS: Final = 4
-"""Read at a time, then others have their turn."""
+BLOCKS: Final = 8
+"""Taken at a time, then others have their turn."""
 
 WORTH_BYTES: Final = 4 * 1024**2
 """Less is left to libcurl: its connection can be used again then."""
