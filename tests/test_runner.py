@@ -36,7 +36,6 @@ from loadmaster import (
     open_transfers,
     run_job,
 )
-from loadmaster.description import Containment
 from loadmaster.events import (
     ComputingEnded,
     Event,
@@ -890,23 +889,3 @@ async def test_a_script_among_the_inputs_stays_executable(fly: Fly, tmp_path: Pa
 @pytest.mark.parametrize("executable", ["a" * 300, "/root/" + "b" * 300, "x\ny"])
 async def test_an_executable_that_cannot_even_be_looked_for_fails_the_job(fly: Fly, executable: str) -> None:
     assert (await fly(executable=executable)).failure.kind == "PayloadNotStarted"
-
-
-async def test_a_slot_is_passed_on_before_the_end_of_its_payload_is_in_the_journal(root: Path) -> None:
-    ledger = Ledger(1)
-    free: dict[str, int] = {}
-    containments: list[Containment] = []
-
-    class Watching:
-        async def append(self, event: Event) -> None:
-            free[event.kind] = ledger.free_cores
-            if isinstance(event, PayloadStarted):
-                containments.append(Containment(event.containment))
-
-    job = JobDescription(job_id="j1", executable="/bin/true")
-    result = await run_job(job, slots=ledger, handle=JobHandle(Watching()), root=root)
-    assert result.status is Status.DONE
-    if Containment.SESSION in containments:
-        pytest.skip("without a shim nobody says that all has ended")
-    assert (free["PayloadStarted"], free["PayloadExited"]) == (0, 1)
-    assert repr(ledger) == "<Ledger [1 of 1 cores free, 0 waiting]>"
