@@ -12,14 +12,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import (
-    AbstractContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-    suppress,
-)
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from math import inf
@@ -252,8 +245,6 @@ class _Flight:
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
         self.forgotten: JobError | None = None
-        self.lease = AsyncExitStack()
-        """The slot, as long as the payload has it."""
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -337,8 +328,7 @@ class _Flight:
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
         self._enter(Phase.PAYLOAD)
         with self._in_time() as waiting:
-            async with AsyncExitStack() as self.lease:
-                slot = await self.lease.enter_async_context(self.slots.lease(self.job.description))
+            async with self.slots.lease(self.job.description) as slot:
                 if waiting is not None:
                     waiting.deadline = inf  # from here on the payload's own supervision keeps it
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
@@ -361,8 +351,7 @@ class _Flight:
         had = self.life.slot
         assert had is not None  # noqa: S101 - no payload is started without
         slot = Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=self.job.description.resources)
-        async with AsyncExitStack() as self.lease:
-            self.lease.enter_context(self.slots.hold(self.job.description, slot))
+        with self.slots.hold(self.job.description, slot):
             return await self._to_its_end(payload, adopted=True)
 
     async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
@@ -390,8 +379,6 @@ class _Flight:
                 await self.record(PayloadAdopted, os.getpid(), gethostname())
             if self.life.verdict is None and self.life.companion_failure is None:  # an earlier agent may be ending it
                 verdict = await self._watch(payload)
-            if tree.empty:  # the slot is somebody else's, before all that is left to be said of this one
-                await self.lease.aclose()
         finally:
             with anyio.CancelScope(shield=True), self.handle.hurried_by(payload.hurry):  # bounded: the grace and 30 s
                 self.job.payload = None

@@ -4,7 +4,8 @@ A thread that makes system calls gives the interpreter's lock away at each of th
 beside an event loop that is busy, spend more time on taking turns than on what they are there for (measured with four
 slots of /bin/true: three times the system time, and a fifth fewer jobs a second). So an event loop has one thread, a clerk,
 for what takes no longer than it should. He takes errands in the order in which they come, and calls the loop once for all
-that are done by then.
+that are done by then. What waits for more than the kernel's files is not for him: to start a process waits for a core, and
+on a node whose cores are taken that is milliseconds.
 """
 
 from __future__ import annotations
@@ -125,10 +126,9 @@ class _Clerks:
         if loop is None or self._called:
             return
         self._called = True
+        call_soon = getattr(loop, "run_sync_soon", None) or loop.call_soon_threadsafe  # trio's, asyncio's
         with suppress(RuntimeError):  # the loop is over: nobody waits any more
-            (loop.run_sync_soon if hasattr(loop, "run_sync_soon") else loop.call_soon_threadsafe)(
-                self._tell
-            )  # trio, asyncio
+            call_soon(self._tell)
 
     def _tell(self) -> None:
         self._called = False

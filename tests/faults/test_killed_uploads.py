@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +121,12 @@ def test_what_cannot_be_removed_is_a_pending_operation(campaign: Held) -> None:
     asked = [each.request for each in left if isinstance(each.request, RemovalRequested)]
     assert len(asked) == len(left) == 2
     assert {path.name for path in parts} <= {part for each in asked for part in each.parts}
+    told = subprocess.run(
+        [sys.executable, "-m", "loadmaster", "pending", "--json", str(campaign.directory / "journal")],
+        stdout=subprocess.PIPE, check=True,
+    )  # fmt: skip
+    listed = {(each["kind"], each["at"], each["file"]) for each in json.loads(told.stdout)}
+    assert listed == {("remove", each.url, None) for each in asked}
     for path in parts:
         path.rmdir()
         path.touch()

@@ -61,12 +61,6 @@ class HeldByShim(Tree):
             self._over = self._pidfd < 0 or is_readable(self._pidfd)
         return self._over
 
-    @property
-    def empty(self) -> bool:
-        """The shim has said how it ended, which it does last. A group may hold some that are not below the shim."""
-        held = self._group is None or self.containment is Containment.PID_NAMESPACE
-        return held and self.gone and self._has_record()
-
     async def wait(self) -> None:
         await anyio.wait_readable(self._pidfd)
         self._over = True

@@ -42,11 +42,6 @@ class Tree(Protocol):
         """Whether the payload has ended; what it left may still be there."""
         ...
 
-    @property
-    def empty(self) -> bool:
-        """Whether it is known already, without an `end`, that nothing of it runs any more."""
-        return False
-
     async def wait(self) -> None:
         """Return when the payload has ended."""
         ...

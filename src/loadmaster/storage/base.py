@@ -116,7 +116,7 @@ class Step(Enum):
     @property
     def sends(self) -> bool:
         """Whether the bytes of the file pass."""
-        return self in {Step.ALL, Step.HOLD}
+        return self is Step.ALL or self is Step.HOLD  # a set of them is looked into by their names, in Python
 
 
 @dataclass(eq=False, slots=True)
