@@ -437,7 +437,7 @@ def measure_memory(
         title = f"4 sparse files of {size_bytes / 2**30:g} GiB"
         sent = [(str(directory / "sparse"), f"{drain}/{number}") for number in range(4)]
         yield _peak(f"{title}, up", sent, home, "--all", "--config", str(keeps_nothing))
-        if shutil.disk_usage(home).free < 8 * size_bytes:
+        if shutil.disk_usage(home).free < 5 * size_bytes:
             yield {"title": f"{title}, down", "unable": "no room on this disk"}
             continue
         pairs = [(f"{url}/memory/sparse", home / "arrived" / str(number)) for number in range(4)]
