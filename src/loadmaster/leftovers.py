@@ -51,7 +51,7 @@ class Leftovers:
         earlier = [urls for name, urls in memory.items() if name.startswith(PLACES)]
         self._notes = len(earlier)
         self._recorded = {url for urls in earlier for url in urls}
-        self._done = not handle.life.has_reached(Stage.GRANTED)  # its start may have been written by nobody any more
+        self._done = not handle.life.has_reached(Stage.GRANTED)  # an agent may die before the start is on disk
         self._turn = anyio.Lock()
 
     def __repr__(self) -> str:
