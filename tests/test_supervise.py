@@ -585,7 +585,7 @@ async def test_cpu_of_children_nobody_waits_for_is_counted(workdir: Workdir) -> 
     script = (
         "import os, signal, time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n"
         "for _ in range(5):\n    if os.fork() == 0:\n        while time.process_time() < 0.1: pass\n        os._exit(0)\n"
-        "    time.sleep(0.15)"
+        "    time.sleep(0.4)"
     )
     outcome = await run(f"exec {sys.executable} -S -c {shlex.quote(script)}", workdir)
     assert outcome.succeeded

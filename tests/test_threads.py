@@ -117,6 +117,7 @@ async def test_many_who_wait_behind_one_that_hangs_need_one_more_thread(before: 
     gate = Gate()
     async with anyio.create_task_group() as group:
         group.start_soon(partial(briefly, gate))
+        await until(lambda: gate.inside == 1)
         async with anyio.create_task_group() as others:
             for _ in range(20):
                 others.start_soon(briefly, int)

@@ -104,7 +104,7 @@ async def test_it_is_said_what_holds_the_payload(fly: Fly) -> None:
 
 
 async def test_who_follows_the_output_sees_all_of_it_as_it_comes(fly: Fly) -> None:
-    result, events = await followed(fly, output=True, **sh("echo one; sleep 0.4; echo no >&2; sleep 0.4; echo two"))
+    result, events = await followed(fly, output=True, **sh("echo one; sleep 1; echo no >&2; sleep 1; echo two"))
     printed = [event for event in events if isinstance(event, OutputPrinted)]
     assert "".join(event.text for event in printed if event.name == "std.out") == "one\ntwo\n"
     assert "".join(event.text for event in printed if event.name == "std.err") == "no\n"

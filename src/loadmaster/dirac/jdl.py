@@ -21,7 +21,7 @@ _SPACE = re.compile(r"(?:\s+|//[^\n]*|/\*.*?\*/)*", re.DOTALL)
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL)
 _BARE = re.compile(r'(?:"(?:[^"\\]|\\.)*"|[^",;{}\[\]])+', re.DOTALL)
-_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,300}")  # int() refuses thousands
 _DECIMAL = re.compile(r"[+-]?([0-9]{1,30}\.[0-9]*|\.[0-9]+|[0-9]{1,30}(?=[eE]))([eE][+-]?[0-9]{1,2})?")
 _UNREADABLE = re.compile(r'[";\[\]\n\\]')
 """What DIRAC's parser does not survive within a text, and what would be read as another text."""
