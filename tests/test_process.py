@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -133,8 +134,11 @@ async def test_cpu_and_memory_are_of_the_process_and_the_children_it_waited_for(
     script.write_text("import time; x = b'x' * 700_000_000\nwhile time.process_time() < 0.3: pass")
     record = await ended(await to_thread.run_sync(run, f"{sys.executable} {script}; true"))
     assert 0.3 <= record.cpu_seconds < 5
-    assert record.peak_bytes is not None
-    assert 700_000_000 < record.peak_bytes < 1_000_000_000
+    if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 700_000_000:
+        assert record.peak_bytes is not None
+        assert 700_000_000 < record.peak_bytes < 1_000_000_000
+    else:  # tests before this one have made us larger than that, and a child's peak begins with ours
+        assert record.peak_bytes is None
 
 
 async def test_a_short_process_is_not_charged_with_our_own_memory(run: Run) -> None:
