@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 
 import anyio
@@ -10,7 +11,7 @@ import pytest
 
 from conftest import until
 from loadmaster import threads
-from loadmaster.threads import NAME, briefly
+from loadmaster.threads import NAME, briefly, while_brief
 
 
 def clerks() -> set[threading.Thread]:
@@ -133,6 +134,21 @@ async def test_it_goes_home_when_there_is_nothing_to_do_and_the_next_errand_is_d
         assert await briefly(lambda: "done") == "done"
         await anyio.sleep(0.001)
     await until(lambda: not clerks() - before)
+
+
+async def test_what_takes_him_long_he_is_spared_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "BUSY_SECONDS", 1.0)
+
+    def who(seconds: float) -> str:
+        time.sleep(seconds)
+        return threading.current_thread().name
+
+    assert await while_brief(partial(who, 0)) == NAME
+    assert await while_brief(partial(who, 1.1)) == NAME
+    names = [await while_brief(partial(who, 0)) for _ in range(threads.SPARED + 1)]
+    assert names.index(NAME) == threads.SPARED
+    with pytest.raises(ZeroDivisionError):
+        await while_brief(lambda: 1 // 0)
 
 
 async def test_without_a_thread_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

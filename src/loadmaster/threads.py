@@ -21,7 +21,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
 import anyio
-from anyio import lowlevel
+from anyio import lowlevel, to_thread
 from anyio.lowlevel import RunVar
 
 T = TypeVar("T")
@@ -35,6 +35,12 @@ MOST_PATIENT: Final = 10
 
 LINGER_SECONDS: Final = 1.0
 """A clerk who has had nothing to do for that long goes home."""
+
+BUSY_SECONDS: Final = 0.004
+"""What takes the clerk a quarter of that on a quiet machine, and has taken him so long, is not brief at present."""
+
+SPARED: Final = 32
+"""So many of that kind he is spared then, before he tries another."""
 
 NAME: Final = "loadmaster clerk"
 
@@ -76,6 +82,8 @@ class _Clerks:
         self._clerk: threading.Thread | None = None
         self._since = inf
         """When the clerk began what he does; infinite when he does nothing."""
+        self.spared = 0
+        """So many errands of `while_brief` go to threads of their own."""
 
     def take(self, errand: _Errand[Any]) -> int:
         """Have it done; how many others are before it. Raises RuntimeError when there is no thread to be had."""
@@ -144,10 +152,7 @@ async def briefly(function: Callable[[], T], *, abandon_on_cancel: bool = False)
     """What a function returns that blocks for a moment. Cancellation waits for it, or leaves the clerk to it; it may have
     been done all the same. Raises RuntimeError when there is no thread to be had."""
     await lowlevel.checkpoint_if_cancelled()
-    try:
-        clerks = _CLERKS.get()
-    except LookupError:
-        _CLERKS.set(clerks := _Clerks())
+    clerks = _clerks()
     errand = _Errand(function)
     try:
         behind = clerks.take(errand)
@@ -164,3 +169,31 @@ async def briefly(function: Callable[[], T], *, abandon_on_cancel: bool = False)
         errand.withdrawn = True
         raise
     return errand.outcome()
+
+
+async def while_brief(function: Callable[[], T]) -> T:
+    """As `briefly`, for what is brief only where cores are free, as to start a process is. Where they are not, those who
+    come at the same time have threads of their own, and wait for cores beside each other."""
+    clerks = _clerks()
+    if clerks.spared:
+        clerks.spared -= 1
+        return await to_thread.run_sync(function)
+
+    def timed() -> T:
+        began = time.monotonic()
+        try:
+            return function()
+        finally:
+            if time.monotonic() - began > BUSY_SECONDS:
+                clerks.spared = SPARED
+
+    return await briefly(timed)
+
+
+def _clerks() -> _Clerks:
+    """Those of this event loop."""
+    try:
+        return _CLERKS.get()
+    except LookupError:
+        _CLERKS.set(clerks := _Clerks())
+        return clerks

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
-from anyio import to_thread
 
 from loadmaster.description import Containment, Limits, PayloadSpec
 from loadmaster.errors import PayloadNotStarted
@@ -49,7 +48,7 @@ from loadmaster.payload.usage import (
     read_sizes,
 )
 from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
-from loadmaster.threads import briefly
+from loadmaster.threads import briefly, while_brief
 from loadmaster.workdir import Workdir
 from loadmaster.world import USUAL, World
 
@@ -482,8 +481,7 @@ async def start(
         return _Begun(workdir, launch, tree, others, output, group, directory)
 
     try:
-        # A start waits for the new process, for milliseconds where all cores are busy: as many as come may do so at once.
-        begun = await to_thread.run_sync(prepare)
+        begun = await while_brief(prepare)  # a start waits for the new process, milliseconds where all cores are busy
         tree = await _settled(begun)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
