@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -76,6 +77,49 @@ def print_table(title: str, heads: Sequence[str], rows: Iterable[Sequence[str]])
         print("  " + "   ".join(cells).rstrip())
         if number == 0:
             print("  " + "   ".join("-" * width for width in widths))
+
+
+class Report:
+    """What a benchmark tells: tables for people, as they come; or, for machines, one JSON object when it is closed."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._tables: list[dict[str, Any]] | None = [] if as_json else None
+        self._machine = machine()
+        if not as_json:
+            print_machine(self._machine)
+
+    def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """A table; a figure is a number or a spread, and how many digits of it a person wants."""
+        if self._tables is None:
+            print_table(title, heads, [[_shown(cell) for cell in row] for row in rows])
+        else:
+            self._tables.append({"title": title, "rows": [_as_object(heads, row) for row in rows]})
+
+    def close(self) -> None:
+        """It was all."""
+        if self._tables is not None:
+            json.dump({"machine": self._machine, "tables": self._tables}, sys.stdout, indent=2)
+            print()
+
+
+Cell = str | tuple[Spread | float, int]
+
+
+def _shown(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return cell
+    figure, digits = cell
+    if isinstance(figure, Spread):
+        return figure.show(digits)
+    return "" if figure != figure else f"{figure:.{digits}f}"  # one that is no number was not measured
+
+
+def _as_object(heads: Sequence[str], row: Sequence[Cell]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for head, cell in zip(heads, row, strict=True):
+        figure = cell if isinstance(cell, str) else cell[0]
+        found[head or "what"] = asdict(figure) if isinstance(figure, Spread) else None if figure != figure else figure
+    return found
 
 
 def _progress(text: str) -> None:

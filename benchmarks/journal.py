@@ -1,6 +1,6 @@
 """What a journal costs: jobs of /bin/true and of one second, so many at once, with and without; and how soon it is read.
 
-    python benchmarks/journal.py [--jobs 300] [--rounds 5] [--at-once 1 10 100] [--on DIRECTORY]
+    python benchmarks/journal.py [--jobs 300] [--rounds 5] [--at-once 1 10 100] [--on DIRECTORY] [--quick] [--json]
 
 The journal is on the file system of `--on` (the temporary directory); what a sync takes there is told, for all depends on
 it. Every event of every job is synced before anybody is told of it. The last lines: a journal with 100,000 jobs that have
@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import anyio
-from _bench import Spread, interleave, machine, print_machine, print_table
+from _bench import Cell, Report, Spread, interleave
 
 from loadmaster import JobDescription, JobHandle, Ledger, Node, Site, open_transfers
 from loadmaster.events import (
@@ -150,10 +150,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--at-once", type=int, nargs="*", default=[1, 10, 100])
     parser.add_argument("--on", type=Path, default=Path(tempfile.gettempdir()))
+    parser.add_argument("--quick", action="store_true", help="100 jobs, one round")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     words = parser.parse_args()
-    print_machine(machine())
-    print(f"a sync of one page takes {sync_seconds(words.on) * 1000:.2f} ms there (median of 200)\n")
-    rows = []
+    if words.quick:
+        words.jobs, words.rounds = 100, 1
+    report = Report(as_json=words.json)
+    report.table("a sync of one page, ms", ["", "median of 200"], [["there", (sync_seconds(words.on) * 1000, 2)]])
+    rows: list[list[Cell]] = []
     for at_once in words.at_once:
         for seconds in (0.0, 1.0):
             jobs = at_once * 2 if seconds else min(words.jobs, at_once * 50)
@@ -170,24 +174,24 @@ def main() -> None:
             ratio = median(b / a for a, b in zip(found["with"], found["without"], strict=True))
             extra = median((a - b) * at_once / jobs for a, b in zip(found["with"], found["without"], strict=True))
             what = "sleep 1" if seconds else "true"
-            rows.append(
-                [str(at_once), what, without.show(1), kept.show(1), f"{(1 - ratio) * 100:.1f} %", f"{extra * 1000:.2f}"]
-            )
-    print_table(
-        "jobs of a node", ["at once", "payload", "jobs/s without", "jobs/s with", "cost", "ms more a job"], rows
-    )
+            cost: list[Cell] = [((1 - ratio) * 100, 1), (extra * 1000, 2)]
+            rows.append([str(at_once), what, (without, 1), (kept, 1), *cost])
+    heads = ["at once", "payload", "jobs/s without", "jobs/s with", "cost, %", "ms more a job"]
+    report.table("jobs of a node", heads, rows)
     rows = [
         [
             str(at_once),
-            Spread.of([anyio.run(events_a_second, words.on, at_once, 50 * at_once) for _ in range(3)]).show(0),
+            (Spread.of([anyio.run(events_a_second, words.on, at_once, 50 * at_once) for _ in range(3)]), 0),
         ]
         for at_once in words.at_once
     ]
-    print_table("the journal alone", ["jobs at once", "events/s"], rows)
+    report.table("the journal alone", ["jobs at once", "events/s"], rows)
     read, resumed = recovery(words.on)
-    print(
-        f"\n{FINISHED:,} jobs that have ended and {OPEN:,} open: read in {read:.2f} s, gone on with in {resumed:.2f} s"
-    )
+    report.table(
+        f"{FINISHED:,} jobs that have ended and {OPEN:,} open, s", ["", "read", "gone on with"],
+        [["recovery", (read, 2), (resumed, 2)]],
+    )  # fmt: skip
+    report.close()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a slot costs while many wait for one.
 
-    python benchmarks/ledger.py [--rounds 7]
+    python benchmarks/ledger.py [--rounds 7] [--quick] [--json]
 
 The decision alone: microseconds for one who joins the line and leaves it again, and for one who leaves his cores to the
 next. The sizes of the requests are few, or all different, so that none fits and as many as ever are looked at. Then the
@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count
 
 import anyio
-from _bench import Spread, interleave, machine, print_machine, print_table
+from _bench import Cell, Report, Spread, interleave
 
 from loadmaster import JobDescription, Ledger
 from loadmaster.line import Line
@@ -88,17 +88,21 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
-    print_machine(machine())
-    rows: list[list[str]] = []
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    options = parser.parse_args()
+    rounds = 1 if options.quick else options.rounds
+    report = Report(as_json=options.json)
+    rows: list[list[Cell]] = []
     for what, make in (("join and leave", join_and_leave), ("pass on", pass_on)):
         for sizes, name in ((3, "few sizes"), (10**6, "all different")):
             found = interleave({str(waiting): partial(make(waiting, sizes)) for waiting in WAITING}, rounds)
-            rows.append([f"{what}, {name}", *(Spread.of(found[str(waiting)]).show(1) for waiting in WAITING)])
-    print_table("us for each, so many waiting", ["", *map(str, WAITING)], rows)
+            rows.append([f"{what}, {name}", *((Spread.of(found[str(waiting)]), 1) for waiting in WAITING)])
+    report.table("us for each, so many waiting", ["", *map(str, WAITING)], rows)
     found = interleave({str(jobs): lease(jobs) for jobs in WAITING[1:]}, rounds)
-    row = ["lease", *(Spread.of(found[str(jobs)]).show(1) for jobs in WAITING[1:])]
-    print_table(f"us for each, so many at once on {CORES} cores", ["", *map(str, WAITING[1:])], [row])
+    rows = [["lease", *((Spread.of(found[str(jobs)]), 1) for jobs in WAITING[1:])]]
+    report.table(f"us for each, so many at once on {CORES} cores", ["", *map(str, WAITING[1:])], rows)
+    report.close()
 
 
 if __name__ == "__main__":

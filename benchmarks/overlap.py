@@ -1,7 +1,7 @@
 """How busy the slots are kept: jobs with stage-in a, payload p, stage-out b, on S slots, beside today's way.
 
     python benchmarks/overlap.py [--jobs 40 400] [--slots 4] [--rounds 3] [--kinds equal unequal cores stuck] [--quick]
-                                 [--stage-in 0.3] [--payload 0.5] [--stage-out 0.3]
+                                 [--json] [--stage-in 0.3] [--payload 0.5] [--stage-out 0.3]
 
 The storage is a server of this machine, in a process of its own, that makes each download and each upload take that long,
 whoever else asks. Payloads all take as long (`equal`), or from a fifth to nine fifths of it (`unequal`), or a third of them
@@ -33,7 +33,7 @@ from statistics import mean, median
 from typing import Final
 
 import anyio
-from _bench import Spread, interleave, machine, print_machine, print_table
+from _bench import Cell, Report, Spread, interleave
 
 from loadmaster import JobDescription, JobHandle, Ledger, Node, Site, open_transfers, run_job
 from loadmaster.events import Event, PayloadExited, PayloadStarted, SlotGranted
@@ -227,10 +227,11 @@ def main() -> None:
     parser.add_argument("--stage-out", type=float, default=0.3)
     parser.add_argument("--quick", action="store_true", help="12 jobs, once: to see that it works")
     parser.add_argument("--no-serial", action="store_true", help="without today's way, which takes twice as long")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     options = parser.parse_args()
     if options.quick:
         options.jobs, options.rounds = [12], 1
-    print_machine(machine())
+    report = Report(as_json=options.json)
     words = [sys.executable, "-c", SERVER, str(options.stage_in), str(options.stage_out)]
     rounds = iter(range(10**6))
     with tempfile.TemporaryDirectory() as directory, subprocess.Popen(words, stdout=subprocess.PIPE) as server:
@@ -256,27 +257,30 @@ def main() -> None:
                     },
                     options.rounds,
                 )
-                tell(found, count, options, port, more)
+                tell(report, found, count, options, port, more)
         finally:
             server.terminate()
+    report.close()
 
 
-def tell(found: dict[str, list[Took]], count: int, options: argparse.Namespace, port: int, more: float) -> None:
+def tell(
+    report: Report, found: dict[str, list[Took]], count: int, options: argparse.Namespace, port: int, more: float
+) -> None:
     """The table of so many jobs."""
     around = options.stage_in + options.stage_out
-    rows = []
+    rows: list[list[Cell]] = []
     for name, rounds in found.items():
         work = load(name.partition(",")[0], count, port, options.payload, 0)
         bound, by_hand = work.bound(options.slots, around), work.bound(options.slots, around, more)
         times = Spread.of([each.seconds for each in rounds])
-        row = [name, times.show(), f"{bound:.2f}", f"{times.median / bound:.3f}", f"{times.median / by_hand:.3f}"]
+        row: list[Cell] = [name, (times, 2), (bound, 2), (times.median / bound, 3), (times.median / by_hand, 3)]
         gaps = [
             (r.handed_over_ms, r.granted_ms, r.started_ms, r.ran_longer_ms, r.before_ms - 1000 * options.stage_in,
              r.after_ms - 1000 * options.stage_out)
             for r in rounds
         ]  # fmt: skip
-        rows.append(row + ["" if math.isnan(gap) else f"{gap:.1f}" for gap in map(median, zip(*gaps, strict=True))])
-    print_table(
+        rows.append([*row, *((gap, 1) for gap in map(median, zip(*gaps, strict=True)))])
+    report.table(
         f"{count} jobs of {options.stage_in} + {options.payload} + {options.stage_out} s on {options.slots} slots; by hand "
         f"a payload takes {1000 * more:.1f} ms longer than it sleeps",
         [
