@@ -408,6 +408,8 @@ INTERRUPTED = """
 import os, signal, sys
 from loadmaster.cli import command
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs us in the background may ignore it
+
 def interrupt(event, arguments):
     if event == "import" and arguments[0].startswith("loadmaster.commands."):
         os.kill(os.getpid(), signal.SIGINT)
