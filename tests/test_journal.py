@@ -22,6 +22,7 @@ from loadmaster.handle import KeepsState
 from loadmaster.journal import NodeJournal, open_journal
 from loadmaster.lifecycle import Stage
 from loadmaster.logbook import Logbook, Record, state_name
+from loadmaster.logfile import NAME, PAGE_BYTES
 
 
 async def there(directory: Path, job_id: str) -> list[str]:
@@ -33,6 +34,36 @@ def on_disk(directory: Path, job_id: str) -> Sequence[Event]:
     with Logbook.look(directory) as book:
         history = book.history(job_id)
         return history.events if history else ()
+
+
+async def test_damage_that_is_met_while_reading_is_looked_for_at_the_next_start(tmp_path: Path) -> None:
+    """A node stopped at the first job that could not be read, and the next one, and every one after it."""
+    names = [f"{number:03}" for number in range(60)]
+    async with open_journal(tmp_path) as journal:
+        for name in names:
+            await journal.append_all(a_life(name))
+    path = tmp_path / NAME.format(0)
+    path.write_bytes(spoilt(path.read_bytes()))
+    read = 0
+    with pytest.raises(JournalFault, match="malformed"):
+        async with open_journal(tmp_path) as journal:
+            assert journal.damage is None, "it is not looked for in order to find nothing at each start"
+            for name in names:
+                await journal.history(name)
+                read += 1
+    async with open_journal(tmp_path) as journal:
+        assert journal.damage is not None
+        assert "journal.0.db is damaged" in journal.damage
+        assert await journal.history("000") is not None
+    assert sorted(path.name for path in tmp_path.glob("journal.*.db")) == ["journal.0.db", "journal.1.db"]
+    assert 0 < read < len(names)
+
+
+def spoilt(content: bytes) -> bytes:
+    """Without the page that has the last of the events, which no opening looks at."""
+    pages = range(0, len(content), PAGE_BYTES)
+    page = max(at for at in pages if content[at] == 0x0D and b"JobFinished" in content[at : at + PAGE_BYTES])
+    return content[:page] + b"\xff" * PAGE_BYTES + content[page + PAGE_BYTES :]
 
 
 async def test_an_event_is_on_disk_when_append_returns(tmp_path: Path) -> None:

@@ -298,6 +298,21 @@ def test_what_is_no_journal_at_all_is_kept_aside_too(tmp_path: Path) -> None:
     assert database(tmp_path).read_text().startswith("Dear diary")
 
 
+@pytest.mark.parametrize("size", [100, 4096])
+def test_a_first_page_of_noise_is_kept_aside_whatever_size_it_says(tmp_path: Path, size: int) -> None:
+    """A copy was to be made as large as the noise said: File too large, at this start and at every one after it."""
+    written(tmp_path, a_life("7"))
+    content = database(tmp_path).read_bytes()
+    noise = bytes((place * 167 + 91) % 256 for place in range(size)) + content[size:]
+    database(tmp_path).write_bytes(noise)
+    book = Logbook.open(tmp_path)
+    book.close()
+    assert book.damage is not None
+    assert "journal.0.db is damaged" in book.damage
+    assert database(tmp_path).read_bytes() == noise
+    assert database(tmp_path, 1).exists()
+
+
 def test_a_lost_main_file_is_made_again_from_the_log(tmp_path: Path) -> None:
     """All that a young journal knows is in its log still."""
     life = a_life("7")[:8]

@@ -189,6 +189,7 @@ class NodeJournal(KeepsState):
             try:
                 return await to_thread.run_sync(lambda: function(*args, **kw))
             except (sqlite3.Error, OSError) as exc:
+                self._book.met(exc)
                 raise JournalFault(f"{self.directory}: {exc}") from exc
 
     def _check_open(self) -> None:

@@ -239,9 +239,14 @@ class Logbook:
         except sqlite3.IntegrityError:  # somebody's job is there already: the others' events must not suffer for it
             return [error for group in groups for error in self._alone(group)]
         except sqlite3.DatabaseError as exc:
-            if is_damage(exc):
-                (self.directory / "suspect").touch()
+            self.met(exc)
             raise
+
+    def met(self, error: Exception) -> None:
+        """Have all of the file looked at by whoever opens it next, if this is what a damaged one says."""
+        if isinstance(error, sqlite3.DatabaseError) and is_damage(error):
+            with suppress(OSError):  # a full disk: it is met again
+                (self.directory / "suspect").touch()
 
     def _alone(self, group: Sequence[Record]) -> list[Exception | None]:
         try:

@@ -92,6 +92,8 @@ PAGE_BYTES: Final = 4096
 
 NAME: Final = "journal.{}.db"
 
+_MAGIC: Final = b"SQLite format 3\0"
+
 _DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
@@ -248,6 +250,8 @@ def _sizes(path: Path) -> tuple[int, int]:
         size = os.fstat(file.fileno()).st_size
     if len(header) < 100:
         return size, PAGE_BYTES
+    if not header.startswith(_MAGIC):  # what it says is nothing: a truncation to that failed, for ever
+        return size, size
     page, pages = struct.unpack(">H", header[16:18])[0], struct.unpack(">I", header[28:32])[0]
     return size, pages * (65536 if page == 1 else page)
 
