@@ -19,7 +19,17 @@ from anyio import to_thread
 
 from conftest import sh, until
 from following import happens, kinds
-from loadmaster import JobDescription, JobHandle, JobResult, Ledger, Node, Site, Status, run_job
+from loadmaster import (
+    JobDescription,
+    JobExecutionCoordinator,
+    JobHandle,
+    JobResult,
+    Ledger,
+    Node,
+    Site,
+    Status,
+    run_job,
+)
 from loadmaster.description import Containment
 from loadmaster.errors import WorkdirFault
 from loadmaster.events import Event, LimitReached, PayloadStarted
@@ -294,6 +304,29 @@ async def test_a_node_ends_a_payload_it_has_forgotten_before_anything_waits(plac
         result = await following.wait()
         assert (result.status, result.attempt) == (Status.DONE, 2), result.failure
     assert (place.place / "ran").read_text() == "x\nx\n"
+
+
+async def test_a_kill_while_a_lost_attempt_is_delivered_is_not_taken(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was, and was neither written nor obeyed: the next attempt ran to its end."""
+    place.world["containment"] = [Containment.PID_NAMESPACE]
+    script = f"touch ready; [ -e {place.place}/again ] || sleep 1000"
+    await place.killed(sh(script), lambda: place.file("ready").exists())
+    await to_thread.run_sync(cut, place.place / "journal", 4)
+    (place.place / "again").touch()
+    taken: list[bool] = []
+
+    async def deliver(_: JobExecutionCoordinator) -> None:
+        taken.append(handle.kill("too late"))
+        monkeypatch.undo()
+
+    monkeypatch.setattr(JobExecutionCoordinator, "stageOut", deliver)
+    async with Node(ledger=Ledger(1), root=place.root, site=place.site, journal=place.place / "journal") as node:
+        (handle,) = node.resumed
+        lost = await handle.wait()
+        assert (lost.status, lost.failure and lost.failure.kind) == (Status.RESCHEDULED, "PayloadLost")
+    assert taken == [False]
 
 
 # -- one work directory, two journals ------------------------------------------------------------------------------

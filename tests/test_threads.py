@@ -160,3 +160,22 @@ async def test_without_a_thread_it_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         with pytest.raises(RuntimeError, match="new thread"):
             await briefly(lambda: pytest.fail("nobody is there to do it"))
     assert await briefly(lambda: "and goes on") == "and goes on"
+
+
+async def test_one_that_hangs_is_waited_for_where_there_is_no_other_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had lost patience was told that there is no thread, the clerk went home, and the others waited for ever."""
+    gate = Gate()
+    done: list[int] = []
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(partial(briefly, gate))
+        await until(lambda: gate.inside == 1)
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        for number in range(3):
+            group.start_soon(briefly, partial(done.append, number))
+        await anyio.sleep(5 * threads.PATIENCE_SECONDS)  # all of them have lost patience
+        gate.open.set()
+        await until(lambda: len(done) == 3)

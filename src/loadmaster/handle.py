@@ -186,7 +186,8 @@ class JobHandle:
         only delivers its outputs, or has ended; or when the order is for another `attempt`. One that has not begun never
         does. Where there is a journal the order is obeyed once it is in there: `KillOrdered`.
         """
-        if self._computed or self._closed or attempt not in {None, self.attempt}:
+        too_late = self._computed or self._closed or self._life.has_reached(Stage.COMPUTED)
+        if too_late or attempt not in {None, self.attempt}:
             return False
         if self.kill_reason is None:
             self.kill_reason = reason

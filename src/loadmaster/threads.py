@@ -94,9 +94,10 @@ class _Clerks:
         return self._open - 1
 
     def relieve(self) -> None:
-        """Have another clerk if this one hangs. Raises RuntimeError as `take` does."""
-        if time.monotonic() - self._since >= PATIENCE_SECONDS:
-            self._hire()
+        """Have another clerk if this one hangs and there is a thread for one: else this one goes on when he can."""
+        if self._clerk is None or time.monotonic() - self._since >= PATIENCE_SECONDS:
+            with suppress(RuntimeError):
+                self._hire()
 
     def _hire(self) -> None:
         clerk = threading.Thread(target=self._work, name=NAME, daemon=True)  # one that hangs is no reason to stay
@@ -124,6 +125,7 @@ class _Clerks:
             errand.run()
             self._finish(errand)
             del errand  # it holds what its function holds
+            self._clerk = self._clerk or me  # nobody could be hired in his place
             if self._clerk is not me:  # somebody lost patience
                 return
             self._since = inf
