@@ -25,6 +25,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from email.utils import formatdate
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
@@ -51,6 +52,10 @@ ENVIRONMENT: Final = {
     "AWS_ACCESS_KEY_ID": "S3RVER", "AWS_SECRET_ACCESS_KEY": "S3RVER", "AWS_REGION": "us-east-1",
     "RCLONE_CONFIG": "/dev/null", "XRD_LOGLEVEL": "Error",
 }  # fmt: skip
+
+
+UNCHECKED: Final = {"Authorization": "AWS S3RVER:unchecked", "Date": formatdate(usegmt=True)}
+"""The servers look at no signature, but want one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,7 @@ class Row:
     def clear(self) -> None:
         """Have nothing at the target."""
         for name, _ in self.objects():
-            urlopen(Request(f"{self.bucket}/{name}", method="DELETE"), timeout=60).close()
+            urlopen(Request(f"{self.bucket}/{name}", headers=UNCHECKED, method="DELETE"), timeout=60).close()
         if self.files.size_bytes <= ASIDE_BYTES and self.arrived.exists():
             self.arrived.rename(Path(tempfile.mkdtemp(prefix="aside-", dir=self.arrived.parent)) / "arrived")
         shutil.rmtree(self.arrived, ignore_errors=True)
