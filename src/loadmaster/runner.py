@@ -70,6 +70,7 @@ from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.limits import deadline_verdict, limits_of, seconds_left
 from loadmaster.payload.command import default_command, default_environment, with_slot
 from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.starter import Starter
 from loadmaster.payload.state import remove_state
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
@@ -100,11 +101,13 @@ async def run_job(
     root: Path | None = None,
     keep_workdir: bool = False,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    starter: Starter | None = None,
 ) -> JobResult:
     """What came of one attempt at a job. Its failure is a value in there, not an exception.
 
     The files move through `transfers` (shared by many jobs) or those of `site`; the payload waits for a slot of `slots`;
-    the work directory is `<root>/<job id>`. `handle` follows and kills the job. What holds the payload's processes, what
+    the work directory is `<root>/<job id>`. `handle` follows and kills the job. `starter`, of `open_starter`, starts the
+    payloads of many jobs. What holds the payload's processes, what
     they see and what they may use is the site's to say: `Site.payload`.
 
     With a `journal` the job is gone on with where an agent left it, if it is in there; one that has ended is not run again,
@@ -132,7 +135,7 @@ async def run_job(
     handle.open(job.job_id, attempt)
     result = await run_part(
         job, Stage.FINISHED, handle=handle, ce=ce, coordinator=coordinator, site=site, transfers=transfers, slots=slots,
-        root=root, keep_workdir=keep_workdir, heartbeat_seconds=heartbeat_seconds,
+        root=root, keep_workdir=keep_workdir, heartbeat_seconds=heartbeat_seconds, starter=starter,
     )  # fmt: skip
     if result is None:
         raise RuntimeFault(f"job {job.job_id} ended without a result")
@@ -152,6 +155,7 @@ async def run_part(
     root: Path | None = None,
     keep_workdir: bool = False,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    starter: Starter | None = None,
 ) -> JobResult | None:
     """As `run_job`, of an opened handle with a journal, but only until the job is PREPARED, or its payload has EXITED; then
     there is no result, and the next part goes on from there. What fails before it is prepared ends the job; what fails
@@ -181,7 +185,7 @@ async def run_part(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
                 )
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
+                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds, starter
                 )
                 straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
@@ -221,7 +225,7 @@ class _Flight:
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float,
+        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float, starter: Starter | None,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -232,6 +236,7 @@ class _Flight:
         self.record, self.note = handle.record, handle.note
         self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
+        self.starter = starter
         self.limits = limits_of(job.description, job.ce, os.environ)
         self.standard = JobExecutionCoordinator(job.description, job.ce)
         self.standard.job = job
@@ -362,6 +367,7 @@ class _Flight:
             limits=self.limits, world=self.site.payload, cores=cores,
             soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
             state=self.handle.state, hidden=[at for at in self.handle.hidden if not self.workdir.path.is_relative_to(at)],
+            starter=self.starter,
         )  # fmt: skip
         return await self._to_its_end(payload)
 

@@ -33,10 +33,11 @@ from loadmaster.limits import (
     without_cpu_ratio,
 )
 from loadmaster.payload.command import argv_of
-from loadmaster.payload.containment import settled, spawn
+from loadmaster.payload.containment import order, settled, spawn
 from loadmaster.payload.launch import Launch, Refused, shim_kind
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.starter import Starter
 from loadmaster.payload.state import LaunchRecord, StateDirectory, boot_id, remove_state
 from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import (
@@ -417,9 +418,8 @@ class _Begun:
 
     workdir: Workdir
     launch: Launch
-    tree: Tree
-    others: Sequence[Containment]
-    """That may be tried."""
+    trees: tuple[Tree, Sequence[Containment]] | None
+    """And what else may be tried; None if nothing was so far."""
     output: Output
     group: Group | None
     directory: StateDirectory | None
@@ -429,12 +429,13 @@ async def start(
     spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, limits: Limits = NO_LIMITS,
     world: World = USUAL, cores: frozenset[int] = frozenset(), soft_stop: SoftStop | None = None,
     outputs_bytes: Callable[[], int] | None = None, state: Path | None = None, hidden: Sequence[Path] = (),
+    starter: Starter | None = None,
 ) -> Payload:  # fmt: skip
     """Start a payload in the first containment the node allows, its output in two files of the work directory.
 
     What the kernel can hold of the limits it is told; `watch` judges all of them. `cores` are the CPUs it is bound to, if
-    any. `outputs_bytes` says what would have to be delivered if it ended now; called in a thread. Raises
-    `PayloadNotStarted`. Cancelled, it leaves no payload.
+    any. `outputs_bytes` says what would have to be delivered if it ended now; called in a thread. `starter` starts it, if
+    it can. Raises `PayloadNotStarted`. Cancelled, it leaves no payload.
 
     With `state`, a directory that is not there yet, the payload outlives an agent that dies, and can be adopted by the
     next one (`adopt`), for `World.orphan_seconds`; not in a session, which can only be ended. Where it has mounts of its
@@ -472,17 +473,25 @@ async def start(
                 image=world.image, group=group, state=directory.descriptor if directory else -1,
                 orphan_seconds=world.orphan_seconds, hidden=concealed, lock=lock,
             )  # fmt: skip
-            tree, others = spawn(launch, world.containment)
+            if starter is not None and not near:
+                starter.prepare()
+                trees = None
+            else:
+                trees = spawn(launch, world.containment)
         except BaseException:
             _discard(output, group, directory)
             raise
-        if tree.containment is Containment.SESSION:
-            _note_session(workdir, directory, tree)
-        return _Begun(workdir, launch, tree, others, output, group, directory)
+        begun = _Begun(workdir, launch, trees, output, group, directory)
+        if trees is not None and trees[0].containment is Containment.SESSION:
+            _note_session(begun, trees[0])
+        return begun
 
     try:
-        begun = await while_brief(prepare)  # a start waits for the new process, milliseconds where all cores are busy
-        tree = await _settled(begun)
+        if starter is None:  # a start waits for the new process, milliseconds where all cores are busy
+            begun = await while_brief(prepare)
+        else:
+            begun = await briefly(prepare)
+        tree = await _settled(begun, world.containment, starter)
     except (OSError, Refused) as exc:
         raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
     finally:
@@ -522,9 +531,10 @@ def _state_of(path: Path, world: World, group: Group | None) -> StateDirectory:
     return StateDirectory.make(path, record)
 
 
-def _note_session(workdir: Workdir, directory: StateDirectory | None, tree: Tree) -> None:
+def _note_session(begun: _Begun, tree: Tree) -> None:
     """Who the next agent has to end, and who lives in the work directory: there is no shim that would say it."""
-    workdir.note_session(tree.pid, tree.start_ticks)
+    directory = begun.directory
+    begun.workdir.note_session(tree.pid, tree.start_ticks)
     if directory is None:
         return
     facts = {"shim_pid": 0, "shim_start": 0, "payload_pid": tree.pid, "payload_start": tree.start_ticks}
@@ -544,19 +554,23 @@ def _discard(output: Output, group: Group | None, directory: StateDirectory | No
         remove_state(directory.path)
 
 
-async def _settled(begun: _Begun) -> Tree:
+async def _settled(begun: _Begun, wanted: Sequence[Containment], starter: Starter | None) -> Tree:
     """The tree in which it runs. Cancelled, or raising, it leaves nothing of what has begun."""
+    noted = begun.trees[0] if begun.trees is not None else None
     try:
-        tree = await settled(begun.launch, begun.tree, begun.others)
+        trees = begun.trees or order(begun.launch, wanted, starter)
+        if trees is None:
+            trees = await while_brief(partial(spawn, begun.launch, wanted))
+        tree = await settled(begun.launch, *trees, starter)
     except BaseException:
         with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
             await briefly(partial(_discard, begun.output, begun.group, begun.directory))
         raise
     if begun.group is not None:
         begun.group.close_descriptors()
-    if tree is not begun.tree and tree.containment is Containment.SESSION:
+    if tree is not noted and tree.containment is Containment.SESSION:
         with anyio.CancelScope(shield=True):  # a payload that runs is one, also for somebody who is cancelled just then
-            await briefly(partial(_note_session, begun.workdir, begun.directory, tree))
+            await briefly(partial(_note_session, begun, tree))
     return tree
 
 
