@@ -185,7 +185,15 @@ async def run_part(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
                 )
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds, starter
+                    flight,
+                    workdir,
+                    moving.site,
+                    coordinator,
+                    slots or AsAsked(),
+                    handle,
+                    tasks,
+                    heartbeat_seconds,
+                    starter,
                 )
                 straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)

@@ -133,8 +133,9 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment], starter
     """
     if starter is not None:
         await to_thread.run_sync(starter.prepare)
-    begun = order(launch, wanted, starter) or await to_thread.run_sync(spawn, launch, wanted)
-    return await settled(launch, *begun, starter)
+    begun = order(launch, wanted, starter)
+    tree, others = begun if begun is not None else await to_thread.run_sync(spawn, launch, wanted)
+    return await settled(launch, tree, others, starter)
 
 
 def order(
@@ -171,9 +172,7 @@ def spawn(launch: Launch, wanted: Sequence[Containment]) -> tuple[Tree, Sequence
     raise refusal
 
 
-async def settled(
-    launch: Launch, tree: Tree, others: Sequence[Containment], starter: Starter | None = None
-) -> Tree:
+async def settled(launch: Launch, tree: Tree, others: Sequence[Containment], starter: Starter | None = None) -> Tree:
     """The tree in which the payload runs: this one, or one of the others if it is refused. Raises as `start_contained`;
     cancelled, it leaves nothing."""
     while isinstance(tree, ShimTree):
@@ -184,8 +183,8 @@ async def settled(
         except Refused:
             if not others:
                 raise
-            next_one = order(launch, others, starter)
-            tree, others = next_one or await to_thread.run_sync(spawn, launch, others)
+            begun = order(launch, others, starter)
+            tree, others = begun if begun is not None else await to_thread.run_sync(spawn, launch, others)
         else:
             return tree
     return tree
