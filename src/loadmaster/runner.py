@@ -41,6 +41,7 @@ from loadmaster.errors import (
     LimitExceeded,
     PayloadFailed,
     PayloadLost,
+    PayloadNotStarted,
     RescheduleJob,
     RuntimeFault,
     SkipPayload,
@@ -69,10 +70,11 @@ from loadmaster.ledger import AsAsked, Slot, Slots
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.limits import deadline_verdict, limits_of, seconds_left
 from loadmaster.payload.command import default_command, default_environment, with_slot
+from loadmaster.payload.ready import Ready
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.starter import Starter
 from loadmaster.payload.state import remove_state
-from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
+from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
@@ -185,7 +187,15 @@ async def run_part(
                     job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
                 )
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds, starter
+                    flight,
+                    workdir,
+                    moving.site,
+                    coordinator,
+                    slots or AsAsked(),
+                    handle,
+                    tasks,
+                    heartbeat_seconds,
+                    starter,
                 )
                 straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
@@ -250,6 +260,7 @@ class _Flight:
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
         self.forgotten: JobError | None = None
+        self.ready: Ready | None = None
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -300,6 +311,9 @@ class _Flight:
                     await self._post_process(outcome)
         except JobError as error:
             failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
+        finally:
+            if self.ready is not None:
+                await self.ready.discard()
         if (said := self.life.companion_failure) is not None:  # maybe to an earlier agent
             failure = None if said.kind == SkipPayload.__name__ else said
         await self.handle.keep_order()
@@ -325,19 +339,45 @@ class _Flight:
             return PayloadSpec(command=self.life.prepared.command, env=dict(self.life.prepared.env))
         description = self.job.description
         env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
-        command = await briefly(lambda: default_command(description, env, self.workdir))
-        spec = _as_spec(await self._hook("preProcess", command, dict(env)))
+        if not self._is_standard("preProcess") or self.until is Stage.PREPARED:
+            command = await briefly(lambda: default_command(description, env, self.workdir))
+            spec = _as_spec(await self._hook("preProcess", command, dict(env)))
+        else:  # nobody has anything to say about it: all in one go
+            spec, self.ready = await briefly(lambda: self._made_ready(env))
         await self.note(PayloadPrepared, spec.command, spec.env)
         return spec
 
+    def _made_ready(self, env: dict[str, str]) -> tuple[PayloadSpec, Ready | None]:
+        """What the description says, and that ready to be started; None if that cannot be. Blocks."""
+        spec = PayloadSpec(command=default_command(self.job.description, env, self.workdir), env=env)
+        try:
+            return spec, self._make_ready(spec)
+        except PayloadNotStarted:  # it fails in the phase in which it is tried again, where it belongs
+            return spec, None
+
+    def _make_ready(self, spec: PayloadSpec) -> Ready:
+        description, path = self.job.description, self.workdir.path
+        return Ready(
+            spec, self.workdir, stdout=description.std_output, stderr=description.std_error, limits=self.limits,
+            world=self.site.payload, state=self.handle.state,
+            hidden=[at for at in self.handle.hidden if not path.is_relative_to(at)], starter=self.starter,
+        )  # fmt: skip
+
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
         self._enter(Phase.PAYLOAD)
+        if self.ready is None:
+            self.ready = await briefly(lambda: self._make_ready(spec))
         with self._in_time() as waiting:
             async with self.slots.lease(self.job.description) as slot:
                 if waiting is not None:
                     waiting.deadline = inf  # from here on the payload's own supervision keeps it
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
-                return await self._supervise(with_slot(spec, slot), frozenset(slot.cpus))
+                ready, self.ready = self.ready, None
+                payload = await ready.start(
+                    with_slot(spec.env, slot), cores=frozenset(slot.cpus), soft_stop=SoftStop.of(self.job.description),
+                    outputs_bytes=self._outputs_bytes,
+                )  # fmt: skip
+                return await self._to_its_end(payload)
 
     async def _find_payload(self) -> Payload | None:
         """The payload that an earlier agent has started."""
@@ -351,25 +391,13 @@ class _Flight:
         )  # fmt: skip
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
-        """As `_supervise`, for a payload that runs already, in the slot that it has."""
+        """As `_run_payload`, for one that runs already, in the slot that it has."""
         self._enter(Phase.PAYLOAD)
         had = self.life.slot
         assert had is not None  # noqa: S101 - no payload is started without
         slot = Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=self.job.description.resources)
         with self.slots.hold(self.job.description, slot):
             return await self._to_its_end(payload, adopted=True)
-
-    async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
-        """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
-        description = self.job.description
-        payload = await start(
-            spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
-            limits=self.limits, world=self.site.payload, cores=cores,
-            soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
-            state=self.handle.state, hidden=[at for at in self.handle.hidden if not self.workdir.path.is_relative_to(at)],
-            starter=self.starter,
-        )  # fmt: skip
-        return await self._to_its_end(payload)
 
     async def _to_its_end(self, payload: Payload, *, adopted: bool = False) -> PayloadOutcome:
         """Watch it, and end it if need be; its end is recorded. Nothing may come between its start and this."""
@@ -485,9 +513,14 @@ class _Flight:
         """Call a hook of the coordinator, or the standard one where it has none."""
         await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
-        if getattr(hook, "__func__", None) is not getattr(JobExecutionCoordinator, name):  # it may do anything outside
+        if not self._is_standard(name):  # it may do anything outside
             await self.handle.settle()
         return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
+
+    def _is_standard(self, name: str) -> bool:
+        """Whether a hook of the coordinator is ours."""
+        hook = getattr(self.coordinator, name, None)
+        return hook is None or getattr(hook, "__func__", None) is getattr(JobExecutionCoordinator, name)
 
     def _enter(self, phase: Phase) -> None:
         self.phase, self.phase_began = phase, time.monotonic()

@@ -133,7 +133,9 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment], starter
     """
     if starter is not None:
         await to_thread.run_sync(starter.prepare)
-    begun = order(launch, wanted, starter) or await to_thread.run_sync(spawn, launch, wanted)
+    begun = order(launch, wanted, starter)
+    if begun is None:
+        begun = await to_thread.run_sync(spawn, launch, wanted)
     return await settled(launch, *begun, starter)
 
 
@@ -171,9 +173,7 @@ def spawn(launch: Launch, wanted: Sequence[Containment]) -> tuple[Tree, Sequence
     raise refusal
 
 
-async def settled(
-    launch: Launch, tree: Tree, others: Sequence[Containment], starter: Starter | None = None
-) -> Tree:
+async def settled(launch: Launch, tree: Tree, others: Sequence[Containment], starter: Starter | None = None) -> Tree:
     """The tree in which the payload runs: this one, or one of the others if it is refused. Raises as `start_contained`;
     cancelled, it leaves nothing."""
     while isinstance(tree, ShimTree):
@@ -185,7 +185,9 @@ async def settled(
             if not others:
                 raise
             next_one = order(launch, others, starter)
-            tree, others = next_one or await to_thread.run_sync(spawn, launch, others)
+            if next_one is None:
+                next_one = await to_thread.run_sync(spawn, launch, others)
+            tree, others = next_one
         else:
             return tree
     return tree
