@@ -45,6 +45,7 @@ import json, os, sys
 from pathlib import Path
 import anyio
 from loadmaster import Limits, PayloadSpec
+from loadmaster.payload.ready import start as start_payload
 from loadmaster.payload import launch, ready, shimtree
 from loadmaster.payload.adopt import adopt
 from loadmaster.workdir import Workdir

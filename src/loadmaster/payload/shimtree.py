@@ -165,9 +165,9 @@ class ShimTree(HeldByShim):
     """A payload below a shim that is below us."""
 
     def __init__(self, containment: Containment, launch: Launch) -> None:
-        """Only what it will be; `execute` and `order` start it."""
+        """Only what it will be: `ordered` and `executed` start it."""
         self.containment = containment
-        self.shim = shim_kind()
+        self.shim = "c"
         self.pid = self.start_ticks = 0
         self.started = time.monotonic()
         self._group = launch.group
@@ -197,6 +197,7 @@ class ShimTree(HeldByShim):
     def executed(cls, containment: Containment, launch: Launch) -> ShimTree:
         """Execute the shim. Blocks for about a millisecond; raises OSError, or `Refused` when it cannot be executed."""
         tree = cls(containment, launch)
+        tree.shim = shim_kind()
         tree._execute(launch)
         return tree
 

@@ -25,6 +25,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from typing import Final
 
 import anyio
+from anyio import to_thread
 
 from loadmaster.description import Containment
 from loadmaster.payload.launch import Launch, shim_command, shim_kind
@@ -38,6 +39,7 @@ MESSAGE_BYTES: Final = 1 << 16
 MOST_PIDS: Final = 4096
 
 HEAD: Final = struct.Struct("=4I")
+PID: Final = struct.Struct("=i")
 
 UNTAKEN: Final = 0
 """Instead of a pid: nobody has heard of it so far."""
@@ -53,7 +55,7 @@ class Order:
     @property
     def pid(self) -> int:
         """Of the shim; -1 when there may be one, 0 as long as there is none."""
-        return self._starter.pids[self._place]
+        return self._starter.pid_at(self._place)
 
     def insist(self) -> None:
         """Have the starter go on, if somebody has stopped it."""
@@ -113,11 +115,11 @@ class Starter:
 
     def order(self, launch: Launch, mode: Containment, report: int) -> Order | None:
         """Ask for a shim, with that end of its report; None if it has to be executed. Does not wait."""
-        starter = self._running
-        if starter is None or not starter.free or starter.rights != _rights():
+        starter, directory = self._running, str(launch.cwd)
+        if starter is None or not os.path.isabs(directory) or not starter.free or starter.rights != _rights():
             return None
         place = starter.free.pop()
-        starter.pids[place] = UNTAKEN
+        starter.claim(place)
         passed = [report, launch.stdout, launch.stderr]
 
         def numbered(descriptor: int) -> int:
@@ -131,7 +133,7 @@ class Starter:
         grace_ms = int(launch.grace_seconds * 1000)
         words = [*map(str, (state, FIRST_PASSED, -1, grace_ms)), mode.value, settings, *launch.argv]
         variables = [f"{name}={value}" for name, value in launch.env.items()]
-        text = os.fsencode("\0".join([os.path.abspath(launch.cwd), *words, *variables, ""]))
+        text = os.fsencode("\0".join([directory, *words, *variables, ""]))
         whole = text.count(0) == 1 + len(words) + len(variables)  # what has a NUL in itself is Popen's to refuse
         if whole and len(text) <= MESSAGE_BYTES and starter.send(
             HEAD.pack(place, launch.umask, len(words), len(variables)), text, passed
@@ -156,7 +158,7 @@ class Starter:
 async def open_starter() -> AsyncGenerator[Starter | None, None]:
     """A starter for many payloads; None where shims have to be executed. Its process has ended at the end, at which no
     start may be under way."""
-    if shim_kind() != "c":
+    if await to_thread.run_sync(shim_kind) != "c":
         yield None
         return
     starter = Starter()
@@ -176,11 +178,12 @@ class _Running:
         with ExitStack() as stack:
             memory = os.memfd_create("pids", os.MFD_CLOEXEC)
             stack.callback(os.close, memory)
-            os.ftruncate(memory, MOST_PIDS * 4)
-            self.pids = memoryview(mmap.mmap(memory, MOST_PIDS * 4)).cast("i")
+            os.ftruncate(memory, MOST_PIDS * PID.size)
+            self._pids: mmap.mmap | bytearray = mmap.mmap(memory, MOST_PIDS * PID.size)
             self._control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             stack.enter_context(control)
             with ExitStack() as failed:
+                failed.callback(self._unmap)
                 failed.enter_context(self._control)
                 self._control.setblocking(False)
                 passed = (control.fileno(), memory)
@@ -206,7 +209,7 @@ class _Running:
         try:
             socket.send_fds(self._control, [head, text], passed)
         except OSError as exc:
-            if exc.errno not in {errno.EAGAIN, errno.EPIPE, errno.ECONNRESET}:
+            if exc.errno not in {errno.EAGAIN, errno.EPIPE, errno.ECONNRESET, errno.EBADF}:
                 log.warning("starter %d: %s", self.pid, exc)
             return False
         return True
@@ -219,11 +222,27 @@ class _Running:
     def release(self) -> None:
         """Of one that has ended: reap it, and let go of all but what an `Order` may still look at."""
         self._control.close()
+        self._unmap()
         with suppress(ChildProcessError):  # the embedding program ignores SIGCHLD, or has waited for it
             os.waitpid(self.pid, os.WNOHANG)
         self._popen.returncode = 0
         os.close(self.pidfd)
         self.pidfd = -1
+
+    def _unmap(self) -> None:
+        """A map has a descriptor of its own."""
+        shared, self._pids = self._pids, bytearray(self._pids)
+        if isinstance(shared, mmap.mmap):
+            shared.close()
+
+    def pid_at(self, place: int) -> int:
+        """Of a shim, as the process has noted it."""
+        pid: int = PID.unpack_from(self._pids, place * PID.size)[0]
+        return pid
+
+    def claim(self, place: int) -> None:
+        """For another shim."""
+        PID.pack_into(self._pids, place * PID.size, UNTAKEN)
 
 
 def _rights() -> tuple[object, ...]:
