@@ -349,7 +349,8 @@ class _Flight:
 
     def _made_ready(self, env: dict[str, str]) -> tuple[PayloadSpec, Ready | None]:
         """What the description says, and that ready to be started; None if that cannot be. Blocks."""
-        spec = PayloadSpec(command=default_command(self.job.description, env, self.workdir), env=env)
+        command = default_command(self.job.description, env, self.workdir)
+        spec = PayloadSpec.model_construct(command=command, env=env)  # of words that were checked with the description
         try:
             return spec, self._make_ready(spec)
         except PayloadNotStarted:  # it fails in the phase in which it is tried again, where it belongs

@@ -134,14 +134,8 @@ async def start_contained(launch: Launch, wanted: Sequence[Containment], starter
     if starter is not None:
         await to_thread.run_sync(starter.prepare)
     begun = order(launch, wanted, starter)
-<<<<<<< HEAD
-    if begun is None:
-        begun = await to_thread.run_sync(spawn, launch, wanted)
-    return await settled(launch, *begun, starter)
-=======
     tree, others = begun if begun is not None else await to_thread.run_sync(spawn, launch, wanted)
     return await settled(launch, tree, others, starter)
->>>>>>> zygote
 
 
 def order(
@@ -189,15 +183,8 @@ async def settled(launch: Launch, tree: Tree, others: Sequence[Containment], sta
         except Refused:
             if not others:
                 raise
-<<<<<<< HEAD
-            next_one = order(launch, others, starter)
-            if next_one is None:
-                next_one = await to_thread.run_sync(spawn, launch, others)
-            tree, others = next_one
-=======
             begun = order(launch, others, starter)
             tree, others = begun if begun is not None else await to_thread.run_sync(spawn, launch, others)
->>>>>>> zygote
         else:
             return tree
     return tree
