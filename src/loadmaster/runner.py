@@ -82,6 +82,7 @@ from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
 from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir, open_workdir
+from loadmaster.world import World
 
 if TYPE_CHECKING:
     from loadmaster.journal import NodeJournal  # with sqlite3, loaded when used
@@ -178,30 +179,28 @@ async def run_part(
 
     async def fly(tasks: TaskGroup) -> None:
         beating = anyio.CancelScope()
-        moved = nullcontext(transfers) if transfers is not None else open_transfers(site or Site())
-        made = open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
+        at = transfers.site if transfers is not None else site or Site()
+        moved = nullcontext(transfers) if transfers is not None else open_transfers(at)
+        kit = _Kit(job, ce or ComputingElement(), at.payload, handle, starter)
+        made = open_workdir(
+            place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload,
+            at_once=kit.get_ready_early if until is Stage.FINISHED and _comes_as_it_is(job, coordinator) else None,
+        )  # fmt: skip
         try:
             forgotten = await _forgotten_payload(handle)
             async with moved as moving, made as workdir:
-                flight = JobInFlight(
-                    job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
-                )
+                flight = JobInFlight(job, kit.ce, workdir, moving, handle, beside=until is Stage.FINISHED)
                 straight = _Flight(
-                    flight,
-                    workdir,
-                    moving.site,
-                    coordinator,
-                    slots or AsAsked(),
-                    handle,
-                    tasks,
-                    heartbeat_seconds,
-                    starter,
+                    flight, workdir, at, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds, kit
                 )
                 straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
                 if not handle.has_audience:  # which has one task for the heartbeats of many jobs
                     tasks.start_soon(straight.go_on_beating, beating)
-                await straight.fly()
+                try:
+                    await straight.fly()
+                finally:
+                    await kit.discard()
         finally:
             beating.cancel()
             try:
@@ -230,12 +229,78 @@ async def _forgotten_payload(handle: JobHandle) -> JobError | None:
     return await end_forgotten(handle)
 
 
+class _Kit:
+    """What a job's payload is made ready with; known before there is a work directory."""
+
+    def __init__(
+        self, job: JobDescription, ce: ComputingElement, world: World, handle: JobHandle, starter: Starter | None
+    ) -> None:
+        self.job = job
+        self.ce = ce
+        self.limits = limits_of(job, ce, os.environ)
+        self.ready: Ready | None = None
+        """Made, and neither started nor discarded."""
+        self._world = world
+        self._handle = handle
+        self._starter = starter
+
+    def environment(self, workdir: Workdir) -> dict[str, str]:
+        """Of the payload, if nobody changes it."""
+        return default_environment(self.job, self.ce, workdir, self._world)
+
+    def make_ready(self, spec: PayloadSpec, workdir: Workdir) -> None:
+        """Have it ready to be started. Blocks for a moment; raises `PayloadNotStarted`."""
+        hidden = [at for at in self._handle.hidden if not workdir.path.is_relative_to(at)]
+        self.ready = Ready(
+            spec, workdir, stdout=self.job.std_output, stderr=self.job.std_error, limits=self.limits, world=self._world,
+            state=self._handle.state, hidden=hidden, starter=self._starter,
+        )  # fmt: skip
+
+    def get_ready(self, workdir: Workdir) -> PayloadSpec:
+        """What the description says, and have that ready, unless it cannot be: then `make_ready`, in its own phase, says
+        why. Blocks for a moment; raises `PayloadNotStarted` when there is no such program."""
+        env = self.environment(workdir)
+        command = default_command(self.job, env, workdir)
+        spec = PayloadSpec.model_construct(command=command, env=env)  # of words that were checked with the description
+        with suppress(PayloadNotStarted):
+            self.make_ready(spec, workdir)
+        return spec
+
+    def get_ready_early(self, workdir: Workdir) -> None:
+        """As `get_ready`, of a job that brings nothing with it: in one go with its work directory. What fails fails again,
+        in its own phase."""
+        if not workdir.continued and not self._handle.is_journalled:  # which has to hear of it before
+            with suppress(PayloadNotStarted):
+                self.get_ready(workdir)
+
+    async def discard(self) -> None:
+        """It will not be started."""
+        if self.ready is not None:
+            await self.take().discard()
+
+    def take(self) -> Ready:
+        """The payload that is ready, for whoever starts it."""
+        ready, self.ready = self.ready, None
+        if ready is None:
+            raise RuntimeFault(f"job {self.job.job_id}: its payload is not ready")
+        return ready
+
+
+def _comes_as_it_is(job: JobDescription, coordinator: type[Coordinator]) -> bool:
+    """Whether nothing is brought in and nobody says what is executed: it is known before there is a work directory."""
+    standard = JobExecutionCoordinator
+    hooks = ("stageIn", "preProcess", "__init__")
+    return not (job.input_sandbox or job.input_data) and all(
+        getattr(coordinator, name, None) is getattr(standard, name) for name in hooks
+    )
+
+
 class _Flight:
     """The straight path of one job."""
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float, starter: Starter | None,
+        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float, kit: _Kit,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -246,8 +311,8 @@ class _Flight:
         self.record, self.note = handle.record, handle.note
         self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
-        self.starter = starter
-        self.limits = limits_of(job.description, job.ce, os.environ)
+        self.kit = kit
+        self.limits = kit.limits
         self.standard = JobExecutionCoordinator(job.description, job.ce)
         self.standard.job = job
         self.coordinator: Coordinator = self.standard
@@ -260,7 +325,6 @@ class _Flight:
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
         self.forgotten: JobError | None = None
-        self.ready: Ready | None = None
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -312,8 +376,7 @@ class _Flight:
         except JobError as error:
             failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
         finally:
-            if self.ready is not None:
-                await self.ready.discard()
+            await self.kit.discard()
         if (said := self.life.companion_failure) is not None:  # maybe to an earlier agent
             failure = None if said.kind == SkipPayload.__name__ else said
         await self.handle.keep_order()
@@ -337,44 +400,29 @@ class _Flight:
         self._enter(Phase.PRE_PROCESS)
         if self.life.prepared is not None:
             return PayloadSpec(command=self.life.prepared.command, env=dict(self.life.prepared.env))
-        description = self.job.description
-        env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
-        if not self._is_standard("preProcess") or self.until is Stage.PREPARED:
-            command = await briefly(lambda: default_command(description, env, self.workdir))
+        kit, workdir = self.kit, self.workdir
+        if kit.ready is not None:
+            await lowlevel.checkpoint_if_cancelled()  # all the way from the job's begin nothing else waits
+            spec = kit.ready.spec
+        elif self._is_standard("preProcess") and self.until is not Stage.PREPARED:
+            spec = await briefly(lambda: kit.get_ready(workdir))  # nobody has anything to say about it: all in one go
+        else:
+            env = kit.environment(workdir)
+            command = await briefly(lambda: default_command(kit.job, env, workdir))
             spec = _as_spec(await self._hook("preProcess", command, dict(env)))
-        else:  # nobody has anything to say about it: all in one go
-            spec, self.ready = await briefly(lambda: self._made_ready(env))
         await self.note(PayloadPrepared, spec.command, spec.env)
         return spec
 
-    def _made_ready(self, env: dict[str, str]) -> tuple[PayloadSpec, Ready | None]:
-        """What the description says, and that ready to be started; None if that cannot be. Blocks."""
-        command = default_command(self.job.description, env, self.workdir)
-        spec = PayloadSpec.model_construct(command=command, env=env)  # of words that were checked with the description
-        try:
-            return spec, self._make_ready(spec)
-        except PayloadNotStarted:  # it fails in the phase in which it is tried again, where it belongs
-            return spec, None
-
-    def _make_ready(self, spec: PayloadSpec) -> Ready:
-        description, path = self.job.description, self.workdir.path
-        return Ready(
-            spec, self.workdir, stdout=description.std_output, stderr=description.std_error, limits=self.limits,
-            world=self.site.payload, state=self.handle.state,
-            hidden=[at for at in self.handle.hidden if not path.is_relative_to(at)], starter=self.starter,
-        )  # fmt: skip
-
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
         self._enter(Phase.PAYLOAD)
-        if self.ready is None:
-            self.ready = await briefly(lambda: self._make_ready(spec))
+        if self.kit.ready is None:
+            await briefly(lambda: self.kit.make_ready(spec, self.workdir))
         with self._in_time() as waiting:
             async with self.slots.lease(self.job.description) as slot:
                 if waiting is not None:
                     waiting.deadline = inf  # from here on the payload's own supervision keeps it
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
-                ready, self.ready = self.ready, None
-                payload = await ready.start(
+                payload = await self.kit.take().start(
                     with_slot(spec.env, slot), cores=frozenset(slot.cpus), soft_stop=SoftStop.of(self.job.description),
                     outputs_bytes=self._outputs_bytes,
                 )  # fmt: skip

@@ -48,7 +48,7 @@ class Ready:
         `Payload.end` has returned; `remove_state` removes what is left on disk. All of these have to be apart from the
         work directory. `starter` starts it, if it can.
         """
-        self._spec = spec
+        self.spec = spec
         self._workdir = workdir
         self._limits = limits
         self._world = world
@@ -80,7 +80,7 @@ class Ready:
             raise _not_started(spec, exc) from exc
 
     def __repr__(self) -> str:
-        return f"<Ready {_shown(self._spec)}>"
+        return f"<Ready {_shown(self.spec)}>"
 
     async def start(
         self, env: Mapping[str, str] | None = None, *, cores: frozenset[int] = frozenset(),
@@ -95,7 +95,7 @@ class Ready:
         """
         world, limits = self._world, self._limits
         launch = Launch(
-            self._argv, self._spec.env if env is None else env, self._workdir.path, self._output.stdout,
+            self._argv, self.spec.env if env is None else env, self._workdir.path, self._output.stdout,
             self._output.stderr, limits.grace_seconds, umask=world.umask, nice=world.nice, cores=cores,
             cpu_seconds=_kernels_cpu(limits), isolation=world.isolation, image=world.image, group=self._group,
             state=self._directory.descriptor if self._directory is not None else -1,
@@ -108,7 +108,7 @@ class Ready:
             tree = await settled(launch, *begun, self._starter)
         except (OSError, Refused) as exc:
             await self.discard()
-            raise _not_started(self._spec, exc) from exc
+            raise _not_started(self.spec, exc) from exc
         except BaseException:
             await self.discard()
             raise
