@@ -275,6 +275,7 @@ class _Flight:
                 return
             failure = await self._deliver()
         await self._unless_leaving()  # likewise; and a hook may have lost a cancelled task unawares
+        await self.handle.keep_order()  # of an attempt that was lost
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
 
     async def _compute(self) -> Failure | None:
