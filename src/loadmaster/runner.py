@@ -25,6 +25,7 @@ from anyio import lowlevel
 from anyio.abc import TaskGroup
 from pydantic import ValidationError
 
+from loadmaster.answers import answer_of
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
 from loadmaster.description import (
     RESCHEDULE_EXIT_CODE,
@@ -325,6 +326,8 @@ class _Flight:
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
         self.forgotten: JobError | None = None
+        self.answered = False
+        """Whether the last hook had ended before anybody told it to: that counts, also while we are leaving."""
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -343,14 +346,16 @@ class _Flight:
             if not self.life.has_reached(Stage.COMPUTED):
                 self.job.failure = await self._compute()
                 self.job.companions.close()
-                await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
+                await self._unless_leaving()  # what fails while we are leaving is not the job's failure
                 if self.until is not Stage.FINISHED and self.job.failure is None:
                     return
                 await self.note(ComputingEnded, self.job.failure)
+                await lowlevel.checkpoint_if_cancelled()
             if self.until is Stage.EXITED:
                 return
             failure = await self._deliver()
-        await lowlevel.checkpoint_if_cancelled()  # likewise; and a hook may have lost a cancelled task unawares
+        await self._unless_leaving()  # likewise; and a hook may have lost a cancelled task unawares
+        await self.handle.keep_order()  # of an attempt that was lost
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
 
     async def _compute(self) -> Failure | None:
@@ -394,6 +399,7 @@ class _Flight:
         if not (self.life.has_reached(Stage.STAGING_IN) and self.workdir.continued):
             await self.note(StageInStarted, str(self.workdir.path), self.workdir.identity)
         await self._hook("stageIn")
+        await self._unless_leaving()
         await self.note(StageInEnded)
 
     async def _prepare(self) -> PayloadSpec:
@@ -410,6 +416,7 @@ class _Flight:
             env = kit.environment(workdir)
             command = await briefly(lambda: default_command(kit.job, env, workdir))
             spec = _as_spec(await self._hook("preProcess", command, dict(env)))
+            await self._unless_leaving()
         await self.note(PayloadPrepared, spec.command, spec.env)
         return spec
 
@@ -560,11 +567,23 @@ class _Flight:
 
     async def _hook(self, name: str, *args: Any) -> Any:
         """Call a hook of the coordinator, or the standard one where it has none."""
+        self.answered = False
         await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
-        if not self._is_standard(name):  # it may do anything outside
-            await self.handle.settle()
-        return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
+        call = partial(call_hook, f"{self.coordinator_class.__name__}.{name}", hook, *args)
+        if self._is_standard(name):
+            return await call()
+        await self.handle.settle()  # it may do anything outside
+        if not self.handle.is_journalled:  # nobody comes after us, to call it or not
+            return await call()
+        answer = await answer_of(call)
+        self.answered = answer.first
+        return answer.get()
+
+    async def _unless_leaving(self) -> None:
+        """Before the end of something is noted: it is none if it was cancelled, whatever it made of that."""
+        if not self.answered:
+            await lowlevel.checkpoint_if_cancelled()
 
     def _is_standard(self, name: str) -> bool:
         """Whether a hook of the coordinator is ours."""
@@ -572,7 +591,7 @@ class _Flight:
         return hook is None or getattr(hook, "__func__", None) is getattr(JobExecutionCoordinator, name)
 
     def _enter(self, phase: Phase) -> None:
-        self.phase, self.phase_began = phase, time.monotonic()
+        self.phase, self.phase_began, self.answered = phase, time.monotonic(), False
 
     def _in_time(self) -> AbstractContextManager[anyio.CancelScope | None]:
         """While no payload runs: raise `LimitExceeded` when the job's deadline comes, if it has one."""
