@@ -479,7 +479,8 @@ class _Flight:
         """Call a hook of the coordinator, or the standard one where it has none."""
         await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
-        if getattr(hook, "__func__", None) is not getattr(JobExecutionCoordinator, name):  # it may do anything outside
+        self.job.writes_behind = getattr(hook, "__func__", None) is getattr(JobExecutionCoordinator, name)
+        if not self.job.writes_behind:  # it may do anything outside
             await self.handle.settle()
         return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
 
