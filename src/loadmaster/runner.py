@@ -571,7 +571,8 @@ class _Flight:
         await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
         call = partial(call_hook, f"{self.coordinator_class.__name__}.{name}", hook, *args)
-        if self._is_standard(name):
+        self.job.writes_behind = self._is_standard(name)
+        if self.job.writes_behind:
             return await call()
         await self.handle.settle()  # it may do anything outside
         if not self.handle.is_journalled:  # nobody comes after us, to call it or not
