@@ -194,7 +194,7 @@ async def _begin(tree: ShimTree) -> None:
     try:
         # A payload that runs is one, also for somebody who is cancelled just then: he ends it with its grace, and says so.
         with anyio.move_on_after(BEGIN_SECONDS, shield=True):
-            await tree.begin()
+            await tree.begin(insist=False)
             return
         await tree.begin()
     except BaseException:

@@ -15,7 +15,6 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
-from math import inf
 from typing import Final
 
 import anyio
@@ -233,10 +232,10 @@ class ShimTree(HeldByShim):
         except ProcessLookupError:  # it has, and was reaped by a kernel whose embedding program ignores SIGCHLD
             self._pidfd = os.eventfd(1)
 
-    async def begin(self) -> None:
+    async def begin(self, *, insist: bool = True) -> None:
         """Wait until the payload runs. Raises `Refused`, `NotTaken`, or OSError when it cannot be executed or no process
-        be had."""
-        facts = await self._first_words()
+        be had. `insist`: that a starter which has stopped is told to go on."""
+        facts = await self._first_words(insist=insist)
         if "refused" in facts:
             if (number := int(facts["errno"])) in LACKS:
                 raise OSError(number, lack_of(number, facts["what"]))
@@ -253,14 +252,15 @@ class ShimTree(HeldByShim):
         self.init_pid, self.init_start_ticks = int(facts["init_pid"]), int(facts["init_start"])
         self.fenced = facts["fenced"] == "1"
 
-    async def _first_words(self) -> dict[str, str]:
+    async def _first_words(self, *, insist: bool = True) -> dict[str, str]:
         """What the shim says of the start, or a starter of why there is none. Knows the shim by then, if there is one."""
         while b"\n\n" not in self._text and not self._text.startswith(b"refused"):
-            with anyio.move_on_after(UNHEARD_SECONDS if self._is_unheard else inf) as waiting:
+            if not (insist and self._is_unheard):
                 await anyio.wait_readable(self._report)
-            if waiting.cancelled_caught:
+            elif not await self._hears():
                 await self._hurry_starter()
-            elif more := os.read(self._report, 65536):
+                continue
+            if more := os.read(self._report, 65536):
                 self._text += more
             else:
                 break
@@ -272,6 +272,12 @@ class ShimTree(HeldByShim):
             if pid > 0 and self._pidfd < 0:
                 self._found(pid)
         return facts
+
+    async def _hears(self) -> bool:
+        with anyio.move_on_after(UNHEARD_SECONDS):
+            await anyio.wait_readable(self._report)
+            return True
+        return False
 
     @property
     def _is_unheard(self) -> bool:
