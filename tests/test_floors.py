@@ -47,6 +47,7 @@ FLOORS: dict[str, float] = {
     "workdir": 4,
     "world": 3,
     "site": 4,
+    "answers": 3,
     "tasks": 3,
     "threads": 3,
     "streams": 3,
