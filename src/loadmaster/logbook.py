@@ -135,11 +135,13 @@ class Logbook:
     def _opened(cls, directory: Path, lock: int) -> Logbook:
         number = max(generations(directory), default=0)
         damaged, whole = (directory / NAME.format(each) for each in (number, number + 1))
-        written = frames(damaged)
+        written, emptied = frames(damaged), _was_emptied(directory, damaged)
         try:
             book = cls._of(directory, damaged, lock, suspect=(directory / "suspect").exists())
             if written > book._valid_frames():
                 book.damage = "the end of the last write was torn, and is left out"
+            elif emptied:
+                book.damage = f"{damaged.name} had been emptied: what it had is lost"
         except sqlite3.DatabaseError as exc:
             if not is_damage(exc):
                 raise
@@ -424,6 +426,15 @@ class Logbook:
                 (last,),
             )
         ]
+
+
+def _was_emptied(directory: Path, file: Path) -> bool:
+    """Whether there is nothing in a file that once was a journal. Who made it may have died before he wrote to it; he had
+    not come to its payloads then."""
+    try:
+        return os.stat(file).st_size == 0 and (directory / "payloads").is_dir()
+    except FileNotFoundError:
+        return False
 
 
 def state_name(job_id: str, attempt: int) -> str:
