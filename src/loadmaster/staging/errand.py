@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Final, Protocol, TypeAlias
 
-from loadmaster.errors import StorageError
+from loadmaster.errors import ChecksumMismatch, StorageError
 from loadmaster.staging.lanes import Road
 from loadmaster.staging.partnames import PartNames
 from loadmaster.staging.retry import Course
@@ -140,6 +140,16 @@ class Moving(Transfer):
     def so_far_bytes(self) -> int:
         """How many bytes have passed, in all its parts."""
         return self.done_bytes + sum(part.done_bytes for part in self.parts)
+
+
+def took_other(errand: Errand, info: FileInfo) -> ChecksumMismatch | None:
+    """What a storage took is to be as long as what it was given; what came in was verified before it got its name."""
+    if errand.direction is Direction.DOWNLOAD:
+        return None
+    size = getattr(errand.end, "size_bytes", None)
+    if size is not None and info.size_bytes != size:
+        return ChecksumMismatch(errand.replica.url, f"took {info.size_bytes} bytes of {size}")
+    return None
 
 
 def told(errand: Errand, last: StorageError) -> str:

@@ -23,7 +23,7 @@ from anyio import lowlevel, to_thread
 from anyio.abc import TaskGroup
 
 from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
-from loadmaster.staging.errand import BATCH_BYTES, BATCH_FILES, Errand, Moving, Outcome
+from loadmaster.staging.errand import BATCH_BYTES, BATCH_FILES, Errand, Moving, Outcome, took_other
 from loadmaster.staging.lanes import Lanes, Road
 from loadmaster.staging.retry import Course, Patience, Step
 from loadmaster.staging.split import move_in_parts, parts_of
@@ -386,7 +386,7 @@ class Party:
             if isinstance(info, FileInfo):
                 if transfer.first_byte:
                     info = FileInfo(transfer.first_byte + info.size_bytes, info.checksum)
-                wrong = _wrong(errand, info)
+                wrong = took_other(errand, info)
                 if wrong is None:
                     self._ended.append((errand, info))
                     continue
@@ -535,16 +535,6 @@ def _errand(transfer: Moving) -> Errand:
 
 def _scheme(transfer: Transfer) -> str:
     return transfer.url.partition("://")[0]
-
-
-def _wrong(errand: Errand, info: FileInfo) -> ChecksumMismatch | None:
-    """What a storage took is to be as long as what it was given; what came in was verified before it got its name."""
-    if errand.direction is Direction.DOWNLOAD:
-        return None
-    size = getattr(errand.end, "size_bytes", None)
-    if size is not None and info.size_bytes != size:
-        return ChecksumMismatch(errand.replica.url, f"took {info.size_bytes} bytes of {size}")
-    return None
 
 
 def _is_worth_continuing(transfer: Transfer, error: StorageError) -> bool:
