@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Protocol, TypeAlias
 
@@ -128,7 +129,7 @@ class Moving(Transfer):
     mark_bytes: int = 0
     mark_time: float = 0.0
     """How far it had come when it was last looked at, and when that was."""
-    parts: list[Transfer] = field(default_factory=list)
+    parts: Sequence[Transfer] = ()
     """What it is moved as, while it is moved as several at once."""
 
     @property

@@ -313,10 +313,12 @@ class Party:
                 for errand in batch:
                     if errand.parts is not None:
                         await errand.parts.make_room(errand.replica.url)
-                transfers = [self._transfer(errand, storage, number) for errand in batch]
+                ranges, now = Ability.RANGES in storage.abilities, time.monotonic()
+                transfers = [self._transfer(errand, ranges, number, now) for errand in batch]
                 count = self._parts(transfers, storage)
                 if count > 1:
-                    await move_in_parts(storage, transfers[0], transfers[0].parts, count)
+                    transfers[0].parts = parts = list[Transfer]()
+                    await move_in_parts(storage, transfers[0], parts, count)
                     self._on_end(transfers)
                 else:
                     await storage.move(transfers, self._on_end)
@@ -350,18 +352,19 @@ class Party:
         for errand in errands:
             self._queue(errand)
 
-    def _transfer(self, errand: Errand, storage: Storage, number: int) -> Moving:
-        """A transfer for an errand: from its beginning, or from where the last one got stuck."""
-        url, algorithm = errand.replica.url, errand.checksum.algorithm if errand.checksum is not None else "adler32"
-        errand.end.url = url
-        errand.end.resumable = Ability.RANGES in storage.abilities and errand.direction is Direction.DOWNLOAD
-        errand.end.continues = 0
+    def _transfer(self, errand: Errand, ranges: bool, number: int, now: float) -> Moving:
+        """A transfer for an errand: from its beginning, or, where there are `ranges`, from where the last one got stuck."""
+        url, end = errand.replica.url, errand.end
+        algorithm = errand.checksum.algorithm if errand.checksum is not None else "adler32"
+        end.url = url
+        end.resumable = ranges and errand.direction is Direction.DOWNLOAD
+        end.continues = 0
         errand.transfers += 1
         self.transfers += 1
         transfer = errand.moving = Moving(
-            errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand
-        )
-        transfer.step, transfer.held = errand.step, errand.held
+            errand.direction, url, end, algorithm, errand.size_bytes,
+            step=errand.step, held=errand.held, errand=errand, mark_time=now,
+        )  # fmt: skip
         if errand.parts is not None and errand.step.sends:
             transfer.part = errand.parts.next(url)
         if errand.source:
@@ -371,7 +374,6 @@ class Party:
             transfer.passed = rest.passed
             transfer.first_byte = errand.end.continues = rest.first_byte + rest.done_bytes
             transfer.version = rest.version if rest.url == url else None
-        transfer.mark_time = time.monotonic()
         self.moving[transfer] = number
         return transfer
 
