@@ -41,6 +41,7 @@ FLOORS: dict[str, float] = {
     "logfile": 3.4,
     "logbook": 3.5,
     "journal": 4.2,
+    "scribe": 3,
     "pending": 4,
     "occupants": 3,
     "workdir": 4,

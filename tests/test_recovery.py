@@ -141,7 +141,7 @@ class Breaks(NodeJournal):
 
     def __init__(self, journal: NodeJournal, after: int) -> None:
         super().__init__(journal._book)
-        self.journal, self.left = journal, after
+        self.journal, self.left, self._scribe = journal, after, journal._scribe
 
     def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
         self.left -= len(events)
