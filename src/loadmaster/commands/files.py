@@ -94,14 +94,23 @@ def usual_outputs() -> str:
 
 def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     """The class of --coordinator, or the one of jobs without special wishes."""
+    with log_to(stderr_display(quiet=True)):
+        return as_coordinator(find_class(options))
+
+
+def find_class(options: argparse.Namespace) -> type[Any]:
+    """The same as it is written, which may be one of DIRAC's synchronous ones."""
     if options.coordinator is None:
         return JobExecutionCoordinator
     name, _, package = options.coordinator.partition(":")
     if name == "dirac":
         return dirac.find_coordinator(package or None)
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; this process is ours
-    with log_to(stderr_display(quiet=True)):
-        found = find_coordinator(options.coordinator)
+    return find_coordinator(options.coordinator)
+
+
+def as_coordinator(found: type[Any]) -> type[Coordinator]:
+    """A class that `run_job` takes."""
     return dirac.adapt(found) if dirac.is_synchronous(found) else found
 
 
