@@ -80,7 +80,7 @@ def test_every_bad_line_is_named_by_its_number() -> None:
         f"line 1: not JSON: key must be a string, at column 2; a line is like {EXAMPLE}",
         "line 3: target: is missing",
         "line 4: sise: there is no such field",
-        "line 5: source: String should have at least 1 character; size: Input should be greater than or equal to 0",
+        "line 5: source: is empty; size: Input should be greater than or equal to 0",
         "line 6: checksum: 'md7:12': no checksum we know; there is adler32, crc32c, md5, sha256",
         "line 7: file://elsewhere/a: not a file:// URL of this host",
         "line 8: target: directory/: names a directory, not a file",
