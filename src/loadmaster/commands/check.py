@@ -13,7 +13,7 @@ import anyio
 from loadmaster.commands.arguments import Commands, add_job
 from loadmaster.commands.beforehand import look_ahead
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
-from loadmaster.commands.files import as_coordinator, find_class, log_to, read_job, read_site
+from loadmaster.commands.files import as_coordinator, find_class, log_to, read_job, understand_site
 from loadmaster.console.terminal import printable
 from loadmaster.coordinator import Coordinator
 from loadmaster.errors import InvalidJob
@@ -48,7 +48,7 @@ class _Heard:
 
 def _check(options: argparse.Namespace) -> int:
     job, ce = read_job(options)
-    site = read_site(options)
+    site, problems = understand_site(options)
     words = job.model_dump(mode="json", exclude_defaults=True, exclude={"extra"})
     print(
         json.dumps(words | {"computing_element": ce.model_dump(mode="json", exclude_defaults=True)}, indent=2),
@@ -56,7 +56,6 @@ def _check(options: argparse.Namespace) -> int:
     )
     if job.extra:
         print(f"kept for the coordinator, not understood: {', '.join(sorted(job.extra))}", file=sys.stderr)
-    problems: list[str] = []
     coordinator: type[Coordinator] | None = None
     heard = _Heard()
     try:

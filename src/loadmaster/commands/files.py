@@ -18,7 +18,7 @@ from loadmaster import dirac
 from loadmaster.console.terminal import stderr_display
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
 from loadmaster.description import ComputingElement, JobDescription
-from loadmaster.errors import InvalidJob
+from loadmaster.errors import InvalidJob, InvalidSite
 from loadmaster.hooks import find_coordinator
 from loadmaster.names import file_url
 from loadmaster.site import Site
@@ -77,6 +77,17 @@ def _object(path: Path, text: str) -> Mapping[str, Any]:
 def read_site(options: argparse.Namespace) -> Site:
     """The site of --config, with a place for outputs that have none; see `with_outputs`."""
     return with_outputs(options, Site.load(options.config) if options.config else Site())
+
+
+def understand_site(options: argparse.Namespace) -> tuple[Site, list[str]]:
+    """As much of it as can be understood, and what cannot."""
+    if not options.config:
+        return read_site(options), []
+    try:
+        site, problems = Site.understand(options.config)
+    except InvalidSite as exc:
+        return with_outputs(options, Site()), [str(exc)]
+    return with_outputs(options, site), [f"{options.config}: {problem}" for problem in problems]
 
 
 def with_outputs(options: argparse.Namespace, site: Site) -> Site:
