@@ -3,52 +3,51 @@
 import importlib
 from typing import TYPE_CHECKING, Final
 
-from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
-from loadmaster.description import (
-    ComputingElement,
-    Containment,
-    InputFile,
-    Isolation,
-    JobDescription,
-    Limits,
-    OutputFile,
-    PayloadSpec,
-)
-from loadmaster.errors import (
-    HoldJob,
-    HookFailed,
-    InvalidJob,
-    InvalidSite,
-    JobError,
-    JobWasKilled,
-    JournalFault,
-    LimitExceeded,
-    LoadmasterError,
-    NodeClosed,
-    NodeFull,
-    PayloadFailed,
-    PayloadLost,
-    PayloadNotStarted,
-    RescheduleJob,
-    RetryHook,
-    RuntimeFault,
-    SkipPayload,
-    StagingFailed,
-    StorageError,
-    WorkdirFault,
-)
-from loadmaster.handle import JobHandle, Journal
-from loadmaster.ledger import Ledger, Slot, Slots
-from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, StoredFile, Verdict
-from loadmaster.runner import run_job
-from loadmaster.site import Site
-from loadmaster.staging.engine import Transfers, open_transfers
-from loadmaster.world import World
-
 if TYPE_CHECKING:
+    from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
+    from loadmaster.description import (
+        ComputingElement,
+        Containment,
+        InputFile,
+        Isolation,
+        JobDescription,
+        Limits,
+        OutputFile,
+        PayloadSpec,
+    )
+    from loadmaster.errors import (
+        HoldJob,
+        HookFailed,
+        InvalidJob,
+        InvalidSite,
+        JobError,
+        JobWasKilled,
+        JournalFault,
+        LimitExceeded,
+        LoadmasterError,
+        NodeClosed,
+        NodeFull,
+        PayloadFailed,
+        PayloadLost,
+        PayloadNotStarted,
+        RescheduleJob,
+        RetryHook,
+        RuntimeFault,
+        SkipPayload,
+        StagingFailed,
+        StorageError,
+        WorkdirFault,
+    )
+    from loadmaster.handle import JobHandle, Journal
+    from loadmaster.ledger import Ledger, Slot, Slots
     from loadmaster.node import Node
     from loadmaster.occupancy import NodeStatistics
+    from loadmaster.result import Failure, JobResult, PayloadOutcome, Status, StoredFile, Verdict
+    from loadmaster.runner import run_job
+    from loadmaster.site import Site
     from loadmaster.sources import JobSource
+    from loadmaster.staging.engine import Transfers, open_transfers
+    from loadmaster.world import World
 
 __all__ = [
     "ComputingElement",
@@ -104,14 +103,35 @@ __all__ = [
     "run_job",
 ]
 
-_WHEN_USED: Final = {"Node": "node", "NodeStatistics": "occupancy", "JobSource": "sources"}
-"""Names that are loaded when somebody asks for them: a pilot of one job starts without them."""
+_PLACES: Final = {
+    "coordinator": "Coordinator JobExecutionCoordinator JobInFlight",
+    "description": "ComputingElement Containment InputFile Isolation JobDescription Limits OutputFile PayloadSpec",
+    "errors": (
+        "HoldJob HookFailed InvalidJob InvalidSite JobError JobWasKilled JournalFault LimitExceeded "
+        "LoadmasterError NodeClosed NodeFull PayloadFailed PayloadLost PayloadNotStarted RescheduleJob "
+        "RetryHook RuntimeFault SkipPayload StagingFailed StorageError WorkdirFault"
+    ),
+    "handle": "JobHandle Journal",
+    "ledger": "Ledger Slot Slots",
+    "result": "Failure JobResult PayloadOutcome Status StoredFile Verdict",
+    "runner": "run_job",
+    "site": "Site",
+    "staging.engine": "Transfers open_transfers",
+    "world": "World",
+    "node": "Node",
+    "occupancy": "NodeStatistics",
+    "sources": "JobSource",
+}
+"""Where they are. They are loaded when somebody asks for them, a third of a second for all: the command hears an interrupt
+meanwhile, and a pilot of one job starts without what it does not use."""
 
 
 def __getattr__(name: str) -> object:
-    if name not in _WHEN_USED:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHEN_USED[name]}"), name)
+    for place, names in _PLACES.items():
+        if name in names.split():
+            found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{place}"), name)
+            return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

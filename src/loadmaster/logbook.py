@@ -34,6 +34,7 @@ from loadmaster.logfile import (
     salvage,
     seen,
     sync_directory,
+    told,
 )
 
 log = logging.getLogger(__name__)
@@ -142,9 +143,12 @@ class Logbook:
         except sqlite3.DatabaseError as exc:
             if not is_damage(exc):
                 raise
+            log.info("%s: %s", damaged, exc)
             saved = salvage(damaged, whole)
             book = cls._of(directory, whole, lock, suspect=False)
-            book.damage = f"{damaged.name} is damaged ({exc}) and kept aside; {saved} events could be read up to there"
+            book.damage = (
+                f"{damaged.name} is damaged ({told(exc)}) and kept aside; {saved} events could be read up to there"
+            )
         book._note_agent()
         with suppress(FileNotFoundError):
             (directory / "suspect").unlink()

@@ -80,6 +80,7 @@ class Succession(KeepsState):
             self.follows = follows if fault is None else None
             told(fault)
 
+        self.has_next = True
         return self._journal.write_soon([*events, follows], both)
 
     def _is_lost(self, event: JobFinished) -> bool:

@@ -301,15 +301,27 @@ class Workdir:
 @asynccontextmanager
 async def open_workdir(
     root: Path | None, name: str, *, keep: bool | Callable[[], bool] = False, identity: str | None = None,
-    afterwards: Callable[[], None] = lambda: None,
+    at_once: Callable[[Workdir], None] | None = None, afterwards: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Workdir]:  # fmt: skip
     """A job's directory below `root`, or below `default_root()`; removed however one leaves, unless it is to be kept.
 
-    One of this `identity` is gone on with as it is; else it is empty. `afterwards` is called in the thread that removes it.
+    One of this `identity` is gone on with as it is; else it is empty. `at_once` is called with it in the thread that makes
+    it, `afterwards` in the one that removes it.
 
     Raises `WorkdirFault` when it cannot be made, is another live job's, or has something in it that is not ours.
     """
-    workdir = await briefly(lambda: Workdir.make(root or default_root(), name, identity=identity))
+
+    def make() -> Workdir:
+        workdir = Workdir.make(root or default_root(), name, identity=identity)
+        try:
+            if at_once is not None:
+                at_once(workdir)
+        except BaseException:
+            workdir.close()
+            raise
+        return workdir
+
+    workdir = await briefly(make)
     try:
         yield workdir
     finally:

@@ -38,6 +38,16 @@
  *   agent.lock   the agent holds an open file description lock on it. Looked at now and then once that agent is gone
  *   void         somebody has found that nothing was executed, and nothing may be any more
  * ends with 0 when it has reported an end, with 125 when it has refused, or did not understand its words.
+ *
+ * usage: shim starter CONTROL_FD PIDS_FD
+ *   A process that starts shims without executing anything, which is most of what a start costs. Each is a copy of it, and
+ *   a child of its parent: the agent's, who waits for it as for one that he has executed. starter.py is the agent's side.
+ *   CONTROL_FD a SOCK_SEQPACKET socket. A message is one start: `struct launch`, and after it, each ended by a NUL, a
+ *              directory, the words as above from STATE_FD on, and the environment; as SCM_RIGHTS the report, stdout,
+ *              stderr, and what the words name. In there a descriptor's number is 5 and its place among them.
+ *              ENV_FD -1: the environment is the message's. At the end of file, or that of the agent, we end.
+ *   PIDS_FD    memory for 4096 numbers: where `struct launch` says so there is the shim's pid once it was made, -1 while
+ *              that is not sure. A report that has ended, with 0 there: nobody has heard, and nothing was started.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -53,6 +63,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -72,7 +83,7 @@ enum {
     NR_OPEN_TREE = 428, NR_MOVE_MOUNT = 429, NR_MOUNT_SETATTR = 442, NR_LANDLOCK_CREATE = 444, NR_LANDLOCK_RESTRICT = 446,
     TREE_CLONE = 1, WHOLE_TREE = 0x8000, FROM_DESCRIPTOR = 4, ATTR_RDONLY = 1,
     LANDLOCK_VERSION = 1, SCOPE_ABSTRACT_SOCKET = 1, SCOPE_SIGNAL = 2, LANDLOCK_HAS_SCOPES = 6,
-    CAP_SYS_PTRACE = 19, CAP_SYS_ADMIN = 21, EXCHANGE = 2,
+    CAP_SYS_PTRACE = 19, CAP_SYS_ADMIN = 21, EXCHANGE = 2, NR_PIDFD_OPEN = 434,
 };
 
 struct options {
@@ -651,13 +662,21 @@ static void report_end(const struct options *o, struct outcome out, int64_t wall
         sync_all(o, record, (off_t)end - 2);
 }
 
+static void say_refused(int report, const char *mode, const char *what, pid_t shim)
+{
+    char text[320];
+    int error = errno;
+    snprintf(text, sizeof text, "refused %.32s\nwhat %s\nerrno %d\nreason %s\nshim_pid %d\n", mode, what, error,
+             strerror(error), shim);
+    write_all(report, text, strlen(text));
+}
+
 static void cannot(const struct options *o, const char *what)
 {
-    char text[256];
     int error = errno;
     if (o->lock >= 0) fchmod(o->lock, 0600);
-    snprintf(text, sizeof text, "refused %s\nwhat %s\nerrno %d\nreason %s\n", o->mode, what, error, strerror(error));
-    write_all(o->report, text, strlen(text));
+    errno = error;
+    say_refused(o->report, o->mode, what, getpid());
     _exit(USAGE_ERROR);
 }
 
@@ -845,7 +864,7 @@ static int settings(char *text, struct options *o)
     return 1;
 }
 
-int main(int count, char **words)
+static int shim(int count, char **words)
 {
     long state, report, environment, grace_ms;
     static struct options o = {.nice = -1, .cpu_soft = -1, .cpu_hard = -1, .lock = -1, .started = -1, .exit = -1};
@@ -875,4 +894,111 @@ int main(int count, char **words)
     if (in_namespaces) run_in_namespaces(&o);
     else run_as_subreaper(&o);
     return 0;
+}
+
+/* -- the starter -------------------------------------------------------------------------------------------------- */
+
+enum { CONTROL = 3, AGENT = 4, FIRST_PASSED = 5, MOST_PASSED = 64, MESSAGE_BYTES = 1 << 16, MOST_PIDS = 4096 };
+
+struct launch { uint32_t place, umask, words, variables; };    /* which of the pids; how many strings there are */
+
+/* The next so many strings of a text, and a NULL; NULL when there are not as many. */
+static char **strings(char **text, const char *end, size_t before, size_t count)
+{
+    char **list = calloc(before + count + 1, sizeof *list), *nul;
+    if (!list) return NULL;
+    for (size_t i = 0; i < count; i++, *text = nul + 1) {
+        if (!(nul = memchr(*text, 0, (size_t)(end - *text)))) { errno = EBADMSG; return NULL; }
+        list[before + i] = *text;
+    }
+    return list;
+}
+
+/* Be the shim of a message: what Popen and execve would have made of us, and what it does then. Its exit code. */
+static int begin(const struct launch *launch, char *text, const char *end, int dumpable)
+{
+    const int report = FIRST_PASSED, out = FIRST_PASSED + 1, err = FIRST_PASSED + 2;
+    const char *directory = text, *failed = "message";
+    char **words = NULL, **env = NULL, *nul = memchr(text, 0, (size_t)(end - text));
+    close(CONTROL);
+    close(AGENT);
+    if (nul) {
+        text = nul + 1;
+        words = strings(&text, end, 1, launch->words);
+        env = words ? strings(&text, end, 0, launch->variables) : NULL;
+    } else errno = EBADMSG;
+    if (env) failed = chdir(directory) < 0 ? "directory" : dup2(out, 1) < 0 || dup2(err, 2) < 0 ? "descriptors" : NULL;
+    if (failed) {
+        say_refused(report, launch->words > 4 && words ? words[5] : "-", failed, getpid());
+        return USAGE_ERROR;
+    }
+    close(out);
+    close(err);
+    umask(launch->umask);
+    setsid();
+    if (launch->words > 4 && !strcmp(words[5], "pid-namespace"))
+        prctl(PR_SET_DUMPABLE, dumpable);       /* an ordinary user's is mapped through /proc */
+    words[0] = "shim";
+    environ = env;
+    return shim((int)launch->words + 1, words);
+}
+
+/* The descriptors of a message, if they have the numbers that its words have for them. */
+static int passed_by(struct msghdr *message)
+{
+    struct cmsghdr *rights = CMSG_FIRSTHDR(message);
+    if (!rights || rights->cmsg_type != SCM_RIGHTS || message->msg_flags & (MSG_TRUNC | MSG_CTRUNC)) return 0;
+    int count = (int)((rights->cmsg_len - CMSG_LEN(0)) / sizeof(int)), each;
+    for (int i = 0; i < count; i++) {
+        memcpy(&each, CMSG_DATA(rights) + (size_t)i * sizeof each, sizeof each);
+        if (each != FIRST_PASSED + i) return 0;
+    }
+    return count;
+}
+
+static int starter(int control, int pids_fd)
+{
+    static char text[MESSAGE_BYTES];
+    _Atomic int32_t *pids = mmap(NULL, MOST_PIDS * sizeof *pids, PROT_READ | PROT_WRITE, MAP_SHARED, pids_fd, 0);
+    if (pids == MAP_FAILED || madvise((void *)pids, MOST_PIDS * sizeof *pids, MADV_DONTFORK) < 0) return USAGE_ERROR;
+    if (control != CONTROL && dup2(control, CONTROL) < 0) return USAGE_ERROR;
+    close_from(CONTROL + 1, CONTROL);
+    fcntl(CONTROL, F_SETFD, FD_CLOEXEC);
+    int agent = (int)syscall(NR_PIDFD_OPEN, getppid(), 0);      /* whoever else has his end of the socket, he is gone */
+    if (agent < 0 && dup2(CONTROL, AGENT) < 0) return USAGE_ERROR;
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    reset_signals();
+    int dumpable = prctl(PR_GET_DUMPABLE);
+    prctl(PR_SET_DUMPABLE, 0);
+    for (;;) {
+        struct pollfd wait[2] = {{.fd = CONTROL, .events = POLLIN}, {.fd = agent, .events = POLLIN}};
+        union { struct cmsghdr head; char room[CMSG_SPACE(MOST_PASSED * sizeof(int))]; } rights;
+        struct launch launch;
+        struct iovec parts[2] = {{&launch, sizeof launch}, {text, sizeof text}};
+        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2, .msg_control = &rights, .msg_controllen = sizeof rights};
+        if (poll(wait, 2, -1) < 0 && errno != EINTR) return USAGE_ERROR;
+        if (wait[1].revents || wait[0].revents & (POLLHUP | POLLERR)) return 0;     /* nobody waits for what is left */
+        ssize_t size = recvmsg(CONTROL, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (size < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+        if (size <= 0) return 0;
+        if (passed_by(&message) >= 3 && (size_t)size >= sizeof launch && launch.place < MOST_PIDS) {
+            const char *end = text + ((size_t)size - sizeof launch);
+            pids[launch.place] = -1;
+            pid_t pid = (pid_t)syscall(SYS_clone, CLONE_PARENT | SIGCHLD, NULL, NULL, NULL, NULL);
+            if (pid == 0) _exit(begin(&launch, text, end, dumpable));
+            if (pid < 0) say_refused(FIRST_PASSED, "starter", "fork", 0);
+            pids[launch.place] = pid;
+        }
+        close_from(FIRST_PASSED, 0);
+    }
+}
+
+int main(int count, char **words)
+{
+    long control, pids;
+    if (count != 4 || strcmp(words[1], "starter")) return shim(count, words);
+    if (!number(words[2], CONTROL, INT_MAX, &control) || !number(words[3], CONTROL, INT_MAX, &pids)) return USAGE_ERROR;
+    return starter((int)control, (int)pids);
 }
