@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -65,6 +65,15 @@ class Entry:
     """What it has held all the time, if an earlier agent began it."""
     slot: Slot | None = None
     held_slot: ExitStack | None = None
+
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """The disk and the slot of an earlier agent, until they are somebody else's."""
+        with self.disk or ExitStack():
+            try:
+                yield
+            finally:
+                self.give_up_slot()
 
     def give_up_slot(self) -> None:
         """What it has held all the time is somebody else's."""
@@ -250,18 +259,13 @@ class Book:
         self.streams.close()
         self.change.ring()
 
-    @asynccontextmanager
-    async def disk_of(self, entry: Entry) -> AsyncIterator[None]:
+    def disk_of(self, entry: Entry) -> AbstractAsyncContextManager[None]:
         """Wait for the disk of a job's stay and hold it, or what it has held all the time, and its slot."""
         if entry.disk is not None:
-            with entry.disk:
-                try:
-                    yield
-                finally:
-                    entry.give_up_slot()
-        else:
-            async with self.ledger.reserve_disk(disk_bytes(entry.job), priority=entry.job.priority):
-                yield
+            return entry.held()
+        if self.ledger.disk_bytes is None:
+            return nullcontext()
+        return self.ledger.reserve_disk(disk_bytes(entry.job), priority=entry.job.priority)
 
     def _count(self, entry: Entry, one: int) -> None:
         self.phases[entry.phase] += one

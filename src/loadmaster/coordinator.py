@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -262,13 +262,13 @@ class JobInFlight:
 
     # -- beside the payload --------------------------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def early_outputs(self) -> AsyncIterator[None]:
+    def early_outputs(self) -> AbstractAsyncContextManager[None]:
         """Let outputs leave before the payload ends. What `upload_output_data` has not published is abandoned at the end."""
-        early = [file for file in self.description.output_data if file.leaves == "on_close"]
-        if not early or not self._beside:
-            yield
-            return
+        early = [file for file in self.description.output_data if file.leaves == "on_close"] if self._beside else []
+        return self._leave_early(early) if early else nullcontext()
+
+    @asynccontextmanager
+    async def _leave_early(self, early: Sequence[OutputFile]) -> AsyncIterator[None]:
         from loadmaster.staging.early import open_early  # loaded when used
 
         patterns = [each.pattern for file in early for each in _spellings(file)]

@@ -180,7 +180,7 @@ async def run_part(
                 log.warning("%s: is left there: %s", handle.state, exc.strerror)
 
     async def fly(tasks: TaskGroup) -> None:
-        beating = anyio.CancelScope()
+        beating: anyio.CancelScope | None = None
         at = transfers.site if transfers is not None else site or Site()
         moved = nullcontext(transfers) if transfers is not None else open_transfers(at)
         kit = _Kit(job, ce or ComputingElement(), at.payload, handle, starter)
@@ -198,13 +198,15 @@ async def run_part(
                 straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
                 if not handle.has_audience:  # which has one task for the heartbeats of many jobs
+                    beating = anyio.CancelScope()
                     tasks.start_soon(straight.go_on_beating, beating)
                 try:
                     await straight.fly()
                 finally:
                     await kit.discard()
         finally:
-            beating.cancel()
+            if beating is not None:
+                beating.cancel()
             try:
                 await handle.settle()
             finally:
@@ -575,7 +577,9 @@ class _Flight:
         call = partial(call_hook, f"{self.coordinator_class.__name__}.{name}", hook, *args)
         self.job.writes_behind = self._is_standard(name)
         if self.job.writes_behind:
-            return await call()
+            answer_of_ours = await call()
+            self.answered = True
+            return answer_of_ours
         await self.handle.settle()  # it may do anything outside
         if not self.handle.is_journalled:  # nobody comes after us, to call it or not
             return await call()
