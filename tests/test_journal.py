@@ -15,7 +15,7 @@ from anyio import lowlevel
 from conftest import until
 from following import kinds
 from lives import LONG_AGO, a_life
-from loadmaster import JobHandle, RuntimeFault
+from loadmaster import JobDescription, JobExecutionCoordinator, JobHandle, RuntimeFault, Site, run_job
 from loadmaster.errors import IllegalEvent, JournalFault
 from loadmaster.events import Event, JobAccepted, PayloadPrepared, StageInEnded, StageInStarted
 from loadmaster.handle import KeepsState
@@ -104,6 +104,22 @@ async def test_all_who_come_while_the_disk_is_busy_share_the_next_write(slow: Sl
     assert slow.sizes == [1, 100]
 
 
+async def test_where_several_waited_the_next_ones_wait_for_each_other(
+    slow: Slow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadmaster.journal.COMPANY_SECONDS", 1)
+    slow.held.set()
+    journal = NodeJournal(slow)
+    async with journal.kept():
+        for names in ("alone", "ab", "cd"):
+            async with anyio.create_task_group() as group:
+                for name in (names,) if names == "alone" else names:
+                    group.start_soon(journal.append, a_life(name)[0])
+                    if names == "cd":
+                        await anyio.wait_all_tasks_blocked()
+    assert slow.sizes == [1, 2, 2]
+
+
 async def test_a_cancelled_writer_costs_nobody_else_his_event(slow: Slow, tmp_path: Path) -> None:
     journal = NodeJournal(slow)
     async with journal.kept(), anyio.create_task_group() as group:
@@ -181,6 +197,26 @@ async def test_what_was_noted_shares_the_write_of_what_somebody_waits_for(
         await handle.record(PayloadPrepared, "true", {})
         assert kinds(handle.history) == ["JobAccepted", "StageInStarted", "StageInEnded", "PayloadPrepared"]
     assert slow.sizes == [1, 3]
+
+
+async def test_what_a_hook_of_a_community_has_sent_is_on_disk_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may tell somebody outside; nothing of ours goes on from there before it is written."""
+    monkeypatch.setattr("loadmaster.journal.LATE_SECONDS", 60)
+    seen = list[str]()
+
+    class Tells(JobExecutionCoordinator):
+        async def stageOut(self) -> None:
+            await super().stageOut()
+            seen.extend(await there(tmp_path / "journal", "7"))
+
+    job = JobDescription(executable="/bin/echo", arguments=["7"], job_id="7", output_data=["std.out"])
+    site = Site(output_directory=str(tmp_path / "out"))
+    async with open_journal(tmp_path / "journal") as journal:
+        result = await run_job(job, coordinator=Tells, site=site, journal=journal, root=tmp_path)
+    assert result.status == "Done"
+    assert seen[-1] == "FileStagedOut"
 
 
 async def test_what_was_noted_is_on_disk_when_the_journal_is_left(tmp_path: Path) -> None:

@@ -273,7 +273,9 @@ class _Kit:
     def get_ready_early(self, workdir: Workdir) -> None:
         """As `get_ready`, of a job that brings nothing with it: in one go with its work directory. What fails fails again,
         in its own phase."""
-        if not workdir.continued and not self._handle.is_journalled:  # which has to hear of it before
+        handle = self._handle
+        known = not handle.is_journalled or (handle.life.has_reached(Stage.ACCEPTED) and not handle.has_past)
+        if known and not workdir.continued:
             with suppress(PayloadNotStarted):
                 self.get_ready(workdir)
 
