@@ -263,10 +263,28 @@ def test_check_names_all_that_is_wrong_at_once_and_misspelled_hooks(shell: Shell
     assert done.returncode == 1
     assert json.loads(done.stdout)["job_id"] == "7"
     assert [line[:60] for line in done.stderr.splitlines()] == [
-        "warning: C.preprocess is never called: the hook is preProcess"[:60],
+        "job.json: C.preprocess is never called: the hook is preProcess"[:60],
         "job.json: limits.deadline: 1970-01-01 01:00:00 UTC lies in the past"[:60],
         "job.json: executable 'nothing': neither a file of the job nor in PATH"[:60],
         "job.json: output_data: odd://h/o: no storage for odd://; there is"[:60],
+    ]
+    (shell.directory / "site.toml").write_text('streems = 1\n[storage.https]\ntokn = "x"\n[payload]\nisolation = 5\n')
+    job = sh("true", Executable="nothing", OutputSE=["A", "B"], OutputData="o")
+    done = shell.run(job, "--config", "site.toml", command="check")
+    assert done.returncode == 1
+    for told in (
+        "site.toml: payload.isolation: ", "site.toml: streems: there is no such field; there is streams",
+        "[storage.https] tokn: ", "executable 'nothing'", "output_se: no storage elements 'A', 'B' (none is configured)",
+    ):  # fmt: skip
+        assert told in done.stderr
+    (shell.directory / "mine.py").write_text(
+        f"{SUBCLASS}\n async def stage_inn(self): ...\n async def preProcess(self): ..."
+    )
+    done = shell.run(sh("true"), "--coordinator", "mine.py:C", command="check")
+    assert done.returncode == 1
+    assert [line[:46] for line in done.stderr.splitlines()] == [
+        "job.json: C.stage_inn is never called: the hook is stageIn"[:46],
+        "job.json: C.preProcess cannot be called: too many"[:46],
     ]
     done = shell.run(sh("true"), "--coordinator", "nobody.py:C", command="check")
     assert done.returncode == 1

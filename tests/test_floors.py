@@ -54,6 +54,7 @@ FLOORS: dict[str, float] = {
     "notices": 3,
     "bell": 3,
     "hooks": 4,
+    "signatures": 3,
     "storage": 4.5,
     "payload": 5,
     "staging": 5,

@@ -94,6 +94,7 @@ class Book:
         self.cores = Counter[str]()
         """How many they need."""
         self.ended = Counter[str]()
+        self.begun_again = 0
         self.given_back = self.interrupted = self.recalled = self.bytes_in = self.bytes_out = 0
         self.cpu_seconds = 0.0
         self.open = False

@@ -36,12 +36,12 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
-from loadmaster.hooks import warn_of_misspellings
 from loadmaster.leftovers import Leftovers
 from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
 from loadmaster.result import Failure, PayloadOutcome, StoredFile
+from loadmaster.signatures import warn_of_misspellings
 from loadmaster.staging.engine import NOT_MADE, Transfers
 from loadmaster.staging.plan import (
     MAGIC,

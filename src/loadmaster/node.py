@@ -302,6 +302,7 @@ class Node:
             stuck=0 if self._operations is None else self._operations.stuck,
             operations_done=0 if self._operations is None else self._operations.done,
             recalled=book.recalled,
+            begun_again=book.begun_again,
         )
 
     # -- details -----------------------------------------------------------------------------------------------------

@@ -133,6 +133,7 @@ class Records:
             succession = self.succession()
             handle = JobHandle.resumed(succession, [accepted])
             following = self._book.enter(entry.job, handle, entry.coordinator, accepted.attempt, succession)
+            self._book.begun_again += 1
             if (reason := entry.handle.kill_reason) is not None:  # it came while this was being written
                 handle.kill(reason)
             self._later.setdefault(job_id, deque()).appendleft(following)

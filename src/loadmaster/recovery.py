@@ -105,7 +105,7 @@ def resumed(history: History, journal: Succession, coordinator: type[Coordinator
             raise IllegalEvent("its history has no beginning")
         job = JobDescription.model_validate({**accepted.description, "job_id": history.job_id})
         return Resumed(job, handle, coordinator_of(accepted.coordinator, coordinator))
-    except (IllegalEvent, ValueError) as exc:
+    except (IllegalEvent, InvalidJob, ValueError) as exc:
         log.error("job %s, attempt %d: cannot be gone on with: %s", history.job_id, history.attempt, exc)  # noqa: TRY400
         return None
 

@@ -77,6 +77,7 @@ from loadmaster.payload.starter import Starter
 from loadmaster.payload.state import remove_state
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
+from loadmaster.signatures import warn_at_first_use
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs
@@ -558,6 +559,7 @@ class _Flight:
 
         if not self.has_coordinator:
             self.has_coordinator = True
+            warn_at_first_use(self.coordinator_class)
             self.coordinator = await call_hook(f"{self.coordinator_class.__name__}(jobArgs=..., ceArgs=...)", make)
 
     def _check_workdir(self) -> None:
