@@ -218,6 +218,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 BECOME_ORDINARY = f"""
 import ctypes, os, anyio, loadmaster, loadmaster.logbook, loadmaster.payload.ready
+[getattr(loadmaster, name) for name in loadmaster.__all__]  # loaded when they are used
 loadmaster.PayloadSpec(command="true")  # models are made when they are used
 anyio.run(anyio.to_thread.run_sync, int)  # everything is imported before we lose sight of it
 if os.geteuid() == 0:

@@ -276,6 +276,8 @@ async def test_where_the_disk_is_slow_small_files_keep_nobody_else_waiting(
         transfer = await moved_alone(storage, Transfer(Direction.DOWNLOAD, there, LocalBytes()))
         assert transfer.result == FileInfo(5, Checksum.parse("adler32:060b020d"))
         assert not storage._may_be_brief(transfer)
+    upload = Transfer(Direction.UPLOAD, file_url(tmp_path / "se"), LocalBytes(b"results"))
+    assert storage._may_be_brief(upload)  # each direction is judged by itself
     monkeypatch.setattr("loadmaster.storage.local.SLOW_SECONDS", 60.0)
     await moved_alone(storage, transfer)
     assert storage._may_be_brief(transfer)

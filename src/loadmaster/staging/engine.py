@@ -6,20 +6,20 @@ import os
 import random
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol, Self
+from typing import TYPE_CHECKING, Final
 
 import anyio
 from anyio import to_thread
 
 from loadmaster.errors import AlreadyExists, InvalidSite, NotFound, StagingFailed, StorageError, StorageUnavailable
-from loadmaster.names import local_file, local_path
+from loadmaster.names import local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
 from loadmaster.staging.brief import FEW_FILES, are_few, move_briefly
 from loadmaster.staging.errand import Errand, Outcome, told
-from loadmaster.staging.files import Elsewhere, Incoming, Outgoing, OutgoingPath
+from loadmaster.staging.files import Incoming, Outgoing
 from loadmaster.staging.lanes import Lanes
+from loadmaster.staging.listener import Early, Listener, Quiet
 from loadmaster.staging.partnames import PartNames
 from loadmaster.staging.parts import PartOfPath
 from loadmaster.staging.party import Party
@@ -27,6 +27,7 @@ from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Meter, Overall, report
 from loadmaster.staging.retry import Patience, delay
 from loadmaster.staging.stalls import Stalls
+from loadmaster.staging.wanted import Each, Moved, Wanted, errand_for
 from loadmaster.storage.base import (
     Ability,
     Catalog,
@@ -49,102 +50,13 @@ from loadmaster.workdir import Workdir
 if TYPE_CHECKING:
     from loadmaster.staging.cache import Cache
 
+__all__ = ["NOT_MADE", "Early", "Listener", "Moved", "Transfers", "Wanted", "open_transfers"]
+
 NOT_MADE: Final = "the payload did not make it"
 
 
 CLEAR_SECONDS: Final = 30.0
 """How long a storage may take to remove what is left of an upload, before it is left to be done later."""
-
-
-class Listener(Protocol):
-    """Whoever wants to know what a staging does."""
-
-    @property
-    def wants_progress(self) -> bool:
-        """Whether `progress` and `overall` are worth calling."""
-        ...
-
-    async def staged(self, file: StoredFile) -> None:
-        """A file has arrived, whole and verified."""
-
-    async def failed_over(self, file: StoredFile, wanted: str) -> None:
-        """A file is safe, but not where it was wanted."""
-
-    async def unregistered(self, file: StoredFile, reason: str) -> None:
-        """A file is there, or safe elsewhere, as is told next; but the catalog could not be told, and may be later."""
-
-    async def missing(self, name: str, reason: str) -> None:
-        """A file to be taken out is not there, or may not leave."""
-
-    def progress(self, name: str, url: str, done_bytes: int, size_bytes: int | None) -> None:
-        """A file is on its way."""
-
-    def overall(self, direction: Direction, overall: Overall) -> None:
-        """How far all of them are."""
-
-
-class Early(Protocol):
-    """Outputs that were sent before they were to be delivered."""
-
-    def close(self) -> None:
-        """Begin nothing more."""
-        ...
-
-    def is_on_its_way(self, name: str) -> bool:
-        """Whether it is worth waiting for."""
-        ...
-
-    async def landed(self) -> None:
-        """Wait for what is on its way."""
-        ...
-
-    async def published(self, errands: Sequence[Errand]) -> list[Errand]:
-        """The same, but what is there already is only to be published; such an errand has the other one as its `key`."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """One file that a program wants moved: from or to a `file://` URL of this machine, or between two URLs for which
-    `Transfers.can_copy`."""
-
-    source: str
-    target: str
-    size_bytes: int | None = None
-    checksum: Checksum | None = None
-    key: object = None
-    """Whatever the program knows it by."""
-
-
-@dataclass(frozen=True, slots=True)
-class Moved:
-    """What came of it: what passed, or the last thing that went wrong."""
-
-    wanted: Wanted
-    info: FileInfo | None
-    error: StorageError | None
-    attempts: int
-
-
-class _Each:
-    """Errands as they are asked for. Not a generator: one that is left before its end would want to be closed."""
-
-    def __init__(
-        self, wanted: Iterable[Wanted] | AsyncIterable[Wanted], errand: Callable[[Wanted], Awaitable[Errand]]
-    ) -> None:
-        self._later = aiter(wanted) if isinstance(wanted, AsyncIterable) else None
-        self._now = iter(()) if isinstance(wanted, AsyncIterable) else iter(wanted)
-        self._errand = errand
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Errand:
-        if self._later is not None:
-            return await self._errand(await anext(self._later))
-        for wanted in self._now:
-            return await self._errand(wanted)
-        raise StopAsyncIteration
 
 
 class Transfers:
@@ -219,13 +131,13 @@ class Transfers:
                 await ended(Moved(key, outcome, None, errand.transfers))
 
         async def errand(each: Wanted) -> Errand:
-            return await self._take_up(_errand(each, sync, keeps))
+            return await self._take_up(errand_for(each, sync, keeps))
 
         errands: Iterable[Errand] | AsyncIterable[Errand]
         if isinstance(wanted, AsyncIterable) or keeps:
-            errands = _Each(wanted, errand)
+            errands = Each(wanted, errand)
         else:
-            errands = (_errand(each, sync, keeps) for each in wanted)
+            errands = (errand_for(each, sync, keeps) for each in wanted)
         await self._run(
             errands, arrived, overall=overall, files=files, enough=enough, deadline_seconds=deadline_seconds
         )
@@ -416,7 +328,7 @@ class Transfers:
     ) -> None:
         """Send outputs as they come, for as long as the payload runs: no deadline of a step is kept. Once `enough` is set,
         nothing more is begun, and this returns when what was on its way has arrived."""
-        await self._run(errands, arrived, _Quiet(listener), enough=enough)
+        await self._run(errands, arrived, Quiet(listener), enough=enough)
 
     async def abandon(self, errands: Sequence[Errand]) -> None:
         """Have storages remove what they hold. What could not be removed still has its token."""
@@ -625,24 +537,6 @@ async def open_transfers(
                 group.cancel_scope.cancel()
 
 
-class _Quiet:
-    """A listener to a party that may have nothing to do for hours."""
-
-    def __init__(self, listener: Listener) -> None:
-        self.wants_progress = listener.wants_progress
-        self.staged, self.failed_over, self.missing = listener.staged, listener.failed_over, listener.missing
-        self.unregistered, self.progress = listener.unregistered, listener.progress
-        self._listener = listener
-        self._last: tuple[int, int] | None = None
-
-    def overall(self, direction: Direction, overall: Overall) -> None:
-        """Tell what has changed."""
-        seen = overall.done_files, overall.done_bytes
-        if seen != self._last and overall.files:
-            self._last = seen
-            self._listener.overall(direction, overall)
-
-
 async def _publish(
     errands: Sequence[Errand], early: Early, move: Callable[[Sequence[Errand]], Awaitable[None]]
 ) -> None:
@@ -688,27 +582,6 @@ def _inbound(fetch: Fetch, end: Incoming) -> Errand:
     return Errand(
         fetch.name, Direction.DOWNLOAD, fetch.sources, end,
         size_bytes=fetch.size_bytes, checksum=fetch.checksum, lfn=fetch.lfn,
-    )  # fmt: skip
-
-
-def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
-    """A download if the target is a file of this machine, an upload of one if the source is, else a copy."""
-    end: PartOfPath | OutgoingPath | Elsewhere
-    within = ""
-    if wanted.target.startswith("file://"):
-        direction, place = Direction.DOWNLOAD, wanted.source
-        end = PartOfPath(
-            local_file(wanted.target), size_bytes=wanted.size_bytes, checksum=wanted.checksum, sync=sync, keeps=keeps
-        )
-    elif wanted.source.startswith("file://"):
-        direction, place = Direction.UPLOAD, wanted.target
-        end = OutgoingPath(local_file(wanted.source))
-    else:
-        direction, place, within = Direction.COPY, wanted.target, wanted.source
-        end = Elsewhere()
-    return Errand(
-        wanted.target, direction, (Replica(place),), end, source=within,
-        size_bytes=wanted.size_bytes, checksum=wanted.checksum, key=wanted,
     )  # fmt: skip
 
 

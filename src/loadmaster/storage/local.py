@@ -82,7 +82,8 @@ class LocalStorage:
         """
         self._threads = CapacityLimiter(threads)
         self._small = CapacityLimiter(1)
-        self._brief = True
+        self._slow = set[Direction]()
+        """Where small files took long the last time: what goes out is synced, and what comes in is not."""
         self._sync = sync
 
     async def move(self, transfers: Sequence[Transfer], ended: Callable[[Sequence[Transfer]], None]) -> None:
@@ -100,7 +101,7 @@ class LocalStorage:
                 if not batch.untold:
                     await to_thread.run_sync(batch.move, limiter=self._threads)
             if len(transfers) == 1 and transfers[0].done_bytes < SMALL_BYTES:
-                self._brief = batch.seconds < SLOW_SECONDS
+                self._judge(transfers[0].direction, batch.seconds)
         finally:
             batch.close()
             untold, batch.untold, batch.transfers = batch.untold, [], ()  # an idle thread may remember the batch
@@ -112,12 +113,12 @@ class LocalStorage:
         been done about them."""
         batch = _Batch(transfers, self._sync, lambda done: None)
         try:
-            if self._brief:
+            if self._slow.isdisjoint(transfer.direction for transfer in transfers):
                 await briefly(batch.move_small)
             else:
                 await to_thread.run_sync(batch.move_small, limiter=self._threads)
             if batch.untold:
-                self._brief = batch.seconds < SLOW_SECONDS * len(batch.untold)
+                self._judge(batch.untold[0].direction, batch.seconds / len(batch.untold))
         finally:
             batch.close()
             batch.untold, batch.transfers = [], ()
@@ -125,7 +126,13 @@ class LocalStorage:
     def _may_be_brief(self, transfer: Transfer) -> bool:
         """Whether to move it takes no longer than other calls about small files, as far as is known."""
         size = transfer.size_bytes
-        return self._brief and (size is None or size < SMALL_BYTES)
+        return transfer.direction not in self._slow and (size is None or size < SMALL_BYTES)
+
+    def _judge(self, direction: Direction, seconds: float) -> None:
+        if seconds < SLOW_SECONDS:
+            self._slow.discard(direction)
+        else:
+            self._slow.add(direction)
 
     def _adapt(self, seconds: float) -> None:
         """Small files of a fast disk are a matter of the interpreter, and fastest in one thread: four threads that take
