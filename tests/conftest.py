@@ -218,6 +218,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 BECOME_ORDINARY = f"""
 import ctypes, os, anyio, loadmaster, loadmaster.logbook
+from loadmaster import *  # which loads all of it
 loadmaster.PayloadSpec(command="true")  # models are made when they are used
 anyio.run(anyio.to_thread.run_sync, int)  # everything is imported before we lose sight of it
 if os.geteuid() == 0:
