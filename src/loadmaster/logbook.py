@@ -206,8 +206,11 @@ class Logbook:
         return int(self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
 
     def _unexplained(self) -> list[str]:
-        """The states of payloads of which no job is known: whoever was emptied or removed beside them, it was not us."""
-        return [ascii(name) for name in sorted(os.listdir(self.directory / "payloads")) if not self._explains(name)]
+        """The states of payloads of which no job is known: whoever was emptied or removed beside them, it was not us. One
+        that was only made ready for its slot lacks nothing."""
+        states = self.directory / "payloads"
+        names = [name for name in sorted(os.listdir(states)) if not self._explains(name)]
+        return [ascii(name) for name in names if _may_have_begun(states / name)]
 
     def _explains(self, name: str) -> bool:
         """Whether the state of a payload that has this name is of a job that is known to have been given a slot."""
@@ -424,6 +427,14 @@ class Logbook:
                 (last,),
             )
         ]
+
+
+def _may_have_begun(state: Path) -> bool:
+    """Whether something may have been executed with the state of a payload; payload/state.py has what its files mean."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if os.stat(state / "lock", follow_symlinks=False).st_mode & 0o100:
+            return True
+    return any(os.path.lexists(state / name) for name in ("started", "exit"))
 
 
 def state_name(job_id: str, attempt: int) -> str:
