@@ -119,7 +119,7 @@ def test_only_what_is_called_so_is_a_journal(tmp_path: Path) -> None:
 def started(directory: Path, job_id: str, attempt: int = 1) -> Path:
     state = directory / "payloads" / state_name(job_id, attempt)
     state.mkdir(parents=True)
-    (state / "started").touch()
+    (state / "lock").touch()
     return state
 
 
@@ -134,6 +134,15 @@ def test_a_payload_whose_job_is_known_is_no_damage(tmp_path: Path, job_id: str) 
         assert book.damage is None
 
 
+def test_a_payload_that_was_ready_and_waited_for_its_slot_is_no_damage(tmp_path: Path) -> None:
+    """An agent that was killed while jobs waited had, for the next one, lost what it had of each of them."""
+    with kept(tmp_path) as book:
+        book.add([[Record.of(event) for event in a_life("7")[:4]]])
+    (tmp_path / "payloads" / state_name("7", 1)).mkdir()
+    with kept(tmp_path) as book:
+        assert book.damage is None
+
+
 def test_a_journal_that_was_removed_beside_payloads_is_damage(tmp_path: Path) -> None:
     living(tmp_path)
     for path in tmp_path.glob("journal.*"):
@@ -142,20 +151,6 @@ def test_a_journal_that_was_removed_beside_payloads_is_damage(tmp_path: Path) ->
     started(tmp_path, "line\nfeed")
     with kept(tmp_path) as book:
         assert book.damage == r"it has lost what it had of 2 payloads that were started: '1.7', '1.line\nfeed'"
-
-
-def test_a_payload_that_was_only_ready_for_its_slot_is_no_damage(tmp_path: Path) -> None:
-    """Its agent was killed before it had one: each such kill was told as a loss."""
-    living(tmp_path)
-    ready = tmp_path / "payloads" / "1.9"
-    ready.mkdir()
-    for name in ("launch.json", "agent.lock", "lock"):
-        (ready / name).touch(0o600)
-    with kept(tmp_path) as book:
-        assert book.damage is None
-    (ready / "lock").chmod(0o700)
-    with kept(tmp_path) as book:
-        assert book.damage == "it has lost what it had of 1 payloads that were started: '1.9'"
 
 
 def test_a_log_that_was_emptied_beside_payloads_is_damage(tmp_path: Path) -> None:

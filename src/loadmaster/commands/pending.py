@@ -19,7 +19,8 @@ from loadmaster.commands.arguments import Commands, add_journal
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import log_to, write_whole
 from loadmaster.commands.unsent import drop_unsent, facts, name_of, read_unsent, told
-from loadmaster.console.terminal import printable, size, stderr_display
+from loadmaster.console.plain import printable, size
+from loadmaster.console.terminal import stderr_display
 from loadmaster.description import JobDescription
 from loadmaster.dirac import JobStatus
 from loadmaster.diracx.outbox import Filed, StatusReport
