@@ -217,8 +217,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 BECOME_ORDINARY = f"""
-import ctypes, os, anyio, loadmaster, loadmaster.logbook, loadmaster.payload.ready
-[getattr(loadmaster, name) for name in loadmaster.__all__]  # loaded when they are used
+import ctypes, os, anyio, loadmaster.logbook, loadmaster.payload.ready
+from loadmaster import *  # which loads all of it
 loadmaster.PayloadSpec(command="true")  # models are made when they are used
 anyio.run(anyio.to_thread.run_sync, int)  # everything is imported before we lose sight of it
 if os.geteuid() == 0:

@@ -383,6 +383,32 @@ async def test_a_verdict_that_a_hook_had_given_when_its_host_left_is_kept(root: 
     assert str(result.failure) == "RescheduleJob: conditions database unreachable"
 
 
+async def test_a_job_does_not_fail_because_the_disk_of_the_journal_is_full(
+    root: Path, out: Path, book: Path, small_disk: Path
+) -> None:
+    """`PayloadNotStarted: No space left on device`, it said of the state that a payload has beside the journal, and the job
+    had Failed."""
+    words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
+    (small_disk / "payloads").mkdir()
+    book.mkdir()
+    (book / "payloads").symlink_to(small_disk / "payloads")
+    await anyio.to_thread.run_sync(fill, small_disk / "block")
+    with pytest.raises(JournalFault, match="cannot be started, for the next agent would not know of it"):
+        async with open_journal(book) as journal:
+            await run_job(job(), journal=journal, **words)
+    assert list((small_disk / "payloads").iterdir()) == []
+    (small_disk / "block").unlink()
+    async with open_journal(book) as journal:
+        result = await run_job(job(), journal=journal, **words)
+    assert (result.status, result.attempt) == (Status.DONE, 1)
+
+
+def fill(path: Path) -> None:
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(b"x" * 4096)
+
+
 async def test_a_cancelled_job_is_gone_on_with_from_where_it_stood(root: Path, out: Path, book: Path) -> None:
     words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
     described = job(**sh("sleep 60"), output_sandbox=["std.out"])

@@ -25,6 +25,10 @@ class Refused(Exception):
     """The node does not allow a containment or an isolation; the message says what and why."""
 
 
+class NotKept(OSError):
+    """A payload's state directory cannot be written to, its disk is full say: a fault of the node's, not of the job's."""
+
+
 class Group(Protocol):
     """A payload's control groups, made before it starts and removed after its end by whoever made them."""
 

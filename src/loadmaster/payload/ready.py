@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import anyio
 
 from loadmaster.description import Containment, Limits, PayloadSpec
-from loadmaster.errors import PayloadNotStarted
+from loadmaster.errors import JournalFault, PayloadNotStarted
 from loadmaster.payload.command import argv_of
 from loadmaster.payload.containment import order, settled, spawn
-from loadmaster.payload.launch import Launch, Refused, shim_kind
+from loadmaster.payload.launch import Launch, NotKept, Refused, shim_kind
 from loadmaster.payload.output import Output
 from loadmaster.payload.softstop import SoftStop
 from loadmaster.payload.starter import Starter
@@ -40,7 +40,7 @@ class Ready:
         self, spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, limits: Limits = NO_LIMITS,
         world: World = USUAL, state: Path | None = None, hidden: Sequence[Path] = (), starter: Starter | None = None,
     ) -> None:  # fmt: skip
-        """Its output is two files of the work directory. Blocks for a moment; raises `PayloadNotStarted`.
+        """Its output is two files of the work directory. Blocks for a moment; raises as `start` does.
 
         With `state`, a directory that is not there yet, the payload outlives an agent that dies, and can be adopted by the
         next one (`adopt`), for `World.orphan_seconds`; not in a session, which can only be ended. Where it has mounts of
@@ -90,8 +90,8 @@ class Ready:
         judges all of them.
 
         `env` instead of that of its spec; `cores` are the CPUs it is bound to, if any. `outputs_bytes` says what would have
-        to be delivered if it ended now; called in a thread. Raises `PayloadNotStarted`. Cancelled, or raising, it leaves no
-        payload, and is discarded.
+        to be delivered if it ended now; called in a thread. Raises `PayloadNotStarted`; `JournalFault` when what the next
+        agent has to know cannot be written. Cancelled, or raising, it leaves no payload, and is discarded.
         """
         world, limits = self._world, self._limits
         launch = Launch(
@@ -171,7 +171,9 @@ async def start(
     return await (await briefly(make)).start(cores=cores, soft_stop=soft_stop, outputs_bytes=outputs_bytes)
 
 
-def _not_started(spec: PayloadSpec, exc: Exception) -> PayloadNotStarted:
+def _not_started(spec: PayloadSpec, exc: Exception) -> PayloadNotStarted | JournalFault:
+    if isinstance(exc, NotKept):  # another agent is to try again: it is not the job that fails for our full disk
+        return JournalFault(f"a payload cannot be started, for the next agent would not know of it: {exc}")
     return PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}")
 
 

@@ -20,7 +20,7 @@ from typing import Final
 import anyio
 
 from loadmaster.description import Containment, Isolation
-from loadmaster.payload.launch import Group, Launch, Refused, shim_command, shim_kind
+from loadmaster.payload.launch import Group, Launch, NotKept, Refused, shim_command, shim_kind
 from loadmaster.payload.process import Account, ExitRecord
 from loadmaster.payload.starter import UNTAKEN, Order, Starter
 from loadmaster.payload.sweep import kill_below, kill_init, kill_session
@@ -242,7 +242,7 @@ class ShimTree(HeldByShim):
             if facts["what"] == "directory":
                 raise OSError(number, facts["reason"], self._directory)
             if facts["what"] in {"lock", "record"}:  # of the state directory: not a matter for a weaker containment
-                raise OSError(number, f"its state directory: {facts['what']}: {facts['reason']}")
+                raise NotKept(number, f"its state directory: {facts['what']}: {facts['reason']}")
             raise Refused(f"{self.containment}: {facts['what']}: {facts['reason']}")
         if "payload_pid" not in facts:  # it may have been started: not a matter for a weaker containment
             raise OSError(errno.EPROTO, "the shim ended before it said what it had started")

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loadmaster.description import Containment, Isolation
 from loadmaster.errors import PayloadHeld
+from loadmaster.payload.launch import NotKept
 from loadmaster.payload.process import ExitRecord
 from loadmaster.payload.shimtree import facts_of, record_of
 from loadmaster.workdir import remove_directory
@@ -38,6 +39,9 @@ MOST_BYTES: Final = 64 * 1024
 
 EXECUTED: Final = 0o100
 """In the mode of `lock`: something may have been executed."""
+
+_LACKS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
+"""What a process may lack for a moment, whatever the disk is like."""
 
 _LEFT: Final = ("launch.json", "agent.lock", "lock", "started", "exit")
 
@@ -104,7 +108,8 @@ class StateDirectory:
 
     @classmethod
     def make(cls, path: Path, launch: LaunchRecord) -> Self:
-        """Make one. Raises `PayloadHeld` when it is there: a payload may have been started with it. And OSError."""
+        """Make one. Raises `PayloadHeld` when it is there: a payload may have been started with it. And OSError, of which
+        `NotKept` says that there is nothing wrong but with the disk; there is none then."""
         try:
             try:
                 os.mkdir(path, OURS)
@@ -113,10 +118,18 @@ class StateDirectory:
                 os.mkdir(path, OURS)
         except FileExistsError as exc:
             raise PayloadHeld(f"{path}: is there already, and the payload it is about may run") from exc
+        except OSError as exc:
+            raise _not_kept(path, exc) from exc
         made = cls(path, os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC))
         try:
             made._take()
             made.write("launch.json", launch.model_dump_json())
+        except (NotOurs, OSError) as exc:
+            made.close()
+            with suppress(OSError):
+                remove_state(path)
+            cause = exc if isinstance(exc, OSError) else exc.__cause__
+            raise _not_kept(path, cause) from exc
         except BaseException:
             made.close()
             raise
@@ -279,6 +292,12 @@ class StateDirectory:
             return os.read(file, MOST_BYTES)
         finally:
             os.close(file)
+
+
+def _not_kept(path: Path, error: BaseException | None) -> OSError:
+    number = error.errno if isinstance(error, OSError) and error.errno is not None else errno.EIO
+    kind = OSError if number in _LACKS else NotKept
+    return kind(number, os.strerror(number), str(path))
 
 
 def remove_state(path: Path) -> None:
