@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from io import StringIO
 from pathlib import PurePosixPath
+from threading import Thread
 from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
 from loadmaster.events import (
@@ -239,7 +240,14 @@ def live_region(console: object, *parts: object) -> Callable[[], None]:
 
     region = Region(Group(*parts), console=console, refresh_per_second=8, transient=True)  # type: ignore[arg-type]
     region.start()
-    return region.stop
+    thread: Thread | None = getattr(region, "_refresh_thread", None)
+
+    def stop() -> None:
+        region.stop()
+        if thread is not None:
+            thread.join(1.0)  # it has been told to end, and is not waited for
+
+    return stop
 
 
 def size(count: int | None) -> str:
