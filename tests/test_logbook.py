@@ -314,6 +314,26 @@ def test_what_is_no_journal_at_all_is_kept_aside_too(tmp_path: Path) -> None:
     assert database(tmp_path).read_text().startswith("Dear diary")
 
 
+def test_a_file_that_was_emptied_is_said_also_beside_no_payload(tmp_path: Path) -> None:
+    """It began anew without a word: nobody was told that what had ended is known no more, and may be run again."""
+    written(tmp_path, a_life("7"))
+    os.truncate(database(tmp_path), 0)
+    book = Logbook.open(tmp_path)
+    assert book.damage == "journal.0.db had been emptied: what it had is lost"
+    assert book.open_jobs() == []
+    book.close()
+    book = Logbook.open(tmp_path)
+    book.close()
+    assert book.damage is None, "it is said once"
+
+
+def test_an_agent_that_died_as_it_made_its_first_file_has_lost_nothing(tmp_path: Path) -> None:
+    database(tmp_path).touch()
+    book = Logbook.open(tmp_path)
+    book.close()
+    assert book.damage is None
+
+
 @pytest.mark.parametrize("size", [100, 4096])
 def test_a_first_page_of_noise_is_kept_aside_whatever_size_it_says(tmp_path: Path, size: int) -> None:
     """A copy was to be made as large as the noise said: File too large, at this start and at every one after it."""

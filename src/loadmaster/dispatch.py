@@ -130,6 +130,7 @@ class Dispatch:
         try:
             if handle.stage is Stage.NEW:
                 await accept(entry, self._site)
+                await handle.settle()
             await handle.keep_order()
             if handle.stage is not Stage.FINISHED:
                 failure = Failure.of(why, Phase.STAGE_IN)
@@ -141,8 +142,8 @@ class Dispatch:
 
 
 async def accept(entry: Entry, site: Site) -> None:
-    """A job's first event."""
-    await entry.handle.record(
+    """A job's first event, which is soon on disk."""
+    await entry.handle.note(
         JobAccepted, entry.job.words(), reference_of(entry.coordinator),
         outputs=site.output_directory or "", site=site.file,
     )  # fmt: skip

@@ -95,6 +95,7 @@ class JobHandle:
         self._fault: Exception | None = None
         self._keeps: KeepsState | None = journal if isinstance(journal, KeepsState) else None
         self._identity: tuple[str, int] | None = None
+        self._state: Path | None = None
         self._computing: anyio.CancelScope | None = None
         self._computed = False
         self._closed = False
@@ -330,7 +331,9 @@ class JobHandle:
     @property
     def state(self) -> Path | None:
         """Where that is kept of the payload which outlives an agent; None where nobody would look for it."""
-        return None if self._identity is None or self._keeps is None else self._keeps.state_directory(*self._identity)
+        if self._state is None and self._identity is not None and self._keeps is not None:
+            self._state = self._keeps.state_directory(*self._identity)
+        return self._state
 
     @property
     def hidden(self) -> tuple[Path, ...]:

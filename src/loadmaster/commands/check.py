@@ -14,7 +14,7 @@ from loadmaster.commands.arguments import Commands, add_job
 from loadmaster.commands.beforehand import look_ahead
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
 from loadmaster.commands.files import as_coordinator, find_class, log_to, read_job, understand_site
-from loadmaster.console.terminal import printable
+from loadmaster.console.plain import printable
 from loadmaster.coordinator import Coordinator
 from loadmaster.errors import InvalidJob
 from loadmaster.signatures import miscalled, misspellings

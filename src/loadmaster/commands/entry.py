@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from loadmaster.commands.codes import NOT_PREPARED, USAGE
-from loadmaster.console.terminal import stderr_display
+from loadmaster.console.plain import to_stderr
 from loadmaster.errors import LoadmasterError
 from loadmaster.tasks import leaves
 
@@ -49,12 +49,12 @@ def carried_out(options: argparse.Namespace) -> int:
     try:
         code: int = options.command(options)
     except (LoadmasterError, OSError) as exc:
-        stderr_display(quiet=True).say(f"loadmaster: {_told(exc)}")
+        to_stderr().say(f"loadmaster: {_told(exc)}")
         return NOT_PREPARED
     except (KeyboardInterrupt, BaseExceptionGroup) as exc:  # the second Ctrl-C while a coordinator blocks the loop
         if not any(isinstance(each, KeyboardInterrupt) for each in leaves(exc)):
             raise
-        stderr_display(quiet=True).say("loadmaster: interrupted; nothing more was done")
+        to_stderr().say("loadmaster: interrupted; nothing more was done")
         return 128 + signal.SIGINT
     return code
 

@@ -12,16 +12,16 @@ from contextlib import contextmanager
 from errno import EACCES, EISDIR, ENOTDIR
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from loadmaster import dirac
-from loadmaster.console.terminal import stderr_display
-from loadmaster.coordinator import Coordinator, JobExecutionCoordinator
-from loadmaster.description import ComputingElement, JobDescription
+from loadmaster.console.plain import to_stderr
 from loadmaster.errors import InvalidJob, InvalidSite
-from loadmaster.hooks import find_coordinator
 from loadmaster.names import file_url
 from loadmaster.site import Site
+
+if TYPE_CHECKING:  # a command that runs no job starts without them
+    from loadmaster.coordinator import Coordinator
+    from loadmaster.description import ComputingElement, JobDescription
 
 
 def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
@@ -32,6 +32,8 @@ def read_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElem
 
 def load_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElement]:
     """The same, with its paths as they are written."""
+    from loadmaster import dirac
+
     words, ce_words = dirac.split_wrapper_file(_read_words(options.job))
     if options.ce is not None:
         ce_words = {**ce_words, **read_json(options.ce)}
@@ -43,6 +45,8 @@ def load_job(options: argparse.Namespace) -> tuple[JobDescription, ComputingElem
 
 def _read_words(path: Path) -> Mapping[str, Any]:
     """The words of a job in a file, of JSON or of DIRAC's JDL."""
+    from loadmaster import dirac
+
     text = _read_text(path)
     try:
         return dirac.read_jdl(text) if dirac.is_jdl(text) else _object(path, text)
@@ -105,12 +109,16 @@ def usual_outputs() -> str:
 
 def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     """The class of --coordinator, or the one of jobs without special wishes."""
-    with log_to(stderr_display(quiet=True)):
+    with log_to(to_stderr()):
         return as_coordinator(find_class(options))
 
 
 def find_class(options: argparse.Namespace) -> type[Any]:
     """The same as it is written, which may be one of DIRAC's synchronous ones."""
+    from loadmaster import dirac
+    from loadmaster.coordinator import JobExecutionCoordinator
+    from loadmaster.hooks import find_coordinator
+
     if options.coordinator is None:
         return JobExecutionCoordinator
     name, _, package = options.coordinator.partition(":")
@@ -122,6 +130,8 @@ def find_class(options: argparse.Namespace) -> type[Any]:
 
 def as_coordinator(found: type[Any]) -> type[Coordinator]:
     """A class that `run_job` takes."""
+    from loadmaster import dirac
+
     return dirac.adapt(found) if dirac.is_synchronous(found) else found
 
 
@@ -157,7 +167,7 @@ def keep(path: Path | None, text: str, option: str = "--result") -> bool:
         if path is not None:
             write_whole(path, text)
     except OSError as exc:
-        stderr_display(quiet=True).say(f"loadmaster: {option} {path}: {exc.strerror}: it was not written")
+        to_stderr().say(f"loadmaster: {option} {path}: {exc.strerror}: it was not written")
         return False
     return True
 

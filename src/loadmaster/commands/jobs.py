@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from loadmaster.commands.arguments import Commands, add_journal, number
 from loadmaster.commands.codes import LOOKED, OK
-from loadmaster.console.terminal import printable
+from loadmaster.console.plain import printable
 from loadmaster.logbook import JobLine, Logbook
 
 LISTED = 20

@@ -27,7 +27,8 @@ from loadmaster.commands.files import (
 )
 from loadmaster.commands.reporting import Reporting, add_job_id, add_reporter, with_id
 from loadmaster.console.orders import Orders, told_to_stop
-from loadmaster.console.terminal import Display, follow, printable, size, stderr_display
+from loadmaster.console.plain import printable, size
+from loadmaster.console.terminal import Display, follow, stderr_display
 from loadmaster.handle import JobHandle
 from loadmaster.ledger import Ledger
 from loadmaster.names import shown

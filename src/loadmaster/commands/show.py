@@ -11,7 +11,8 @@ from itertools import pairwise
 
 from loadmaster.commands.arguments import Commands, add_journal, number
 from loadmaster.commands.codes import LOOKED, NOT_PREPARED, OK
-from loadmaster.console.terminal import printable, size, stderr_display
+from loadmaster.console.plain import printable, size
+from loadmaster.console.terminal import stderr_display
 from loadmaster.events import (
     CompanionFailed,
     ComputingEnded,

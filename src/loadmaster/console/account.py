@@ -17,8 +17,8 @@ from anyio import to_thread
 
 from loadmaster.console.gauge import Gauge, Pace, duration
 from loadmaster.console.manifest import Manifest
+from loadmaster.console.plain import size
 from loadmaster.console.stage import Ended, Outcome, Stage, Tally
-from loadmaster.console.terminal import size
 from loadmaster.names import shown
 
 log = logging.getLogger(__name__)

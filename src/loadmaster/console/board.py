@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Final, Protocol, TextIO
 
 from loadmaster.console.gauge import LINE_SECONDS, duration
-from loadmaster.console.terminal import Silent, live_region, printable, size
+from loadmaster.console.plain import Silent, live_region, printable, size
 from loadmaster.occupancy import NodeStatistics
 from loadmaster.result import JobResult, Status
 

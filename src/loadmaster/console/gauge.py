@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from io import StringIO
 from typing import Final, Protocol, TextIO
 
-from loadmaster.console.terminal import Silent, live_region, printable, size
+from loadmaster.console.plain import Silent, live_region, printable, size
 
 LINE_SECONDS: Final = 10.0
 """Between two lines, where they pile up in a log."""

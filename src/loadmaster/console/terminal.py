@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from io import StringIO
 from pathlib import PurePosixPath
-from threading import Thread
 from typing import TYPE_CHECKING, Final, Protocol, TextIO
 
+from loadmaster.console.plain import Silent, live_region, printable, size
 from loadmaster.events import (
     ComputingEnded,
     Event,
@@ -129,24 +128,6 @@ def place(file: StoredFile) -> str:
     return f"LFN:{file.lfn} on {file.storage_element}" if file.lfn else shown(file.url)
 
 
-class Silent:
-    """Says only what it is asked to say."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def show(self, event: Event) -> None:
-        """Nothing."""
-
-    def say(self, line: str) -> None:
-        """Print a line. A terminal or a pipe that is gone, or a full disk, is no reason to stop a job: it is left out."""
-        with suppress(OSError, ValueError):
-            print(printable(line), file=self._stream, flush=True)
-
-    def close(self) -> None:
-        """Nothing to give back."""
-
-
 class Lines(Silent):
     """A line for each event: for logs and pipes."""
 
@@ -231,38 +212,6 @@ class Live:
     def _drop(self, name: str) -> None:
         if name in self._bars:
             self._files.remove_task(self._bars.pop(name))
-
-
-def live_region(console: object, *parts: object) -> Callable[[], None]:
-    """Start a live region of these parts; calling the result ends it."""
-    from rich.console import Group
-    from rich.live import Live as Region
-
-    region = Region(Group(*parts), console=console, refresh_per_second=8, transient=True)  # type: ignore[arg-type]
-    region.start()
-    thread: Thread | None = getattr(region, "_refresh_thread", None)
-
-    def stop() -> None:
-        region.stop()
-        if thread is not None:
-            thread.join(1.0)  # it has been told to end, and is not waited for
-
-    return stop
-
-
-def size(count: int | None) -> str:
-    """A number of bytes for people, in powers of 1000 as storage has it."""
-    value = float(count or 0)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
-def printable(text: str) -> str:
-    """The text without anything a terminal would obey: names and messages come from payloads."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def stderr_display(*, quiet: bool) -> Display:

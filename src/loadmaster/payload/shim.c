@@ -153,8 +153,9 @@ static int reserve(int state, const char *name)
 {
     char blank[RECORD_BYTES];
     memset(blank, ' ', sizeof blank);
-    unlinkat(state, name, 0);
-    int fd = openat(state, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    const int anew = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
+    int fd = openat(state, name, anew, 0600);
+    if (fd < 0 && errno == EEXIST && unlinkat(state, name, 0) == 0) fd = openat(state, name, anew, 0600);
     if (fd < 0 || write_all(fd, blank, sizeof blank) == 0) return fd;
     int error = errno;
     close(fd);
@@ -380,8 +381,8 @@ static int limit_cpu(const struct options *o)
     return setrlimit(RLIMIT_CPU, &limit);
 }
 
-/* Become the payload, with nothing but its three descriptors; returns what failed, and errno. The descriptor kept is
- * closed by the execution; it is above 3. */
+/* Become the payload, with nothing but its three descriptors; returns what failed, and errno. The descriptor kept, if it
+ * is one, is closed by the execution; it is above 3. Changes nothing in memory that somebody else relies on. */
 static enum step become(const struct options *o, int kept)
 {
     char *nothing[] = {NULL}, **env = o->wrapped ? nothing : o->env;
@@ -420,29 +421,19 @@ static enum step become(const struct options *o, int kept)
     return EXECUTE;
 }
 
-/* Start the payload in a session of its own. */
+/* Start the payload in a session of its own. Until it executes it has our memory, and we wait: nothing is copied. */
 static struct start spawn(const struct options *o)
 {
-    struct start started = {0};
-    int failed[2];
-    if (pipe2(failed, O_CLOEXEC) < 0) return (struct start){.error = errno, .pid = -1, .doing = "pipe"};
-    started.pid = fork();
-    if (started.pid < 0) return (struct start){.error = errno, .pid = -1, .doing = "fork"};
-    if (started.pid == 0) {
-        int kept = fcntl(failed[1], F_DUPFD_CLOEXEC, 4);
-        started.failed = become(o, kept);
-        started.error = errno;
-        write_all(kept, &started, sizeof started);
+    volatile enum step failed = EXECUTE;
+    volatile int error = 0;
+    pid_t pid = vfork();
+    if (pid < 0) return (struct start){.error = errno, .pid = -1, .doing = "fork"};
+    if (pid == 0) {
+        failed = become(o, 0);
+        error = errno;
         _exit(127);
     }
-    struct start answer;
-    close(failed[1]);
-    if (read_all(failed[0], &answer, sizeof answer) == sizeof answer) {
-        started.error = answer.error;
-        started.failed = answer.failed;
-    }
-    close(failed[0]);
-    return started;
+    return (struct start){.error = error, .failed = failed, .pid = pid};
 }
 
 /* Wait until the payload and all it left are gone. Orders come as signals (orders < 0) or as bytes. */
@@ -566,14 +557,19 @@ static const char *make_private(void)
 }
 
 /* What was in sight before and is to be no more. The payload of an ordinary user cannot undo it, nor in a namespace that it
- * makes itself: the kernel locks there what it inherits. Whether all of it was. */
+ * makes itself: the kernel locks there what it inherits. Whether all of it was. One empty file system does for all: the last
+ * one covered has it in sight. */
 static int hide(const struct options *o)
 {
+    const unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+    const char *empty = NULL;
     int hidden = o->state >= 0 || o->hidden_count > 0;
     for (int i = 0; o->hidden_paths[i]; i++) {
-        const unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
-        if (!*o->hidden_paths[i]) hidden = 0;
-        else if (mount("none", o->hidden_paths[i], "tmpfs", flags, "mode=0,size=4k") < 0 && errno != ENOENT) hidden = 0;
+        const char *path = o->hidden_paths[i];
+        if (!*path) hidden = 0;
+        else if ((empty && mount(empty, path, NULL, MS_BIND, NULL) == 0) ||
+                 mount("none", path, "tmpfs", flags, "mode=0,size=4k") == 0) empty = path;
+        else if (errno != ENOENT) hidden = 0;
     }
     return hidden;
 }
@@ -626,8 +622,7 @@ static void report_start(const struct options *o, struct start started, pid_t pa
              getpid(), stat_of(getpid()).start, payload, stat_of(payload).start,
              init, init ? stat_of(init).start : 0, o->mode, fenced, started.hidden, started.error, started.error ? STEPS[started.failed] : "-");
     put(o->state, o->started, "started.new", "started", text);
-    write_all(o->report, text, strlen(text));
-    write_all(o->report, "\n", 1);
+    write_all(o->report, strcat(text, "\n"), strlen(text) + 1);     /* at once: whoever reads it is woken once */
 }
 
 /* Have what the payload wrote on the disk, and then its record: there may be no power when the next agent comes. */
@@ -680,14 +675,16 @@ static void cannot(const struct options *o, const char *what)
     _exit(USAGE_ERROR);
 }
 
-/* The payload's pid as we see it: the first child of its init, which reaps nobody before it is told to. */
+/* The payload's pid as we see it: the first child of its init, which has one thread and reaps nobody before it is told to. */
 static pid_t child_of(pid_t init)
 {
-    struct pids pids = {0};
-    add_children(&pids, init);
-    pid_t child = pids.count ? pids.list[0].pid : 0;
-    free(pids.list);
-    return child;
+    char path[96], text[32];
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", init, init);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0) close(fd);
+    text[n > 0 ? n : 0] = 0;
+    return (pid_t)atoi(text);
 }
 
 static void run_in_namespaces(const struct options *o)
@@ -875,7 +872,6 @@ static int shim(int count, char **words)
     o.state = (int)state, o.report = (int)report, o.environment = (int)environment, o.grace_ms = grace_ms;
     if ((!in_place && !in_namespaces && strcmp(words[5], "subreaper")) || !settings(words[6], &o)) return USAGE_ERROR;
     o.program = words + 7;
-    reset_signals();    /* who ignores SIGCHLD, as our parent may, is told of no child's end */
     fcntl(o.report, F_SETFD, FD_CLOEXEC);
     o.env = o.environment < 0 ? environ : read_environment(o.environment);
     if (!o.env) cannot(&o, "environment");
@@ -969,7 +965,6 @@ static int starter(int control, int pids_fd)
     sigset_t none;
     sigemptyset(&none);
     sigprocmask(SIG_SETMASK, &none, NULL);
-    reset_signals();
     int dumpable = prctl(PR_GET_DUMPABLE);
     prctl(PR_SET_DUMPABLE, 0);
     for (;;) {
@@ -998,6 +993,7 @@ static int starter(int control, int pids_fd)
 int main(int count, char **words)
 {
     long control, pids;
+    reset_signals();    /* who ignores SIGCHLD, as our parent may, is told of no child's end */
     if (count != 4 || strcmp(words[1], "starter")) return shim(count, words);
     if (!number(words[2], CONTROL, INT_MAX, &control) || !number(words[3], CONTROL, INT_MAX, &pids)) return USAGE_ERROR;
     return starter((int)control, (int)pids);

@@ -116,7 +116,13 @@ class Starter:
     def order(self, launch: Launch, mode: Containment, report: int) -> Order | None:
         """Ask for a shim, with that end of its report; None if it has to be executed. Does not wait."""
         starter, directory = self._running, str(launch.cwd)
-        if starter is None or not os.path.isabs(directory) or not starter.free or starter.rights != _rights():
+        if (
+            starter is None
+            or not os.path.isabs(directory)
+            or launch.wrapped
+            or not starter.free
+            or starter.rights != _rights()
+        ):
             return None
         place = starter.free.pop()
         starter.claim(place)
