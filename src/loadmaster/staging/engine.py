@@ -214,7 +214,7 @@ class Transfers:
             key = errand.key
             assert isinstance(key, Wanted)  # noqa: S101 - we put it there
             if isinstance(outcome, StorageError):
-                await ended(Moved(key, None, outcome, errand.transfers))
+                await ended(Moved(key, None, _named(outcome, key), errand.transfers))
             else:
                 await ended(Moved(key, outcome, None, errand.transfers))
 
@@ -689,6 +689,14 @@ def _inbound(fetch: Fetch, end: Incoming) -> Errand:
         fetch.name, Direction.DOWNLOAD, fetch.sources, end,
         size_bytes=fetch.size_bytes, checksum=fetch.checksum, lfn=fetch.lfn,
     )  # fmt: skip
+
+
+def _named(error: StorageError, wanted: Wanted) -> StorageError:
+    """The error, with the file's name: one of this machine's end only says what ends jobs have there."""
+    if error.url != WORK_DIRECTORY:
+        return error
+    local = next((url for url in (wanted.target, wanted.source) if url.startswith("file://")), wanted.target)
+    return type(error)(local, str(error).removeprefix(f"{WORK_DIRECTORY}: "), retry_after=error.retry_after)
 
 
 def _errand(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
