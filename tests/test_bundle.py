@@ -170,6 +170,14 @@ def test_a_part_shows_what_is_new_and_not_what_another_has_shown(desk: Desk) -> 
         assert of_others not in told
 
 
+def test_what_is_no_bundle_is_told_to_be_none_by_each_part(desk: Desk) -> None:
+    for command in ("payload", "finish"):
+        code, said = desk.run(command, "nowhere")
+        assert (code, "nowhere: " in said) == (1, True)
+        (desk.directory / "empty").mkdir(exist_ok=True)
+        assert "empty: is no bundle: there is no bundle.json in it" in desk.run(command, "empty")[1]
+
+
 def test_nothing_of_the_sites_configuration_is_in_a_bundle(desk: Desk) -> None:
     assert desk.run("prepare")[0] == 0
     for path in (desk.directory / "bundle").rglob("*"):

@@ -310,10 +310,11 @@ async def test_outputs_in_directories_made_later_are_sent_too(fly: Fly, out: Pat
 
 async def test_hostile_outputs_harm_nobody(fly: Fly, out: Path) -> None:
     """FIFOs, links, names that are no text, a file written without end, directories that come and go."""
-    script = r"""
+    script = rf"""
         mkfifo f.dat; ln -s /etc/passwd l.dat; ln -s . loop; mkdir d.dat; printf x > "$(printf 'bad\377.dat')"
         (while :; do echo x >> e.dat; done) & for i in $(seq 50); do mkdir s$i.dat; echo $i > s$i.dat/x; rm -r s$i.dat; done
-        echo good > g.dat; sleep 0.5; kill $!; wait; exit 3
+        echo good > g.dat; for i in $(seq 400); do grep -rqs good {out} && break; sleep 0.05; done; sleep 0.2
+        kill $!; wait; exit 3
     """
     seen: list[Any] = []
     look = looking(lambda: {path.read_text().partition("x\n")[0] for path in parts(out)}, seen)
@@ -326,7 +327,8 @@ async def test_hostile_outputs_harm_nobody(fly: Fly, out: Path) -> None:
 async def test_ten_thousand_files_closed_at_once_are_all_published(fly: Fly, out: Path) -> None:
     """More than the kernel's queue keeps: the directory is looked through."""
     seen: list[Any] = []
-    script = "for i in $(seq 10000); do echo $i > f$i.dat; done; sleep 1"
+    seek = f"for i in $(seq 400); do find {out} -name '.*.part' | grep -q . && break; sleep 0.05; done"
+    script = f"for i in $(seq 10000); do echo $i > f$i.dat; done; {seek} 2>/dev/null"
     result = await fly({"coordinator": looking(lambda: len(parts(out)), seen)}, **sh(script), **early("*.dat"))
     assert result.status is Status.DONE
     assert whole(out) == {f"f{number}.dat": f"{number}\n" for number in range(1, 10_001)}

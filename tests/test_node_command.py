@@ -115,6 +115,17 @@ def test_a_directory_of_diracs_wrapper_files_and_jdl_is_a_source_too(shell: Shel
     assert re.search(r"loadmaster: jobs/c\.jdl: .*line 1", done.stderr), done.stderr
 
 
+def test_an_empty_file_is_said_to_be_empty(shell: Shell) -> None:
+    """It was said to be longer than 4000000 bytes."""
+    (shell.directory / "folder").mkdir()
+    (shell.directory / "folder" / "a.json").touch()
+    done = shell.run("folder", "--scratch", "scratch")
+    assert done.returncode == 1
+    assert "folder/a.json: is empty: an object {...} is expected" in done.stderr
+    done = shell.run("folder/a.json", "--scratch", "scratch", "--ce", "folder/a.json")
+    assert (done.returncode, done.stderr) == (1, "loadmaster: folder/a.json: is empty: an object {...} is expected\n")
+
+
 def test_a_jdl_file_is_one_job_over_its_lines(shell: Shell) -> None:
     """One of its lines was run as a job, and the others were said to be none."""
     (shell.directory / "one.jdl").write_text('[\n Executable = "/bin/true";\n JobName = "alone";\n]\n')

@@ -28,6 +28,7 @@ from loadmaster.console.orders import Orders
 from loadmaster.console.spool import PREFIX, open_spool
 from loadmaster.console.stage import Ended, Outcome, Stage, Tally, Terms, stage
 from loadmaster.errors import AccessDenied, CannotCopy, ChecksumMismatch, StorageUnavailable
+from loadmaster.names import file_url
 from loadmaster.staging.parts import PartOfPath, part_name
 from loadmaster.storage.base import FileInfo, Storage, Transfer
 from loadmaster.testing import Faults, MemoryStorage
@@ -776,6 +777,14 @@ def test_a_record_that_cannot_be_written_is_told_before_anything_moves(
     done = command(tmp_path, "m.jsonl", option, "m.jsonl/below")
     assert done.returncode == 1
     assert not (tmp_path / "out").exists()
+
+
+async def test_a_full_target_is_named_and_no_work_directory(move: Staging, tmp_path: Path, small_disk: Path) -> None:
+    """`the work directory: No space left on device`, of a command that has none."""
+    (tmp_path / "large").write_bytes(bytes(3_000_000))
+    heard, tally = await move({"source": "large", "target": str(small_disk / "large")})
+    assert tally.failed == 1
+    assert heard.reasons == [f"{file_url(small_disk / 'large')}: No space left on device"]
 
 
 def test_a_record_on_a_full_disk_stops_nothing(manifest: Path, tmp_path: Path) -> None:

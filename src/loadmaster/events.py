@@ -243,7 +243,7 @@ class RemovalRequested(Event):
 
 @dataclass(frozen=True, slots=True)
 class JobFinished(Event):
-    """The end. `failure` is why, when the job failed only after computing had ended."""
+    """The end. `failure` is why, when the job failed only after computing had ended; else `ComputingEnded` has it."""
 
     status: Status
     failure: Failure | None

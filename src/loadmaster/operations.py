@@ -42,7 +42,6 @@ from loadmaster.result import StoredFile
 from loadmaster.staging.engine import Moved, Transfers, Wanted
 from loadmaster.storage.base import FileInfo, Replica, Unregisters
 from loadmaster.storage.checksums import Checksum
-from loadmaster.storage.local import WORK_DIRECTORY
 
 log = logging.getLogger(__name__)
 
@@ -256,7 +255,7 @@ class Operations:
         await self._transfers.move([wanted], ended)
         for moved in came:
             if moved.error is not None:
-                raise _named(moved.error, wanted)
+                raise moved.error
             _check(wanted, moved)
 
 
@@ -266,14 +265,6 @@ def may_succeed_later(error: StorageError | StagingFailed) -> bool:
     if isinstance(error, StorageError):
         return error.retryable or isinstance(error, AccessDenied | NoSpace)
     return True
-
-
-def _named(error: StorageError, wanted: Wanted) -> StorageError:
-    """The error, with the file's name: one of this machine's end only says what ends jobs have there."""
-    if error.url != WORK_DIRECTORY:
-        return error
-    local = next((url for url in (wanted.target, wanted.source) if url.startswith("file://")), wanted.target)
-    return type(error)(local, str(error).removeprefix(f"{WORK_DIRECTORY}: "), retry_after=error.retry_after)
 
 
 def _check(wanted: Wanted, moved: Moved) -> None:

@@ -22,6 +22,9 @@ LINE_BYTES: Final = 4_000_000
 
 LINES_AT_ONCE: Final = 100
 
+EMPTY: Final = b"\n"
+"""A file that has nothing in it; nothing at all stands for one that has too much."""
+
 
 class JobSource(Protocol):
     """Whoever has jobs to give: a workload management system, a queue, a file."""
@@ -99,6 +102,8 @@ def described(text: bytes) -> JobDescription:
 
 def read_object(text: bytes) -> Mapping[str, Any]:
     """The object of a text in JSON. Raises `InvalidJob`."""
+    if not text.strip():
+        raise InvalidJob("is empty: an object {...} is expected")
     try:
         words = json.loads(text)
     except (ValueError, RecursionError) as exc:
@@ -179,7 +184,7 @@ class JobFile(_Files):
 
     def _text(self, path: Path) -> Iterator[tuple[str, bytes]]:
         with path.open("rb") as stream:
-            yield str(path), stream.read(LINE_BYTES + 1)
+            yield str(path), stream.read(LINE_BYTES + 1) or EMPTY
 
 
 class JobFiles(_Files):
@@ -200,7 +205,7 @@ class JobFiles(_Files):
                         self.skipped.append(name)
                     continue
                 with file.open("rb") as stream:
-                    yield str(file), stream.read(LINE_BYTES + 1)
+                    yield str(file), stream.read(LINE_BYTES + 1) or EMPTY
             except OSError as exc:
                 yield str(file), f"{exc.strerror}".encode()
 

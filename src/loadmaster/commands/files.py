@@ -69,6 +69,8 @@ def _read_text(path: Path) -> str:
 
 
 def _object(path: Path, text: str) -> Mapping[str, Any]:
+    if not text.strip():
+        raise InvalidJob(f"{path}: is empty: an object {{...}} is expected")
     try:
         data = json.loads(text)
     except (ValueError, RecursionError) as exc:

@@ -38,6 +38,9 @@ def _finish(options: argparse.Namespace) -> int:
     path = options.bundle / NAME
     try:
         contents = Contents.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        why = f"is no bundle: there is no {NAME} in it" if options.bundle.is_dir() else exc.strerror
+        raise InvalidBundle(f"{options.bundle}: {why}") from exc
     except OSError as exc:
         raise InvalidBundle(f"{path}: {exc.strerror}") from exc
     except (ValueError, KeyError, InvalidJob) as exc:

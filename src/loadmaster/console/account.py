@@ -106,7 +106,8 @@ class Report:
         """It is known what came of a file."""
         self._record.add(ended)
         if ended.outcome is Outcome.FAILED:
-            self.say(f"line {ended.entry.line}: {shown(ended.entry.target)}: {ended.reason}")
+            reason = (ended.reason or "").removeprefix(f"{ended.entry.target}: ")
+            self.say(f"line {ended.entry.line}: {shown(ended.entry.target)}: {reason}")
 
     async def follow(self, staging: Stage) -> None:
         """Tell how far it is, until cancelled."""

@@ -9,6 +9,8 @@ from io import StringIO
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
+    from threading import Thread
+
     from loadmaster.events import Event
 
 
@@ -42,7 +44,14 @@ def live_region(console: object, *parts: object) -> Callable[[], None]:
 
     region = Region(Group(*parts), console=console, refresh_per_second=8, transient=True)  # type: ignore[arg-type]
     region.start()
-    return region.stop
+    thread: Thread | None = getattr(region, "_refresh_thread", None)
+
+    def stop() -> None:
+        region.stop()
+        if thread is not None:
+            thread.join(1.0)  # it has been told to end, and is not waited for
+
+    return stop
 
 
 def size(count: int | None) -> str:

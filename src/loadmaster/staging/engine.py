@@ -27,7 +27,7 @@ from loadmaster.staging.plan import Delivery, Fetch
 from loadmaster.staging.progress import Meter, Overall, report
 from loadmaster.staging.retry import Patience, delay
 from loadmaster.staging.stalls import Stalls
-from loadmaster.staging.wanted import Each, Moved, Wanted, errand_for
+from loadmaster.staging.wanted import Each, Moved, Wanted, errand_for, named
 from loadmaster.storage.base import (
     Ability,
     Catalog,
@@ -126,7 +126,7 @@ class Transfers:
             key = errand.key
             assert isinstance(key, Wanted)  # noqa: S101 - we put it there
             if isinstance(outcome, StorageError):
-                await ended(Moved(key, None, outcome, errand.transfers))
+                await ended(Moved(key, None, named(outcome, key), errand.transfers))
             else:
                 await ended(Moved(key, outcome, None, errand.transfers))
 

@@ -13,6 +13,7 @@ from loadmaster.staging.files import Elsewhere, OutgoingPath
 from loadmaster.staging.parts import PartOfPath
 from loadmaster.storage.base import Direction, FileInfo, Replica
 from loadmaster.storage.checksums import Checksum
+from loadmaster.storage.local import WORK_DIRECTORY
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,14 @@ class Each:
         for wanted in self._now:
             return await self._errand(wanted)
         raise StopAsyncIteration
+
+
+def named(error: StorageError, wanted: Wanted) -> StorageError:
+    """The error, with the file's name: one of this machine's end only says what ends jobs have there."""
+    if error.url != WORK_DIRECTORY:
+        return error
+    local = next((url for url in (wanted.target, wanted.source) if url.startswith("file://")), wanted.target)
+    return type(error)(local, str(error).removeprefix(f"{WORK_DIRECTORY}: "), retry_after=error.retry_after)
 
 
 def errand_for(wanted: Wanted, sync: bool, keeps: bool) -> Errand:
