@@ -41,7 +41,8 @@ from loadmaster.errors import PayloadNotStarted
 from loadmaster.payload.cgroup import Group
 from loadmaster.payload.containment import shim_kind
 from loadmaster.payload.hierarchies import Hierarchies, find_hierarchies
-from loadmaster.payload.supervise import Payload, start, watch
+from loadmaster.payload.ready import start
+from loadmaster.payload.supervise import Payload, watch
 from loadmaster.payload.usage import descendants
 from loadmaster.result import EndedBy, Usage
 from loadmaster.workdir import Workdir, open_workdir

@@ -45,21 +45,22 @@ import json, os, sys
 from pathlib import Path
 import anyio
 from loadmaster import Limits, PayloadSpec
-from loadmaster.payload import launch, shimtree, supervise
+from loadmaster.payload.ready import start as start_payload
+from loadmaster.payload import launch, ready, shimtree
 from loadmaster.payload.adopt import adopt
 from loadmaster.workdir import Workdir
 from loadmaster.world import World
 
 root, words = Path(sys.argv[1]), json.loads(sys.argv[2])
 if words["shim"] == "python":
-    launch.shim_kind = shimtree.shim_kind = supervise.shim_kind = lambda: "python"
+    launch.shim_kind = shimtree.shim_kind = ready.shim_kind = lambda: "python"
 world = World(**words["world"])
 
 async def main():
     for name, script in words["scripts"].items():
         workdir = Workdir.make(root / "work", name)
         spec = PayloadSpec(command=("/bin/sh", "-c", script), env={"PATH": "/usr/bin:/bin"})
-        payload = await supervise.start(
+        payload = await start_payload(
             spec, workdir, stdout="std.out", stderr="std.err", world=world, limits=Limits(grace_seconds=words["grace"]),
             state=root / "state" / name, hidden=[Path(place) for place in words["hidden"]])
         tree = payload.tree
@@ -749,8 +750,9 @@ ORDINARY = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from loadmaster import Limits, PayloadSpec
-from loadmaster.payload import launch, shimtree, supervise
+from loadmaster.payload import launch, ready, shimtree
 from loadmaster.payload.adopt import adopt
+from loadmaster.payload.ready import start as start_payload
 from loadmaster.result import EndedBy
 from loadmaster.workdir import Workdir
 from loadmaster.world import World
@@ -759,7 +761,7 @@ import loadmaster.notices
 async def start(root, words):
     workdir = Workdir.make(root, "job")
     spec = PayloadSpec(command=("/bin/sh", "-c", "sleep 0.5; exit 7"), env={"PATH": "/usr/bin:/bin"})
-    payload = await supervise.start(
+    payload = await start_payload(
         spec, workdir, stdout="std.out", stderr="std.err", world=World(containment=words), state=root / "state")
     os.write(told, b"!")
     await anyio.sleep(1000)

@@ -76,6 +76,8 @@ def test_what_it_was_in_all_is_a_line() -> None:
     line = told(figures(ended={"Done": 1234, "Rescheduled": 5}, given_back=4))
     assert line.startswith("1,234 Done, 5 Rescheduled, 4 of them given back in ")
     assert "cores busy 50%" in line
+    lost = told(figures(ended={"Done": 3, "Rescheduled": 1}, begun_again=1))
+    assert lost.startswith("3 Done, 1 begun again after an attempt was lost in "), "three jobs, not four"
     assert told(figures(recalled=7)).startswith("no new jobs (7 had ended before, and were not run again) in ")
     assert told(figures(ended={"Done": 2}, recalled=7)).startswith(
         "2 Done (7 had ended before, and were not run again) in "

@@ -158,6 +158,18 @@ def test_the_payload_needs_no_network(desk: Desk) -> None:
     assert desk.has_everything()
 
 
+def test_a_part_shows_what_is_new_and_not_what_another_has_shown(desk: Desk) -> None:
+    """`payload` told again, with times of the day before, that files had been staged in."""
+    shown = [desk.run(command)[1] for command in ("prepare", "payload", "finish")]
+    for told, (text, of_others) in zip(
+        shown,
+        [("staging in", "payload runs"), ("payload runs", "staging in"), ("staging out", "payload runs")],
+        strict=True,
+    ):
+        assert text in told
+        assert of_others not in told
+
+
 def test_nothing_of_the_sites_configuration_is_in_a_bundle(desk: Desk) -> None:
     assert desk.run("prepare")[0] == 0
     for path in (desk.directory / "bundle").rglob("*"):

@@ -263,10 +263,28 @@ def test_check_names_all_that_is_wrong_at_once_and_misspelled_hooks(shell: Shell
     assert done.returncode == 1
     assert json.loads(done.stdout)["job_id"] == "7"
     assert [line[:60] for line in done.stderr.splitlines()] == [
-        "warning: C.preprocess is never called: the hook is preProcess"[:60],
+        "job.json: C.preprocess is never called: the hook is preProcess"[:60],
         "job.json: limits.deadline: 1970-01-01 01:00:00 UTC lies in the past"[:60],
         "job.json: executable 'nothing': neither a file of the job nor in PATH"[:60],
         "job.json: output_data: odd://h/o: no storage for odd://; there is"[:60],
+    ]
+    (shell.directory / "site.toml").write_text('streems = 1\n[storage.https]\ntokn = "x"\n[payload]\nisolation = 5\n')
+    job = sh("true", Executable="nothing", OutputSE=["A", "B"], OutputData="o")
+    done = shell.run(job, "--config", "site.toml", command="check")
+    assert done.returncode == 1
+    for told in (
+        "site.toml: payload.isolation: ", "site.toml: streems: there is no such field; there is streams",
+        "[storage.https] tokn: ", "executable 'nothing'", "output_se: no storage elements 'A', 'B' (none is configured)",
+    ):  # fmt: skip
+        assert told in done.stderr
+    (shell.directory / "mine.py").write_text(
+        f"{SUBCLASS}\n async def stage_inn(self): ...\n async def preProcess(self): ..."
+    )
+    done = shell.run(sh("true"), "--coordinator", "mine.py:C", command="check")
+    assert done.returncode == 1
+    assert [line[:46] for line in done.stderr.splitlines()] == [
+        "job.json: C.stage_inn is never called: the hook is stageIn"[:46],
+        "job.json: C.preProcess cannot be called: too many"[:46],
     ]
     done = shell.run(sh("true"), "--coordinator", "nobody.py:C", command="check")
     assert done.returncode == 1
@@ -406,20 +424,26 @@ def _read_until(process: subprocess.Popen[str], words: str) -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-from loadmaster.cli import command
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs us in the background may ignore it
 
 def interrupt(event, arguments):
-    if event == "import" and arguments[0].startswith("loadmaster.commands."):
+    if event == "import" and arguments[0].startswith({begins!r}):
         os.kill(os.getpid(), signal.SIGINT)
 
 sys.addaudithook(interrupt)
 sys.argv = ["loadmaster", "node", "jobs.jsonl"]
+from loadmaster.cli import command
 command()
 """
 
 
-def test_an_interrupt_while_a_command_is_loaded_is_no_traceback() -> None:
-    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=30)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+@pytest.mark.parametrize(
+    "begins", ["loadmaster.commands.arguments", "loadmaster.errors", "anyio", "argparse", "pydantic"]
+)
+def test_an_interrupt_while_a_command_is_loaded_is_one_line_and_no_traceback(begins: str) -> None:
+    """`import loadmaster` loaded nearly all of it, before anybody could hear an interrupt."""
+    script = INTERRUPTED.format(begins=begins)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "loadmaster: interrupted; nothing was begun\n"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def test_jobs_of_a_journal_are_listed_and_told(shell: Shell) -> None:
     assert "1 Done, 1 Failed" in table.replace("0 open, ", "")
     lines = [json.loads(line) for line in shell.run("jobs", "journal", "--json").stdout.splitlines()]
     assert {(line["job"], line["status"]) for line in lines} == {("good", "Done"), ("bad", "Failed")}
+    for line in lines:
+        assert line["attempt"] == 1
+        assert datetime.fromisoformat(line["accepted"]).utcoffset() == timedelta(0)
+        assert datetime.fromisoformat(line["accepted"]) <= datetime.fromisoformat(line["latest"])
     life = shell.run("show", "journal", "bad").stdout
     assert "job bad, attempt 1: Failed" in life
     assert "PayloadExited      exit code 3" in life

@@ -9,8 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from loadmaster.payload.isolation import apptainer_environment, apptainer_words,
 from loadmaster.payload.launch import Launch, Refused
 from loadmaster.payload.process import ExitRecord
 from loadmaster.payload.shimtree import ShimTree
+from loadmaster.payload.starter import Starter, open_starter
 from loadmaster.payload.tree import Tree
 from loadmaster.payload.usage import read_stat
 from loadmaster.world import BEST_FIRST
@@ -43,9 +45,23 @@ def printed(tmp_path: Path) -> Path:
     return tmp_path / "printed"
 
 
+@pytest.fixture(params=["executed", "ordered"])
+async def starter(request: pytest.FixtureRequest, anyio_backend: Any) -> AsyncIterator[Starter | None]:
+    """What starts the shims: nobody, or a starter; that one on uvloop too would tell nothing new."""
+    if request.param == "executed":
+        yield None
+        return
+    if shim_kind() != "c" or anyio_backend[1].get("use_uvloop"):
+        pytest.skip("no starter here")
+    async with open_starter() as starter:
+        yield starter
+
+
 @pytest.fixture
-def sh(tmp_path: Path, printed: Path) -> Iterator[Make]:
+def sh(tmp_path: Path, printed: Path, starter: Starter | None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """A launch of a piece of shell in `work`, whose output goes to `printed`: `sh("exit 3", nice=1)`."""
+    if starter is not None:
+        monkeypatch.setitem(globals(), "start_contained", partial(start_contained, starter=starter))
     (tmp_path / "work").mkdir()
     with printed.open("wb") as file:
 
@@ -261,6 +277,7 @@ async def test_when_the_shim_is_killed_what_stayed_in_the_session_is_ended(
     assert tree.reap() == ExitRecord()
 
 
+@pytest.mark.parametrize("starter", ["executed"], indirect=True)
 async def test_a_shim_that_dies_before_it_has_spoken_is_not_followed_by_a_second_start(
     sh: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +288,7 @@ async def test_a_shim_that_dies_before_it_has_spoken_is_not_followed_by_a_second
     assert not (tmp_path / "work" / "started").exists()
 
 
+@pytest.mark.parametrize("starter", ["executed"], indirect=True)
 async def test_a_shim_that_cannot_be_executed_is_a_refusal(sh: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a disk mounted noexec, or of another machine's kind: what needs none is still to be had."""
     monkeypatch.setattr(shimtree, "shim_command", lambda: ["/etc/passwd"])
@@ -316,7 +334,7 @@ class OneGroup:
 
 
 @pytest.fixture
-def group() -> Iterator[OneGroup]:
+async def group(anyio_backend: Any) -> AsyncIterator[OneGroup]:
     for base in (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/unified")):
         if (base / "cgroup.controllers").exists() and os.access(base, os.W_OK):
             group = OneGroup(base / f"loadmaster-test-{os.getpid()}")
@@ -325,7 +343,7 @@ def group() -> Iterator[OneGroup]:
         pytest.skip("no control group can be made here")
     yield group
     group.kill()
-    anyio.run(until, group.remove)
+    await until(group.remove)
 
 
 async def test_what_left_the_session_and_lost_the_shim_is_ended_by_its_group(

@@ -210,6 +210,13 @@ def test_what_cannot_be_is_refused_by_the_name_the_user_gave_it(words: dict[Any,
 
 @pytest.mark.parametrize("data", [[1], None, "executable", 5])
 def test_what_is_no_dictionary_is_no_description(data: Any) -> None:
+    with pytest.raises(
+        InvalidJob,
+        match=r"^job description: executable: is empty; argumnts: there is no such field; there is arguments$",
+    ):
+        JobDescription(executable="", argumnts="x")  # type: ignore[call-arg]
+    with pytest.raises(InvalidJob, match=r"^computing element: memory_mb: "):
+        ComputingElement(memory_mb=0)
     with pytest.raises(InvalidJob, match="job description: "):
         JobDescription.load(data)
 

@@ -13,7 +13,16 @@ import pytest
 
 from loadmaster import RuntimeFault
 from loadmaster.dirac import JobStatus
-from loadmaster.diracx.outbox import FileOutbox, MemoryOutbox, ParameterReport, Report, RescheduleReport, StatusReport
+from loadmaster.diracx.outbox import (
+    MADE,
+    FileOutbox,
+    Kept,
+    MemoryOutbox,
+    ParameterReport,
+    Report,
+    RescheduleReport,
+    StatusReport,
+)
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
 
@@ -23,6 +32,10 @@ REPORTS: list[Report] = [
     StatusReport(2, NOON, JobStatus(minor="Application", application="step 3")),
     RescheduleReport(2),
 ]
+
+
+def of_attempts(kept: Kept) -> dict[str, int]:
+    return {name: heard for name, heard in kept.heard.items() if name != MADE}
 
 
 @pytest.fixture
@@ -38,12 +51,12 @@ async def test_what_was_put_is_there_in_its_order_when_it_is_opened_again(path: 
         kept = await outbox.load()
         assert kept.filed == first + second
         assert [filed.report for filed in kept.filed] == REPORTS
-        assert kept.heard == {"1/1": 4, "2/1": 9}
+        assert of_attempts(kept) == {"1/1": 4, "2/1": 9}
         await outbox.drop([filed.number for filed in first], ["1/1"])
     async with FileOutbox(path) as outbox:
         kept = await outbox.load()
         assert kept.filed == second
-        assert kept.heard == {"1/1": 4, "2/1": 9}  # what is over may be heard again, from a journal
+        assert of_attempts(kept) == {"1/1": 4, "2/1": 9}  # what is over may be heard again, from a journal
         assert kept.over == {"1/1"}
 
 
@@ -53,7 +66,7 @@ async def test_what_is_over_is_forgotten_once_no_journal_knows_it(path: Path, mo
         await outbox.drop([], ["1/1"])
     monkeypatch.setattr("loadmaster.diracx.outbox.KEPT_SECONDS", -1.0)
     async with FileOutbox(path) as outbox:
-        assert (await outbox.load()).heard == {"2/1": 9}
+        assert of_attempts(await outbox.load()) == {"2/1": 9}
 
 
 async def test_numbers_are_not_given_twice(path: Path) -> None:
@@ -72,7 +85,7 @@ from itertools import count
 from pathlib import Path
 import anyio
 from loadmaster.dirac import JobStatus
-from loadmaster.diracx.outbox import FileOutbox, StatusReport
+from loadmaster.diracx.outbox import MADE, FileOutbox, Kept, StatusReport
 
 async def main() -> None:
     async with FileOutbox(Path(sys.argv[1])) as outbox:
@@ -93,7 +106,7 @@ def test_what_was_put_survives_a_kill(path: Path) -> None:
         said += [int(line) for line in lines]
     with sqlite3.connect(path) as database:
         found = [number for (number,) in database.execute("SELECT number FROM reports ORDER BY number")]
-        ((heard,),) = database.execute("SELECT events FROM heard")
+        ((heard,),) = database.execute("SELECT events FROM heard WHERE attempt = 'a'")
     database.close()
     assert found[: len(said)] == said
     assert len(found) - len(said) in {0, 1}  # one may be there that nobody was told of
@@ -142,7 +155,7 @@ async def test_on_a_full_disk_nothing_is_half_put_and_later_it_works_again(small
         after = await outbox.put(REPORTS[1:2], {"a": 3})
         kept = await outbox.load()
         assert kept.filed == before + after
-        assert kept.heard == {"a": 3}
+        assert of_attempts(kept) == {"a": 3}
 
 
 async def test_the_one_in_memory_gives_numbers_and_keeps_nothing() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from conftest import until
 from loadmaster import JobDescription, JobHandle, Ledger, Node, Site, run_job
 from loadmaster.diracx import reporter as module
 from loadmaster.diracx.client import open_diracx
-from loadmaster.diracx.outbox import FileOutbox, StatusReport
+from loadmaster.diracx.outbox import Filed, FileOutbox, Report, StatusReport
 from loadmaster.diracx.preferences import Preferences
 from loadmaster.diracx.reporter import open_reporter
 from loadmaster.events import Event
@@ -161,3 +161,73 @@ async def test_a_job_is_not_held_up_by_a_server_that_is_not_there(nobody: Prefer
             assert result.failure is None
         said = [each.said.minor for each in reporter.undelivered if isinstance(each, StatusReport)]
         assert said == MINORS
+
+
+class PowerFails(FileOutbox):
+    """Of what was put, so much is on the disk when the machine is started again."""
+
+    def __init__(self, path: Path, puts: int) -> None:
+        super().__init__(path)
+        self.puts = puts
+
+    async def put(self, reports: Sequence[Report], heard: Mapping[str, int]) -> list[Filed]:
+        self.puts -= 1
+        return [Filed(0, each) for each in reports] if self.puts < 0 else await super().put(reports, heard)
+
+
+async def said_of(outbox: FileOutbox) -> dict[int, list[str]]:
+    said: dict[int, list[str]] = {}
+    for each in (await outbox.load()).filed:
+        if isinstance(each.report, StatusReport):
+            said.setdefault(each.report.job, []).append(each.report.said.minor)
+    return said
+
+
+@pytest.mark.parametrize("puts", [0, 1, 3, 8])
+async def test_what_the_journal_has_and_the_outbox_has_not_when_the_power_fails_is_reported_by_the_next_agent(
+    nobody: Preferences, tmp_path: Path, root: Path, out: Path, puts: int
+) -> None:
+    """They are two files, and the journal is written first. A job of which nothing was in the outbox stayed unreported: it
+    had ended, so nobody went on with it."""
+    path = tmp_path / "outbox.sqlite"
+    words: dict[str, Any] = {"root": root, "journal": tmp_path / "journal"}
+    site = Site(output_directory=str(out))
+    async with Node(site=site, ledger=Ledger(2), **words) as node:  # without a reporter: not to be told later either
+        await node.submit(JobDescription(job_id="99", executable="/bin/true")).wait()
+    opened: list[FileOutbox] = [PowerFails(path, puts), FileOutbox(path), FileOutbox(path)]
+    for outbox in opened:
+        async with (
+            outbox,
+            open_diracx(nobody) as diracx,
+            open_reporter(diracx, outbox=outbox, flush_seconds=0) as reporter,
+            anyio.create_task_group() as group,
+            Node(site=site, **words) as node,
+        ):
+            group.start_soon(reporter.listen, node)
+            if isinstance(outbox, PowerFails):
+                for number in range(1, 5):
+                    await node.submit(JobDescription(job_id=str(number), executable="/bin/true")).wait()
+    async with FileOutbox(path) as outbox:
+        assert await said_of(outbox) == dict.fromkeys(range(1, 5), MINORS)
+
+
+async def test_an_attempt_whose_end_a_journal_has_lost_is_reported_with_the_end_it_has_then(
+    nobody: Preferences, tmp_path: Path
+) -> None:
+    """What had been heard of it was counted, and so much of what came instead was held for told."""
+    events = life()
+    path = tmp_path / "outbox.sqlite"
+    async with (
+        FileOutbox(path) as outbox,
+        open_diracx(nobody) as diracx,
+        open_reporter(diracx, outbox=outbox, flush_seconds=0) as reporter,
+    ):
+        handle = resumed(events[:8])
+        handle.close()
+        await reporter.follow(handle)
+    async with FileOutbox(path) as outbox, open_diracx(nobody) as diracx:
+        async with open_reporter(diracx, outbox=outbox, flush_seconds=0) as reporter:
+            cut = resumed(events[:5])
+            await reporter._hear([events[4]], lambda _: cut)
+            await reporter._hear(events[-3:], lambda _: cut)
+        assert (await minors(outbox))[-1] == MINORS[-1]

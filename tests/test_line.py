@@ -13,7 +13,7 @@ from loadmaster.line import LOOK_AHEAD, Line, Ticket
 
 
 def granted(*tickets: Ticket) -> list[bool]:
-    return [ticket.granted.is_set() for ticket in tickets]
+    return [ticket.granted for ticket in tickets]
 
 
 def full(capacity: tuple[int, ...], *, patience: int = 3, seniority: int = 100) -> tuple[Line, list[Ticket]]:

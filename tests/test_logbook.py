@@ -275,7 +275,7 @@ def test_a_file_that_was_cut_short_is_kept_aside_and_gone_on_with_as_far_as_it_c
     book = Logbook.open(tmp_path)
     try:
         assert book.damage is not None
-        assert "journal.0.db is damaged" in book.damage
+        assert "journal.0.db is damaged (parts of it do not belong together) and kept aside" in book.damage
         jobs = book.open_jobs()
         assert 10 < len(jobs) < 60
         events = [event for job in jobs for event in job.events]
@@ -289,13 +289,49 @@ def test_a_file_that_was_cut_short_is_kept_aside_and_gone_on_with_as_far_as_it_c
     assert book.damage is None
 
 
+def test_damage_that_only_a_check_finds_is_told_without_the_words_of_the_library(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`journal.0.db is damaged (*** in database main ***)`, it said."""
+    written(tmp_path, [event for number in range(60) for event in a_life(f"{number:03}")[:9]])
+    content = bytearray(database(tmp_path).read_bytes())
+    content[-2 * 4096 : -4096] = bytes(4096)
+    database(tmp_path).write_bytes(content)
+    (tmp_path / "suspect").touch()
+    book = Logbook.open(tmp_path)
+    book.close()
+    assert book.damage is not None
+    assert "journal.0.db is damaged (parts of it do not belong together) and kept aside" in book.damage
+    assert "***" not in caplog.text
+
+
 def test_what_is_no_journal_at_all_is_kept_aside_too(tmp_path: Path) -> None:
     database(tmp_path).write_text("Dear diary, " * 1000)
     book = Logbook.open(tmp_path)
     book.close()
     assert book.damage is not None
-    assert "0 events could be read" in book.damage
+    assert "journal.0.db is damaged (it is no database) and kept aside; 0 events could be read" in book.damage
     assert database(tmp_path).read_text().startswith("Dear diary")
+
+
+def test_a_file_that_was_emptied_is_said_also_beside_no_payload(tmp_path: Path) -> None:
+    """It began anew without a word: nobody was told that what had ended is known no more, and may be run again."""
+    written(tmp_path, a_life("7"))
+    os.truncate(database(tmp_path), 0)
+    book = Logbook.open(tmp_path)
+    assert book.damage == "journal.0.db had been emptied: what it had is lost"
+    assert book.open_jobs() == []
+    book.close()
+    book = Logbook.open(tmp_path)
+    book.close()
+    assert book.damage is None, "it is said once"
+
+
+def test_an_agent_that_died_as_it_made_its_first_file_has_lost_nothing(tmp_path: Path) -> None:
+    database(tmp_path).touch()
+    book = Logbook.open(tmp_path)
+    book.close()
+    assert book.damage is None
 
 
 @pytest.mark.parametrize("size", [100, 4096])

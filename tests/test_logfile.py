@@ -119,6 +119,7 @@ def test_only_what_is_called_so_is_a_journal(tmp_path: Path) -> None:
 def started(directory: Path, job_id: str, attempt: int = 1) -> Path:
     state = directory / "payloads" / state_name(job_id, attempt)
     state.mkdir(parents=True)
+    (state / "lock").touch()
     return state
 
 
@@ -129,6 +130,15 @@ def test_a_payload_whose_job_is_known_is_no_damage(tmp_path: Path, job_id: str) 
         book.add([[Record.of(event) for event in a_life(job_id, 2)[:6]]])
     for attempt in (1, 2):  # an agent that was killed had no time to remove the first
         started(tmp_path, job_id, attempt)
+    with kept(tmp_path) as book:
+        assert book.damage is None
+
+
+def test_a_payload_that_was_ready_and_waited_for_its_slot_is_no_damage(tmp_path: Path) -> None:
+    """An agent that was killed while jobs waited had, for the next one, lost what it had of each of them."""
+    with kept(tmp_path) as book:
+        book.add([[Record.of(event) for event in a_life("7")[:4]]])
+    (tmp_path / "payloads" / state_name("7", 1)).mkdir()
     with kept(tmp_path) as book:
         assert book.damage is None
 

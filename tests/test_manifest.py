@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loadmaster.console.manifest import KEPT_LINES, MAX_LINE_BYTES, MOST_PROBLEMS, BadManifest, Entry, Manifest
+from loadmaster.console.manifest import EXAMPLE, KEPT_LINES, MAX_LINE_BYTES, MOST_PROBLEMS, BadManifest, Entry, Manifest
 from loadmaster.names import local_path
 from loadmaster.storage.checksums import Checksum
 
@@ -77,16 +77,16 @@ def test_every_bad_line_is_named_by_its_number() -> None:
         {"source": "a\0", "target": "f"},
         b'{"source": "\xff", "target": "g"}',
     ) == [
-        "line 1: Invalid JSON: key must be a string at line 1 column 2",
+        f"line 1: not JSON: key must be a string, at column 2; a line is like {EXAMPLE}",
         "line 3: target: is missing",
         "line 4: sise: there is no such field",
-        "line 5: source: String should have at least 1 character; size: Input should be greater than or equal to 0",
+        "line 5: source: is empty; size: Input should be greater than or equal to 0",
         "line 6: checksum: 'md7:12': no checksum we know; there is adler32, crc32c, md5, sha256",
         "line 7: file://elsewhere/a: not a file:// URL of this host",
         "line 8: target: directory/: names a directory, not a file",
         "line 9: an object {...} is expected",
         "line 10: source: a path or URL may not have control characters",
-        "line 11: Invalid JSON: invalid unicode code point at line 1 column 13",
+        "line 11: not JSON: invalid unicode code point, at column 13",
     ]
 
 
@@ -126,7 +126,7 @@ def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_lines() -> None:
     assert told.value.problems == [
         "line 2: odd://h/a: no storage for odd://",
         "line 2: the target of line 1 again: file:///work/b",
-        "line 3: Invalid JSON: EOF while parsing an object at line 1 column 1",
+        f"line 3: not JSON: EOF while parsing an object, at column 1; a line is like {EXAMPLE}",
         "line 4: its source is the target of line 1",
     ]
 
@@ -134,11 +134,11 @@ def test_all_that_is_wrong_is_told_at_once_in_the_order_of_the_lines() -> None:
 def test_of_a_file_that_is_no_manifest_the_first_lines_are_named_and_the_rest_counted() -> None:
     told = problems(*["nonsense"] * 5000, *[{"source": "a", "target": "b"}] * (KEPT_LINES + 3))
     assert len(told) == MOST_PROBLEMS + 1
-    assert told[MOST_PROBLEMS - 1].startswith(f"line {MOST_PROBLEMS}: Invalid JSON")
+    assert told[MOST_PROBLEMS - 1].startswith(f"line {MOST_PROBLEMS}: not JSON")
     assert told[-1] == f"and {5000 + KEPT_LINES + 2 - MOST_PROBLEMS} more"
     told = problems("nonsense", *[{"source": "a", "target": "b"}] * (KEPT_LINES + 3))
     assert told[:2] == [
-        "line 1: Invalid JSON: expected ident at line 1 column 2",
+        f"line 1: not JSON: expected ident, at column 2; a line is like {EXAMPLE}",
         "line 3: the target of line 2 again: file:///work/b",
     ]
 

@@ -102,7 +102,7 @@ def test_a_directory_of_job_files_is_a_source_too(shell: Shell) -> None:
     done = shell.run("jobs", *shell.options[1:])
     assert done.returncode == 0, done.stderr
     assert (shell.directory / "order").read_text() == "a\nb\n"
-    assert "loadmaster: jobs: no job files (.json, .jdl), and skipped: notes.txt" in done.stderr
+    assert "loadmaster: jobs: skipped, for job files end in .json or .jdl: notes.txt" in done.stderr
 
 
 def test_a_directory_of_diracs_wrapper_files_and_jdl_is_a_source_too(shell: Shell) -> None:
@@ -113,6 +113,13 @@ def test_a_directory_of_diracs_wrapper_files_and_jdl_is_a_source_too(shell: Shel
     done = shell.run("jobs", *shell.options[1:])
     assert shell.results() == {"12.json": "Done", "5.json": "Failed"}, done.stderr
     assert re.search(r"loadmaster: jobs/c\.jdl: .*line 1", done.stderr), done.stderr
+
+
+def test_a_jdl_file_is_one_job_over_its_lines(shell: Shell) -> None:
+    """One of its lines was run as a job, and the others were said to be none."""
+    (shell.directory / "one.jdl").write_text('[\n Executable = "/bin/true";\n JobName = "alone";\n]\n')
+    done = shell.run("one.jdl", "--scratch", "scratch")
+    assert (done.returncode, done.stdout.partition(" in ")[0]) == (0, "1 Done")
 
 
 def test_events_have_why_cores_are_idle(shell: Shell) -> None:
@@ -182,10 +189,19 @@ def test_quiet_prints_nothing(shell: Shell) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_a_file_without_jobs_is_done_at_once(shell: Shell) -> None:
+def test_a_source_without_jobs_is_done_at_once_and_said_to_have_none(shell: Shell) -> None:
     shell.write()
     done = shell.run()
     assert (done.returncode, done.stdout.partition(" in ")[0]) == (0, "no jobs")
+    assert done.stderr == "loadmaster: warning: jobs.jsonl: there are no jobs in it (a line for each is expected)\n"
+    (shell.directory / "folder").mkdir()
+    (shell.directory / "folder" / "notes.txt").write_text("nothing")
+    done = shell.run("folder", "--scratch", "scratch")
+    assert done.returncode == 0
+    assert done.stderr.splitlines() == [
+        "loadmaster: folder: skipped, for job files end in .json or .jdl: notes.txt",
+        "loadmaster: warning: folder: there are no jobs in it (a file that ends in .json or .jdl for each is expected)",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from conftest import until
 from loadmaster import PayloadSpec
 from loadmaster.description import Containment
 from loadmaster.occupants import NOTE, hold, is_occupied, note_session, who
-from loadmaster.payload import launch, shimtree, supervise
+from loadmaster.payload import launch, ready, shimtree
+from loadmaster.payload.ready import start as start_payload
 from loadmaster.payload.supervise import Payload
 from loadmaster.result import EndedBy
 from loadmaster.workdir import Workdir
@@ -30,7 +31,7 @@ def seen(workdir: Workdir) -> Iterator[int]:
 
 async def start(script: str, workdir: Workdir, kind: Containment) -> Payload:
     spec = PayloadSpec(command=("/bin/sh", "-c", script), env={"PATH": "/usr/bin:/bin"})
-    return await supervise.start(
+    return await start_payload(
         spec, workdir, stdout="std.out", stderr="std.err", world=World(containment=(kind,), cgroup="none")
     )
 
@@ -40,7 +41,7 @@ async def start(script: str, workdir: Workdir, kind: Containment) -> Payload:
 async def test_a_directory_is_occupied_while_a_payload_runs_and_the_payload_has_nothing_of_it(
     workdir: Workdir, seen: int, monkeypatch: pytest.MonkeyPatch, kind: Containment, shim: str
 ) -> None:
-    for module in (launch, shimtree, supervise):
+    for module in (launch, shimtree, ready):
         monkeypatch.setattr(module, "shim_kind", lambda: shim)
     assert not await to_thread.run_sync(is_occupied, seen)
     payload = await start("ls /proc/self/fd > open; echo $$ > ready; sleep 1000", workdir, kind)

@@ -96,7 +96,10 @@ def test_the_list_says_what_where_and_when(admin: Admin) -> None:
 def test_what_is_dropped_is_asked_about_and_gone(admin: Admin) -> None:
     first, second = (str(each["operation"]) for each in admin.left())
     assert "--yes" in admin.run("--drop", first).stderr
-    assert "no" in admin.run("--drop", "4711", "--yes").stderr
+    unknown = admin.run("--drop", "2", "--yes").stderr  # the second line, somebody may think
+    assert (
+        f"nothing pending has the number 2: there are {first}, {second} (NUMBER is what stands in the first" in unknown
+    )
     assert len(admin.left()) == 2
     assert answered(admin, "n", "--drop", first) == 1
     assert len(admin.left()) == 2

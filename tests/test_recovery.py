@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ class Breaks(NodeJournal):
 
     def __init__(self, journal: NodeJournal, after: int) -> None:
         super().__init__(journal._book)
-        self.journal, self.left = journal, after
+        self.journal, self.left, self._scribe = journal, after, journal._scribe
 
     def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
         self.left -= len(events)
@@ -314,6 +315,72 @@ async def test_a_work_directory_that_is_gone_before_anything_was_made_of_it_is_m
     async with open_journal(book) as journal:
         assert (await run_job(described, journal=journal, **words)).status is Status.DONE
     assert kinds((await lives(book, "7"))[0]).count("StageInStarted") == 2
+
+
+class Leaves(Recalls):
+    """Its host leaves in the instant in which one of its hooks returns."""
+
+    host: anyio.CancelScope
+    hook = ""
+    swallows = False
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == type(self).hook:
+            return partial(self.leave, name)
+        return super().__getattribute__(name)
+
+    async def leave(self, name: str, *args: Any) -> Any:
+        if not self.swallows:
+            returned = await getattr(Recalls, name)(self, *args)
+            self.host.cancel()
+            return returned
+        self.calls.append(name)
+        self.host.cancel()
+        with suppress(BaseException):
+            await anyio.sleep_forever()
+        return None
+
+
+HOOKS = ["stageIn", "preProcess", "postProcess", "stageOut"]
+
+
+@pytest.mark.parametrize("swallows", [False, True], ids=["had returned", "had not"])
+@pytest.mark.parametrize("hook", HOOKS)
+async def test_a_hook_that_had_returned_when_its_host_left_is_not_called_again_and_one_that_only_seems_to_have_is(
+    root: Path, out: Path, book: Path, tmp_path: Path, calls: list[str], hook: str, swallows: bool
+) -> None:
+    """Of a hook that swallows its cancellation nobody knows what it has done; it counted as returned, and the others as
+    not."""
+    words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
+    described = straight(tmp_path)
+    with anyio.CancelScope() as host:
+        Leaves.host, Leaves.hook, Leaves.swallows = host, hook, swallows
+        async with open_journal(book) as journal:
+            await run_job(described, journal=journal, coordinator=Leaves, **words)
+            await anyio.sleep_forever()
+    assert host.cancelled_caught
+    assert calls == HOOKS[: HOOKS.index(hook) + 1]
+    calls.clear()
+    async with open_journal(book) as journal:
+        result = await run_job(described, journal=journal, coordinator=Recalls, **words)
+    assert result.status is Status.DONE, result.failure
+    assert calls == HOOKS[HOOKS.index(hook) + (not swallows) :]
+
+
+async def test_a_verdict_that_a_hook_had_given_when_its_host_left_is_kept(root: Path, out: Path, book: Path) -> None:
+    class Gives(JobExecutionCoordinator):
+        async def postProcess(self) -> None:
+            host.cancel()
+            raise RescheduleJob("conditions database unreachable")
+
+    words: dict[str, Any] = {"site": Site(output_directory=str(out)), "root": root}
+    with anyio.CancelScope() as host:
+        async with open_journal(book) as journal:
+            await run_job(job(), journal=journal, coordinator=Gives, **words)
+    assert kinds((await lives(book, "7"))[0])[-1] == "ComputingEnded"
+    async with open_journal(book) as journal:
+        result = await run_job(job(), journal=journal, **words)
+    assert str(result.failure) == "RescheduleJob: conditions database unreachable"
 
 
 async def test_a_cancelled_job_is_gone_on_with_from_where_it_stood(root: Path, out: Path, book: Path) -> None:

@@ -1,4 +1,5 @@
-"""Both shims, C and Python, in both containments, as root and as an ordinary user: one suite says what they hold.
+"""Both shims, C and Python, in both containments, as root and as an ordinary user: one suite says what they hold. The
+compiled one also as its starter makes it, by a message and without an execution.
 
 The payload's stderr is a pipe whose other end we have: once nobody holds it any more, everybody is gone. The shim
 holds it too, so that it reads as closed from the moment the shim has ended, if nothing was left behind; every
@@ -10,7 +11,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import mmap
 import os
+import re
 import resource
 import select
 import shutil
@@ -25,20 +28,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 import loadmaster.payload
 from conftest import NOBODY, TEMPORARY
+from loadmaster.payload.starter import FIRST_PASSED, HEAD, MOST_PIDS
 
 SOURCE = Path(loadmaster.payload.__file__).parent
 SECONDS = 20
 """Nothing here takes as long."""
 
+OFTEN = {("pid-namespace", "ordinary"), ("subreaper", "root")}
+"""What a started shim is seen to do each time; the rest is for the long run."""
+
 CASES = [
-    pytest.param((kind, mode, user), id=f"{kind}-{mode}-{user}")
-    for kind in ("c", "python")
+    pytest.param(
+        (kind, mode, user),
+        id=f"{kind}-{mode}-{user}",
+        marks=[pytest.mark.long] if kind == "started" and (mode, user) not in OFTEN else [],
+    )
+    for kind in ("c", "python", "started")
     for mode in ("pid-namespace", "subreaper")
     for user in ("root", "ordinary")
 ]
@@ -58,7 +69,8 @@ class Shim:
         self._report, self._life = report, life
         self._text = b""
         with self.out.open("wb") as out:
-            self.popen = subprocess.Popen(words, cwd=home, stdin=subprocess.DEVNULL, stdout=out, **options)
+            process = Started if "starter" in words else subprocess.Popen
+            self.popen = process(words, cwd=home, stdin=subprocess.DEVNULL, stdout=out, **options)
         self.pid = self.popen.pid
         self._pidfd = os.pidfd_open(self.pid)
 
@@ -121,6 +133,59 @@ class Shim:
     def _read(self, descriptor: int) -> bytes:
         assert wait_readable(descriptor), "nothing comes"
         return os.read(descriptor, 65536)
+
+
+class Started:
+    """A shim that was started by a starter of its own, as a Popen. Its words follow that one's."""
+
+    returncode: int | None = None
+
+    def __init__(
+        self, words: Sequence[str | bytes], *, cwd: Path, stdin: int, stdout: BinaryIO, stderr: int,
+        env: dict[str, str], pass_fds: Sequence[int], environment: bytes, **options: Any,
+    ) -> None:  # fmt: skip
+        end = words.index("starter") + 1
+        own, rest = words[:end], [word if isinstance(word, bytes) else word.encode() for word in words[end:]]
+        places = {number: FIRST_PASSED + 2 + place for place, number in enumerate(pass_fds)}
+        places |= {pass_fds[0]: FIRST_PASSED, -1: -1}  # two that no word names are after the first
+        for place in (0, 1, 2):
+            rest[place] = b"%d" % places[int(rest[place])]
+        rest[5] = re.sub(rb"(join|hide)=(\d+)", lambda at: b"%s=%d" % (at[1], places[int(at[2])]), rest[5])
+        memory = os.memfd_create("pids")
+        os.ftruncate(memory, 4 * MOST_PIDS)
+        control, of_starter = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with control, of_starter, mmap.mmap(memory, 4 * MOST_PIDS) as pids:
+            passed = (of_starter.fileno(), memory)
+            command = [*own, *map(str, passed)]
+            with subprocess.Popen(command, stdin=stdin, pass_fds=passed, env=env, cwd="/", **options):
+                os.close(memory)
+                of_starter.close()
+                inline = [each + b"\0" for each in environment.split(b"\0")[:-1]] if len(environment) < 60_000 else []
+                if inline:
+                    rest[2] = b"-1"
+                text = b"".join([os.fsencode(cwd), b"\0", *(word + b"\0" for word in rest), *inline])
+                head = HEAD.pack(7, 0o022, len(rest), len(inline))
+                socket.send_fds(control, [head, text], [pass_fds[0], stdout.fileno(), stderr, *pass_fds[1:]])
+                deadline = time.monotonic() + SECONDS
+                while (pid := struct.unpack_from("=i", pids, 4 * 7)[0]) <= 0:
+                    assert time.monotonic() < deadline, "the starter starts nothing"
+                    time.sleep(0.001)
+                self.pid = pid
+                control.close()
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (found := os.waitpid(self.pid, os.WNOHANG))[0]:
+            self.returncode = os.waitstatus_to_exitcode(found[1])
+        return self.returncode
+
+    def wait(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
 
 def wait_readable(descriptor: int, seconds: float = SECONDS) -> bool:
@@ -197,9 +262,9 @@ def shim_argv(case: tuple[str, str, str], shims: Path, python: str) -> list[str]
     kind, mode, user = case
     if user == "root" and os.geteuid() != 0:
         pytest.skip("we are not root")
-    if kind == "c" and not (shims / "shim").exists():
+    if kind != "python" and not (shims / "shim").exists():
         pytest.skip("there is no compiler here")
-    argv = [str(shims / "shim")] if kind == "c" else [python, "-I", "-S", str(shims / "shim.py")]
+    argv = [str(shims / "shim")] if kind != "python" else [python, "-I", "-S", str(shims / "shim.py")]
     if mode == "pid-namespace" and not namespaces_allowed(user):
         pytest.skip("the node allows this user no namespaces")
     return argv
@@ -228,10 +293,12 @@ def start(case: tuple[str, str, str], shim_argv: list[str], home: Path) -> Itera
                 file.write(env)
             own = [str(word) for word in (state, report_end, environment, grace_ms, mode, settings)]
             passed = [report_end, environment, *([state] if state >= 0 else []), *pass_fds]
+            if started := ["starter"] if case[0] == "started" else []:
+                options["environment"] = env
             try:
                 shim = Shim(
-                    [*before, *shim_argv, *own, *argv], home, report, life, stderr=life_end, env={}, pass_fds=passed,
-                    **rights(user), **options,
+                    [*before, *shim_argv, *started, *own, *argv], home, report, life, stderr=life_end, env={},
+                    pass_fds=passed, **rights(user), **options,
                 )  # fmt: skip
             finally:
                 for descriptor in (report_end, life_end, environment):
@@ -1195,6 +1262,8 @@ def test_node_without_a_process_left_says_so(run_sh: Start, case: tuple[str, str
     """A busy node is no node that allows no namespaces: what is reported tells one from the other."""
     if not rights(case[2]):
         pytest.skip("no limit of processes holds root")
+    if case[0] == "started":
+        pytest.skip("there is no shim then: see test_starter.py")
     shim = run_sh("echo started", before=["/usr/bin/prlimit", "--nproc=1"])
     refusal = shim.started()
     assert int(refusal["errno"]) == errno.EAGAIN, refusal

@@ -105,6 +105,22 @@ def test_every_field_at_fault_is_named_at_once(tmp_path: Path) -> None:
         site(tmp_path, 'nmae = "x"\nstreams = 0')
 
 
+def test_what_hides_behind_another_fault_is_named_too(tmp_path: Path) -> None:
+    """A table of the wrong shape hid that an element was nowhere, which was told when the first was mended."""
+    with pytest.raises(InvalidSite) as caught:
+        site(
+            tmp_path,
+            'default_se = ["DISK", "TAPE", "CASTOR"]\nfailover_se = 5\n[storage_elements]\nDISK = 5\n'
+            '[payload]\nisolation = "nothing"\ncontainmnt = []\n[element_streams]\nDISK = 0\n',
+        )
+    assert [line.partition(":")[0] for line in str(caught.value).removeprefix(f"{tmp_path}/site.toml: ").split("; ")] == [
+        "storage_elements.DISK", "failover_se", "payload.isolation", "payload.containmnt", "there is payload.containment",
+        "element_streams.DISK", "default_se", "default_se",
+    ]  # fmt: skip
+    found, problems = Site.understand(tmp_path / "site.toml")
+    assert (found.default_se, len(problems)) == ((), 6)
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(InvalidSite, match=r"nowhere\.toml: No such file"):
         Site.load(tmp_path / "nowhere.toml")

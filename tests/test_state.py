@@ -15,6 +15,7 @@ from loadmaster.errors import PayloadHeld, PayloadNotStarted
 from loadmaster.payload import supervise
 from loadmaster.payload.adopt import adopt
 from loadmaster.payload.found import Lost, NotStarted
+from loadmaster.payload.ready import start as start_payload
 from loadmaster.payload.state import LaunchRecord, NotOurs, StateDirectory, boot_id, mark_executed, remove_state
 from loadmaster.result import EndedBy
 from loadmaster.workdir import Workdir
@@ -100,7 +101,7 @@ def test_the_boot_has_a_name() -> None:
 
 async def start(workdir: Workdir, state: Path, spec: PayloadSpec = TRUE, **words: object) -> supervise.Payload:
     world = World.model_validate(words)
-    return await supervise.start(spec, workdir, stdout="std.out", stderr="std.err", world=world, state=state)
+    return await start_payload(spec, workdir, stdout="std.out", stderr="std.err", world=world, state=state)
 
 
 async def test_what_it_says_stays_until_somebody_removes_it(workdir: Workdir, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from loadmaster.errors import PayloadNotStarted
 from loadmaster.limits import UNCHECKED
 from loadmaster.payload import supervise
 from loadmaster.payload.hierarchies import find_hierarchies
+from loadmaster.payload.ready import start as start_payload
 from loadmaster.payload.supervise import Payload, watch
 from loadmaster.payload.usage import read_stat
 from loadmaster.result import EndedBy, Usage
@@ -46,7 +47,7 @@ async def start(
 ) -> Payload:
     spec = PayloadSpec(command=command, env={"PATH": os.environ["PATH"], **env})
     world = World(containment=tuple(containment), cgroup=cgroup)
-    return await supervise.start(spec, workdir, stdout="std.out", stderr="std.err", limits=limits, world=world)
+    return await start_payload(spec, workdir, stdout="std.out", stderr="std.err", limits=limits, world=world)
 
 
 def keep(looks: list[Usage]) -> Callable[[Usage], Awaitable[None]]:

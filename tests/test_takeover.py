@@ -34,8 +34,10 @@ from loadmaster.description import Containment
 from loadmaster.errors import WorkdirFault
 from loadmaster.events import Event, LimitReached, PayloadStarted
 from loadmaster.journal import open_journal
+from loadmaster.lifecycle import Lifecycle
 from loadmaster.logbook import Logbook
 from loadmaster.payload.usage import read_stat
+from loadmaster.recovery import Succession
 from loadmaster.result import EndedBy, Verdict
 from loadmaster.world import World
 
@@ -306,27 +308,58 @@ async def test_a_node_ends_a_payload_it_has_forgotten_before_anything_waits(plac
     assert (place.place / "ran").read_text() == "x\nx\n"
 
 
-async def test_a_kill_while_a_lost_attempt_is_delivered_is_not_taken(
-    place: Place, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("when", ["while it is delivered", "while its end is written", "and the agent dies"])
+async def test_a_job_whose_lost_attempt_is_killed_does_not_run_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
-    """It was, and was neither written nor obeyed: the next attempt ran to its end."""
+    """It was too late to end that attempt, and the next one ran to its end. The order is for the job."""
     place.world["containment"] = [Containment.PID_NAMESPACE]
-    script = f"touch ready; [ -e {place.place}/again ] || sleep 1000"
+    script = f"echo x >> {place.place}/ran; touch ready; [ -e {place.place}/again ] || sleep 1000"
     await place.killed(sh(script), lambda: place.file("ready").exists())
     await to_thread.run_sync(cut, place.place / "journal", 4)
     (place.place / "again").touch()
     taken: list[bool] = []
+    words: dict[str, Any] = {"ledger": Ledger(1), "root": place.root, "site": place.site}
+
+    def kill() -> None:
+        taken.extend([handle.kill("stale", attempt=7), handle.kill("unwanted", attempt=1)])
 
     async def deliver(_: JobExecutionCoordinator) -> None:
-        taken.append(handle.kill("too late"))
-        monkeypatch.undo()
+        if when != "while its end is written":
+            kill()
+        if when == "and the agent dies":
+            await handle.keep_order()
+            leaving.cancel()
+            await anyio.sleep_forever()
+
+    usual = Succession.write_soon
+
+    def write_soon(self: Succession, events: Sequence[Event], told: Any) -> Any:
+        write = usual(self, events, told)
+        if self.has_next and not taken:
+            kill()
+        return write
 
     monkeypatch.setattr(JobExecutionCoordinator, "stageOut", deliver)
-    async with Node(ledger=Ledger(1), root=place.root, site=place.site, journal=place.place / "journal") as node:
-        (handle,) = node.resumed
-        lost = await handle.wait()
-        assert (lost.status, lost.failure and lost.failure.kind) == (Status.RESCHEDULED, "PayloadLost")
-    assert taken == [False]
+    monkeypatch.setattr(Succession, "write_soon", write_soon)
+    with anyio.CancelScope() as leaving:
+        async with Node(journal=place.place / "journal", **words) as node:
+            (handle,) = node.resumed
+            await handle.wait()
+            await node.wait_idle()
+    if when == "and the agent dies":
+        monkeypatch.undo()
+        async with Node(journal=place.place / "journal", **words) as node:
+            await node.wait_idle()
+    assert taken == [False, True]
+    async with open_journal(place.place / "journal") as journal:
+        history = await journal.history("7")
+    assert history is not None
+    assert history.attempt == (2 if when == "while its end is written" else 1)
+    assert history.status == Status.KILLED
+    assert str(Lifecycle.of(history.events).result().failure) == "JobWasKilled: unwanted"
+    assert kinds(history.events).count("KillOrdered") == 1
+    assert (place.place / "ran").read_text() == "x\n"
 
 
 # -- one work directory, two journals ------------------------------------------------------------------------------

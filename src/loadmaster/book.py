@@ -8,8 +8,8 @@ What a job's handle tells comes here, and goes on to whoever reads the node's ev
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -94,6 +94,7 @@ class Book:
         self.cores = Counter[str]()
         """How many they need."""
         self.ended = Counter[str]()
+        self.begun_again = 0
         self.given_back = self.interrupted = self.recalled = self.bytes_in = self.bytes_out = 0
         self.cpu_seconds = 0.0
         self.open = False
@@ -248,6 +249,19 @@ class Book:
         self.going_on.clear()
         self.streams.close()
         self.change.ring()
+
+    @asynccontextmanager
+    async def disk_of(self, entry: Entry) -> AsyncIterator[None]:
+        """Wait for the disk of a job's stay and hold it, or what it has held all the time, and its slot."""
+        if entry.disk is not None:
+            with entry.disk:
+                try:
+                    yield
+                finally:
+                    entry.give_up_slot()
+        else:
+            async with self.ledger.reserve_disk(disk_bytes(entry.job), priority=entry.job.priority):
+                yield
 
     def _count(self, entry: Entry, one: int) -> None:
         self.phases[entry.phase] += one

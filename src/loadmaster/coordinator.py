@@ -36,12 +36,12 @@ from loadmaster.events import (
     TransferProgress,
 )
 from loadmaster.handle import JobHandle
-from loadmaster.hooks import warn_of_misspellings
 from loadmaster.leftovers import Leftovers
 from loadmaster.names import base_name, check_local_name, join_url
 from loadmaster.payload.output import PEEK_LINES
 from loadmaster.payload.supervise import Payload
 from loadmaster.result import Failure, PayloadOutcome, StoredFile
+from loadmaster.signatures import warn_of_misspellings
 from loadmaster.staging.engine import NOT_MADE, Transfers
 from loadmaster.staging.plan import (
     MAGIC,
@@ -146,6 +146,9 @@ class JobInFlight:
         """How the payload ended; None before that."""
         self.failure: Failure | None = None
         """Why the computing failed; None if it did not, or is not over."""
+        self.writes_behind = False
+        """Whether a standard hook is called, and not somebody's own code: that a file has moved is then written soon, and
+        nobody waits for each."""
         self._delivered: dict[str, str] = {}
         self._archives: dict[str, str] = {}
         """Those of directories: what each is called in the work directory."""
@@ -269,7 +272,7 @@ class JobInFlight:
         from loadmaster.staging.early import open_early  # loaded when used
 
         patterns = [each.pattern for file in early for each in _spellings(file)]
-        listener = _Recorder(self._handle, FileStagedOut)
+        listener = _Recorder(self._handle, FileStagedOut, behind=False)
         async with open_early(
             self._transfers, self._files, patterns, self._plan_early, listener, self._leftovers
         ) as self._early:
@@ -354,7 +357,7 @@ class JobInFlight:
             await self._leftovers.delivering(deliveries)
             parts = self._leftovers.parts
         await self._transfers.deliver(
-            deliveries, self._files, _Recorder(self._handle, FileStagedOut), early, parts=parts
+            deliveries, self._files, _Recorder(self._handle, FileStagedOut, self.writes_behind), early, parts=parts
         )
 
     # -- the same for both ---------------------------------------------------------------------------------------
@@ -365,7 +368,8 @@ class JobInFlight:
         if files:
             known = await self._transfers.lookup(lfns_of(files))
             fetches = plan_fetches(files, known, self._transfers.site)
-            await self._transfers.fetch(fetches, self._files, _Recorder(self._handle, FileStagedIn))
+            recorder = _Recorder(self._handle, FileStagedIn, self.writes_behind)
+            await self._transfers.fetch(fetches, self._files, recorder)
 
     def _without_those_here(self, files: Sequence[InputFile]) -> list[InputFile]:
         """Those that an earlier agent has not brought already."""
@@ -516,8 +520,9 @@ def _spellings(file: OutputFile) -> Iterator[OutputFile]:
 class _Recorder:
     """Turns what a staging says into the job's events."""
 
-    def __init__(self, handle: JobHandle, arrived: type[FileStagedIn | FileStagedOut]) -> None:
+    def __init__(self, handle: JobHandle, arrived: type[FileStagedIn | FileStagedOut], behind: bool) -> None:
         self._handle = handle
+        self._say = handle.note if behind else handle.record
         self._arrived = arrived
 
     @property
@@ -525,7 +530,7 @@ class _Recorder:
         return self._handle.followed
 
     async def staged(self, file: StoredFile) -> None:
-        await self._handle.record(self._arrived, file)
+        await self._say(self._arrived, file)
 
     async def failed_over(self, file: StoredFile, wanted: str) -> None:
         await self._handle.record(FailoverRequested, file, wanted)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path, PurePath, PurePosixPath
 from types import MappingProxyType
-from typing import Annotated, Any, Final, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Final, Literal, Self
 from urllib.parse import quote, unquote
 
 from pydantic import (
@@ -24,6 +24,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ModelWrapValidatorHandler,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -211,9 +212,26 @@ class Words(BaseModel):
     extra: dict[str, JsonValue] = Field(default_factory=dict)
     """DIRAC's keys that have no field here, as they came."""
 
+    what: ClassVar[str] = "description"
+    """What it is called where it cannot be understood."""
+
     @classmethod
     def _keys(cls) -> Mapping[str, str]:
         return {}
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_our_words(cls, data: Any, build: ModelWrapValidatorHandler[Self]) -> Self:
+        """Made from keywords or from a dictionary, it is refused with the same error."""
+        try:
+            return build(data)
+        except ValidationError as exc:
+            raise InvalidJob(f"{cls.what}: {'; '.join(complaints(exc, data, cls._keys(), field_names(cls)))}") from exc
+
+    @classmethod
+    def load(cls, data: Mapping[str, Any]) -> Self:
+        """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
+        return cls.model_validate(data)
 
     @model_validator(mode="before")
     @classmethod
@@ -410,7 +428,10 @@ def _new_job_id() -> str:
 
 
 class JobDescription(Words):
-    """What a user asked for. Build it from keywords, or from a dictionary with `load`, which raises `InvalidJob`."""
+    """What a user asked for. Build it from keywords, or from a dictionary with `load`. Either raises `InvalidJob` that names
+    every field at fault."""
+
+    what = "job description"
 
     model_config = ConfigDict(defer_build=False)  # while we are imported, not in somebody's event loop
 
@@ -533,11 +554,6 @@ class JobDescription(Words):
             _refuse_collisions([*taken, *(file.name for file in value)])
         return value
 
-    @classmethod
-    def load(cls, data: Mapping[str, Any]) -> Self:
-        """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
-        return _load(cls, data, "job description")
-
     def words(self) -> dict[str, Any]:
         """The description as JSON's types, for `load`: what was set, also to what is the default, and what is not the
         default. Coordinators of DIRAC's kind read what was set."""
@@ -596,7 +612,9 @@ class JobDescription(Words):
 
 
 class ComputingElement(Words):
-    """Where the job runs: what the pilot knows of its node, queue and site."""
+    """Where the job runs: what the pilot knows of its node, queue and site. Raises `InvalidJob` as `JobDescription` does."""
+
+    what = "computing element"
 
     model_config = ConfigDict(defer_build=False)
 
@@ -612,11 +630,6 @@ class ComputingElement(Words):
     @classmethod
     def _keys(cls) -> Mapping[str, str]:
         return CE_KEYS
-
-    @classmethod
-    def load(cls, data: Mapping[str, Any]) -> Self:
-        """The description in a dictionary, ours or DIRAC's. Raises `InvalidJob` that names every field at fault."""
-        return _load(cls, data, "computing element")
 
 
 class PayloadSpec(BaseModel):
@@ -656,21 +669,13 @@ _PLAINER: Final[Mapping[str, str]] = {
     **dict.fromkeys(("float_type", "float_parsing"), _A_NUMBER),
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), _A_WHOLE_NUMBER),
     "missing": "is missing",
+    **dict.fromkeys(("string_too_short", "too_short"), "is empty"),
     "extra_forbidden": "there is no such field",
     "tuple_type": "a list is expected",
     "dict_type": "an object {...} is expected",
     "model_type": "an object {...} is expected",
 }
 """What is said in place of pydantic's words, by the kind of error."""
-
-W = TypeVar("W", bound=Words)
-
-
-def _load(cls: type[W], data: Mapping[str, Any], what: str) -> W:
-    try:
-        return cls.model_validate(data)
-    except ValidationError as exc:
-        raise InvalidJob(f"{what}: " + "; ".join(complaints(exc, data, cls._keys(), field_names(cls)))) from exc
 
 
 def field_names(model: type[BaseModel], above: str = "") -> Iterator[str]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AsyncExitStack
-from math import inf
 from typing import Protocol
 
 import anyio
 from anyio.abc import TaskGroup
 
-from loadmaster.ahead import disk_bytes
 from loadmaster.book import FOR_DISK, GIVEN_BACK, STAGING_IN, Book, Entry, phase_of
 from loadmaster.coordinator import Coordinator
 from loadmaster.description import JobDescription
@@ -53,7 +50,9 @@ class Dispatch:
         all that has happened in a turn of the event loop."""
         book = self._book
         while True:
-            with anyio.CancelScope() as until_slow:
+            with (
+                anyio.CancelScope() as until_slow
+            ):  # which ends early: to look once more costs less than to set it anew
                 while not until_slow.cancel_called:
                     rings = book.news.rings
                     while book.unstarted:
@@ -66,9 +65,9 @@ class Dispatch:
                     self.look(now)
                     book.change.ring()
                     # Then a place becomes free: a source may be asked.
-                    until_slow.deadline = book.line.next_slow(now)
+                    if (slow := book.line.next_slow(now)) < until_slow.deadline:
+                        until_slow.deadline = slow
                     await book.news.wait_beyond(rings)
-                    until_slow.deadline = inf
 
     def look(self, now: float) -> None:
         """What the cores do from now on."""
@@ -101,13 +100,7 @@ class Dispatch:
         why: JobError = RescheduleJob(GIVEN_BACK)
         try:
             with entry.scope or anyio.CancelScope():
-                async with AsyncExitStack() as stack:
-                    if entry.disk is None:
-                        disk = book.ledger.reserve_disk(disk_bytes(job), priority=job.priority)
-                        await stack.enter_async_context(disk)
-                    else:
-                        stack.enter_context(entry.disk)
-                        stack.callback(entry.give_up_slot)
+                async with book.disk_of(entry):
                     if entry.phase == FOR_DISK:
                         book.move(entry, phase_of(handle.stage))
                     await self._run(
@@ -137,6 +130,7 @@ class Dispatch:
         try:
             if handle.stage is Stage.NEW:
                 await accept(entry, self._site)
+                await handle.settle()
             await handle.keep_order()
             if handle.stage is not Stage.FINISHED:
                 failure = Failure.of(why, Phase.STAGE_IN)
@@ -148,8 +142,8 @@ class Dispatch:
 
 
 async def accept(entry: Entry, site: Site) -> None:
-    """A job's first event."""
-    await entry.handle.record(
+    """A job's first event, which is soon on disk."""
+    await entry.handle.note(
         JobAccepted, entry.job.words(), reference_of(entry.coordinator),
         outputs=site.output_directory or "", site=site.file,
     )  # fmt: skip

@@ -49,6 +49,8 @@ class KeepsState(ABC):
 
     directory: Path
     """Where all of it is: nothing for a payload to see."""
+    has_next: bool = False
+    """Whether the job's next attempt has been begun, or is being written together with the end of this one."""
 
     @abstractmethod
     def write_soon(self, events: Sequence[Event], told: Callable[[Exception | None], None]) -> Write:
@@ -93,6 +95,7 @@ class JobHandle:
         self._fault: Exception | None = None
         self._keeps: KeepsState | None = journal if isinstance(journal, KeepsState) else None
         self._identity: tuple[str, int] | None = None
+        self._state: Path | None = None
         self._computing: anyio.CancelScope | None = None
         self._computed = False
         self._closed = False
@@ -184,22 +187,31 @@ class JobHandle:
         Whatever is computing ends: staging in, hooks, the payload (TERM, grace, KILL). The sandbox is still delivered,
         output data is not, and the job ends as Killed. False when it is too late: the job has finished computing and
         only delivers its outputs, or has ended; or when the order is for another `attempt`. One that has not begun never
-        does. Where there is a journal the order is obeyed once it is in there: `KillOrdered`.
+        does, nor does the next attempt at one that was lost: the order is the job's. Where there is a journal the order is
+        obeyed once it is in there: `KillOrdered`.
         """
-        too_late = self._computed or self._closed or self._life.has_reached(Stage.COMPUTED)
-        if too_late or attempt not in {None, self.attempt}:
+        if self._is_too_late_to_kill or attempt not in {None, self.attempt}:
             return False
         if self.kill_reason is None:
             self.kill_reason = reason
         if self._obeying is not None and self._journal is not None:
             self._obeying.start_soon(self.keep_order)
         elif self._journal is None:
-            if self._life.stage in COMPUTING and self._life.kill_reason is None:
+            if self._life.may_be_killed and self._life.kill_reason is None:
                 self._say(KillOrdered, self.kill_reason)
             self._end_computing()
         if self._at_kill is not None:
             self._at_kill()
         return True
+
+    @property
+    def _is_too_late_to_kill(self) -> bool:
+        if self._closed:
+            return True
+        if self._keeps is not None and self._keeps.has_next:
+            return False  # whoever begins that passes it on
+        computed = self._computed and not self._life.has_reached(Stage.COMPUTED)
+        return computed or not (self._life.may_be_killed or self._life.stage is Stage.NEW)
 
     def hurry(self) -> None:
         """Whoever is being asked to end is made to, at once: what is left of a grace is not kept."""
@@ -319,7 +331,9 @@ class JobHandle:
     @property
     def state(self) -> Path | None:
         """Where that is kept of the payload which outlives an agent; None where nobody would look for it."""
-        return None if self._identity is None or self._keeps is None else self._keeps.state_directory(*self._identity)
+        if self._state is None and self._identity is not None and self._keeps is not None:
+            self._state = self._keeps.state_directory(*self._identity)
+        return self._state
 
     @property
     def hidden(self) -> tuple[Path, ...]:

@@ -9,8 +9,9 @@ import logging
 import sys
 import time
 from collections.abc import Awaitable, Callable, Generator
+from itertools import dropwhile, takewhile
 from pathlib import Path
-from traceback import extract_tb
+from traceback import FrameSummary, extract_tb
 from types import ModuleType
 from typing import Any, Final, Generic, TypeVar
 
@@ -19,17 +20,16 @@ from pydantic import ValidationError
 
 from loadmaster.description import complaints
 from loadmaster.errors import HookFailed, IllegalEvent, InvalidJob, JobError, RetryHook, RuntimeFault
+from loadmaster.signatures import STANDARD, meant_by, unlike, warn_at_first_use
 from loadmaster.tasks import leaves
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
+_PACKAGE: Final = Path(__file__).parent
+
 ENTRY_POINTS: Final = "loadmaster.coordinators"
-
-STANDARD: Final = "loadmaster.coordinator:JobExecutionCoordinator"
-
-HOOKS: Final = ("stageIn", "preProcess", "postProcess", "stageOut")
 
 FILE_MODULE: Final = "loadmaster_coordinator_"
 """What the module of a coordinator's file is called, before the file's name."""
@@ -57,7 +57,8 @@ async def _call(name: str, hook: Callable[..., Awaitable[T]], *args: Any) -> T:
     try:
         return await _Stepwise(_awaitable(name, hook(*args)), name)
     except BaseException as exc:  # community code: whatever it raises becomes a value
-        meaning = _meaning(name, exc)
+        mistaken = unlike(hook, args) if isinstance(exc, TypeError) and _not_entered(exc) else None
+        meaning = _meaning(name, exc) if mistaken is None else HookFailed(f"{name} {mistaken}")
         if meaning is exc:
             raise
         raise meaning from exc
@@ -97,10 +98,20 @@ def _meaning(name: str, exc: BaseException) -> BaseException:
     return HookFailed(f"{name} raised {type(first).__name__}{': ' if said else ''}{said}{_place(first)}")
 
 
+def _not_entered(error: BaseException) -> bool:
+    """Whether it was raised by the call itself, before a line of the hook was run."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is None
+
+
 def _place(error: BaseException) -> str:
-    """Where an error was raised, as its author would look for it."""
-    frames = extract_tb(error.__traceback__)
-    return f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    """Where an error was raised, as its author would look for it: where he called us, if it was in something of ours."""
+    frames = list(dropwhile(_ours, extract_tb(error.__traceback__)))
+    theirs = list(takewhile(lambda frame: not _ours(frame), frames))
+    return f" ({Path(theirs[-1].filename).name}:{theirs[-1].lineno})" if theirs else ""
+
+
+def _ours(frame: FrameSummary) -> bool:
+    return Path(frame.filename).is_relative_to(_PACKAGE)
 
 
 class _Stepwise(Generic[T]):
@@ -142,22 +153,6 @@ def _sender(steps: Generator[Any, Any, Any], value: Any) -> Callable[[], Any]:
 
 def _thrower(steps: Generator[Any, Any, Any], exc: BaseException) -> Callable[[], Any]:
     return lambda: steps.throw(exc)
-
-
-def warn_of_misspellings(coordinator: type[Any]) -> None:
-    """Say in the log which methods of a class nobody calls, for all that they look like hooks: `preprocess`.
-
-    Where a class has both, as one that calls `pre_process` from its `preProcess`, it is meant.
-    """
-    hooks = {hook.lower(): hook for hook in HOOKS}
-    classes = [vars(each) for each in coordinator.__mro__]
-    for own in classes:
-        for name in own:
-            hook = hooks.get(name.replace("_", "").lower())
-            if hook is None or name == hook or name.startswith("_") or not callable(own[name]):
-                continue
-            if not any(name in each and hook in each for each in classes):
-                log.warning("%s.%s is never called: the hook is %s", coordinator.__qualname__, name, hook)
 
 
 def reference_of(coordinator: type[Any]) -> str:
@@ -219,11 +214,10 @@ def _class(found: object, reference: str) -> type[Any]:
     for hook in ("preProcess", "postProcess"):
         if not callable(getattr(found, hook, None)):
             raise InvalidJob(f"coordinator {reference}: has no {hook}{_like(found, hook)}")
-    if STANDARD not in {f"{each.__module__}:{each.__qualname__}" for each in found.__mro__}:  # of these it was said
-        warn_of_misspellings(found)
+    warn_at_first_use(found)
     return found
 
 
 def _like(found: type[Any], hook: str) -> str:
-    alike = [name for name in dir(found) if name.replace("_", "").lower() == hook.lower()]
+    alike = [name for name in dir(found) if not name.startswith("_") and meant_by(name) == hook]
     return f", but {', '.join(alike)}" if alike else ""

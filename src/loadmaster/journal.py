@@ -23,6 +23,7 @@ from loadmaster.errors import JournalFault
 from loadmaster.events import Event
 from loadmaster.handle import JobHandle, KeepsState, Write
 from loadmaster.logbook import History, Logbook, Record, state_name
+from loadmaster.scribe import Scribe
 from loadmaster.tasks import single_error
 
 P = ParamSpec("P")
@@ -41,6 +42,10 @@ LATE_SECONDS: Final = 0.05
 """An event nobody waits for is written with those that somebody does wait for, or so much later: each write by itself costs
 half a millisecond of a processor (a thread is woken, and the loop by it), whatever is in it."""
 
+COMPANY_SECONDS: Final = 0.005
+"""Where several waited for the last write, the next is begun no sooner than that after it: more will come. Whoever is
+alone waits for nobody."""
+
 
 class _Batch(Write):
     """What goes to the disk together."""
@@ -51,9 +56,12 @@ class _Batch(Write):
         self.begun = anyio.Event()
         self.wanted = anyio.Event()
         """Somebody waits for it."""
+        self.waiting = 0
+        """So many do."""
         self._done = anyio.Event()
 
     async def settled(self) -> None:
+        self.waiting += 1
         self.wanted.set()
         await self._done.wait()
 
@@ -73,6 +81,7 @@ class NodeJournal(KeepsState):
         self.damage = book.damage
         """What was found to be missing when it was opened, in a sentence; None: nothing."""
         self._book = book
+        self._scribe: Scribe | None = None
         self._turn = anyio.Lock(fast_acquire=True)
         self._gathering = _Batch()
         self._closed = self._abandoned = False
@@ -108,12 +117,16 @@ class NodeJournal(KeepsState):
             with anyio.CancelScope(shield=True):  # bounded: `kept` ends it
                 while not (self._abandoned or (self._closed and not self._gathering.groups)):
                     batch = self._gathering
-                    await batch.begun.wait()
-                    with anyio.move_on_after(LATE_SECONDS):
-                        await batch.wanted.wait()
+                    if not batch.begun.is_set():
+                        await batch.begun.wait()
+                    if not batch.wanted.is_set():
+                        with anyio.move_on_after(LATE_SECONDS):
+                            await batch.wanted.wait()
                     await lowlevel.checkpoint()  # whoever comes in this turn of the loop comes along
                     if batch.groups:
                         await self._write(batch)
+                        if batch.waiting > 1 and not self._closed:
+                            await anyio.sleep(COMPANY_SECONDS)
         finally:
             self._closed = True
             self._give_up(JournalFault("the journal has been closed"))
@@ -125,7 +138,7 @@ class NodeJournal(KeepsState):
             with anyio.move_on_after(DISK_SECONDS):
                 async with self._turn:
                     self._gathering = _Batch()
-                    errors = await to_thread.run_sync(self._book.add, batch.groups, abandon_on_cancel=True)
+                    errors = await self._hand.do(lambda: self._book.add(batch.groups), abandon_on_cancel=True)
         except (sqlite3.Error, OSError, JournalFault) as exc:
             fault = exc
         finally:
@@ -187,10 +200,17 @@ class NodeJournal(KeepsState):
         async with self._turn:
             self._check_open()
             try:
-                return await to_thread.run_sync(lambda: function(*args, **kw))
+                return await self._hand.do(lambda: function(*args, **kw))
             except (sqlite3.Error, OSError) as exc:
                 self._book.met(exc)
                 raise JournalFault(f"{self.directory}: {exc}") from exc
+
+    @property
+    def _hand(self) -> Scribe:
+        """Who writes, while the journal is kept."""
+        if self._scribe is None:
+            raise JournalFault("the journal is not kept by anybody")
+        return self._scribe
 
     def _check_open(self) -> None:
         if self._closed:
@@ -199,6 +219,7 @@ class NodeJournal(KeepsState):
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
         """While it is open; all that was given to it is written before it is left."""
+        self._scribe = scribe = Scribe()
         try:
             with single_error():
                 async with anyio.create_task_group() as writing:
@@ -212,8 +233,13 @@ class NodeJournal(KeepsState):
         finally:
             with anyio.CancelScope(shield=True):  # bounded: each step in the turn is
                 async with self._turn:
-                    if not self._abandoned:
-                        await to_thread.run_sync(self._book.close)
+                    if self._abandoned:
+                        scribe.dismiss()
+                    else:
+                        try:
+                            await scribe.do(self._book.close)
+                        finally:
+                            await scribe.leave()
 
 
 @asynccontextmanager

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Protocol
 
+import anyio
 from anyio import lowlevel
 
 from loadmaster.description import JobDescription
@@ -313,5 +314,6 @@ class Ledger:
 async def _granted(ticket: Ticket) -> None:
     """Wait for it. Who has it at once goes on at once, unless cancelled."""
     await lowlevel.checkpoint_if_cancelled()
-    if not ticket.holds:
-        await ticket.granted.wait()
+    if not ticket.granted:
+        ticket.heard = anyio.Event()
+        await ticket.heard.wait()

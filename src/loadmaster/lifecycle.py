@@ -102,7 +102,7 @@ _NOTES: Final[Mapping[type[Event], frozenset[Stage]]] = {
     RemovalRequested: _PAYLOAD_SEEN | _DELIVERING,
     ParameterReported: COMPUTING | _DELIVERING,
     Remembered: COMPUTING | _DELIVERING,
-    KillOrdered: COMPUTING,
+    KillOrdered: COMPUTING,  # and while a lost attempt is delivered: see `may_be_killed`
     PayloadAdopted: frozenset({Stage.RUNNING}),
     SoftStopOrdered: frozenset({Stage.RUNNING}),
     LimitReached: frozenset({Stage.RUNNING}),
@@ -157,7 +157,7 @@ class Lifecycle:
         """Raise `IllegalEvent` when the event cannot come now."""
         kind = type(event)
         allowed = _MOVES[kind][0] if kind in _MOVES else _NOTES.get(kind, frozenset())
-        if self.stage not in allowed:
+        if self.stage not in allowed and not (kind is KillOrdered and self.may_be_killed):
             raise IllegalEvent(
                 f"job {event.job_id}: {event.kind} cannot come while the job is {self.stage.name.lower()}"
             )
@@ -186,6 +186,8 @@ class Lifecycle:
                 self.started = event
             case KillOrdered(reason=reason):
                 self.kill_reason = self.kill_reason or reason
+                if self.failure is not None:  # it was lost, and would have come again
+                    self.failure = Failure("JobWasKilled", self.kill_reason, self.failure.phase)
             case SoftStopOrdered(signal=number):
                 self.soft_stop = number
             case LimitReached(verdict=verdict):
@@ -227,6 +229,13 @@ class Lifecycle:
     def has_reached(self, stage: Stage) -> bool:
         """Whether the job stands there, or beyond."""
         return self.stage >= stage
+
+    @property
+    def may_be_killed(self) -> bool:
+        """Whether an order to end it still changes anything: something is computed, or would be by the next attempt,
+        because this one was lost."""
+        lost = self.stage in _DELIVERING and self.failure is not None and self.failure.kind == "PayloadLost"
+        return lost or self.stage in COMPUTING
 
     @property
     def ending_by(self) -> EndedBy | None:

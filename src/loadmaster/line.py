@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from operator import le
 from typing import Final
@@ -43,7 +43,13 @@ class Ticket:
     """How many were granted while it was at the head of the line or had waited longest."""
     holds: Amounts = ()
     """Empty while it waits."""
-    granted: anyio.Event = field(default_factory=anyio.Event)
+    heard: anyio.Event | None = None
+    """Set once it was granted; of somebody who waits for that."""
+
+    @property
+    def granted(self) -> bool:
+        """Whether it waits no more."""
+        return bool(self.holds)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -87,7 +93,6 @@ class Line:
         ticket = Ticket(self._tickets, 0, amounts, 0, holds=amounts)
         self._tickets += 1
         self.free = tuple(free - held for free, held in zip(self.free, amounts, strict=True))
-        ticket.granted.set()
         return ticket
 
     def give_back(self, ticket: Ticket) -> None:
@@ -146,7 +151,8 @@ class Line:
         first = max(ticket.needs[0], min(ticket.most, spare[0]))
         ticket.holds = (first, *ticket.needs[1:])
         self.free = tuple(free - held for free, held in zip(self.free, ticket.holds, strict=True))
-        ticket.granted.set()
+        if ticket.heard is not None:
+            ticket.heard.set()
 
     def _in_front(self) -> tuple[Ticket, Ticket]:
         """The first of the highest priority, and who has waited longest; may be the same."""

@@ -34,6 +34,7 @@ from loadmaster.logfile import (
     salvage,
     seen,
     sync_directory,
+    told,
 )
 
 log = logging.getLogger(__name__)
@@ -134,17 +135,22 @@ class Logbook:
     def _opened(cls, directory: Path, lock: int) -> Logbook:
         number = max(generations(directory), default=0)
         damaged, whole = (directory / NAME.format(each) for each in (number, number + 1))
-        written = frames(damaged)
+        written, emptied = frames(damaged), _was_emptied(directory, damaged)
         try:
             book = cls._of(directory, damaged, lock, suspect=(directory / "suspect").exists())
             if written > book._valid_frames():
                 book.damage = "the end of the last write was torn, and is left out"
+            elif emptied:
+                book.damage = f"{damaged.name} had been emptied: what it had is lost"
         except sqlite3.DatabaseError as exc:
             if not is_damage(exc):
                 raise
+            log.info("%s: %s", damaged, exc)
             saved = salvage(damaged, whole)
             book = cls._of(directory, whole, lock, suspect=False)
-            book.damage = f"{damaged.name} is damaged ({exc}) and kept aside; {saved} events could be read up to there"
+            book.damage = (
+                f"{damaged.name} is damaged ({told(exc)}) and kept aside; {saved} events could be read up to there"
+            )
         book._note_agent()
         with suppress(FileNotFoundError):
             (directory / "suspect").unlink()
@@ -202,8 +208,11 @@ class Logbook:
         return int(self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
 
     def _unexplained(self) -> list[str]:
-        """The states of payloads of which no job is known: whoever was emptied or removed beside them, it was not us."""
-        return [ascii(name) for name in sorted(os.listdir(self.directory / "payloads")) if not self._explains(name)]
+        """The states of payloads of which no job is known: whoever was emptied or removed beside them, it was not us. One
+        that only waited for its slot was ready, and not started."""
+        payloads = self.directory / "payloads"
+        names = (name for name in sorted(os.listdir(payloads)) if _may_have_started(payloads / name))
+        return [ascii(name) for name in names if not self._explains(name)]
 
     def _explains(self, name: str) -> bool:
         """Whether the state of a payload that has this name is of a job that is known to have been given a slot."""
@@ -420,6 +429,26 @@ class Logbook:
                 (last,),
             )
         ]
+
+
+def _was_emptied(directory: Path, file: Path) -> bool:
+    """Whether there is nothing in a file that once was a journal. Who made it may have died before he wrote to it; he had
+    not come to its payloads then."""
+    try:
+        return os.stat(file).st_size == 0 and (directory / "payloads").is_dir()
+    except FileNotFoundError:
+        return False
+
+
+def _may_have_started(state: Path) -> bool:
+    """Whether anybody has come to a payload's state to start it: he takes a lock there before he does."""
+    try:
+        os.lstat(state / "lock")
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def state_name(job_id: str, attempt: int) -> str:

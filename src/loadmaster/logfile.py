@@ -232,7 +232,7 @@ def prepared(path: Path, *, suspect: bool) -> sqlite3.Connection:
 
 def _damage(said: str) -> sqlite3.DatabaseError:
     """What SQLite would raise if it had seen it by itself."""
-    error = sqlite3.DatabaseError(said.splitlines()[0])
+    error = sqlite3.DatabaseError(said)
     error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
     return error
 
@@ -241,6 +241,12 @@ def is_damage(error: sqlite3.DatabaseError) -> bool:
     """Whether it is the file, and not the disk, that something is wrong with."""
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF in _DAMAGED
+
+
+def told(error: sqlite3.DatabaseError) -> str:
+    """What is wrong with a damaged file, for a sentence: SQLite's own words are for those who know its pages."""
+    code: int = getattr(error, "sqlite_errorcode", 0)
+    return "it is no database" if code & 0xFF == sqlite3.SQLITE_NOTADB else "parts of it do not belong together"
 
 
 def _sizes(path: Path) -> tuple[int, int]:
@@ -332,7 +338,7 @@ def _readable(damaged: Path) -> Iterator[tuple[int, int, str, str]]:
         finally:
             database.close()
     except (sqlite3.Error, ValueError, TypeError) as exc:
-        log.warning("%s: cannot be read any further: %s", damaged, exc)
+        log.info("%s: cannot be read any further: %s", damaged, exc)  # the journal's `damage` has it for everybody
     finally:
         for suffix in ("", "-wal", "-shm", "-journal"):
             Path(f"{copy}{suffix}").unlink(missing_ok=True)

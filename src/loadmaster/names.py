@@ -27,6 +27,10 @@ def check_local_name(name: str) -> str:
     """
     if not name:
         raise ValueError("a file name is empty")
+    if len(name) <= MAX_COMPONENT_BYTES and "/" not in name and name.isascii() and name.isprintable():
+        if name in {".", ".."}:
+            raise ValueError(f"{name!r}: a file name may not have {name!r} as a part")
+        return name  # as nearly all are
     if not name.isprintable():
         raise ValueError(f"{name!r}: a file name may not have control characters")
     if len(name.encode(errors="surrogateescape")) > MAX_NAME_BYTES:

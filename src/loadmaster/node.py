@@ -33,6 +33,7 @@ from loadmaster.handle import JobHandle
 from loadmaster.ledger import Ledger
 from loadmaster.machine import detect
 from loadmaster.occupancy import NodeStatistics, Occupation
+from loadmaster.payload.starter import open_starter
 from loadmaster.payload.supervise import HEARTBEAT_SECONDS
 from loadmaster.result import JobResult, Status
 from loadmaster.runner import run_job
@@ -133,12 +134,14 @@ class Node:
                 self._journal = self._given_journal
             if self._transfers is None:
                 self._transfers = await stack.enter_async_context(open_transfers(self._site))
+            starter = await stack.enter_async_context(open_starter())
             stack.callback(self._let_all_go)
             stack.enter_context(single_error())
             self._group = await stack.enter_async_context(anyio.create_task_group())
             run = partial(
-                run_job, ce=self.ce, transfers=self._transfers, root=root, heartbeat_seconds=self._heartbeat_seconds
-            )
+                run_job, ce=self.ce, transfers=self._transfers, root=root, heartbeat_seconds=self._heartbeat_seconds,
+                starter=starter,
+            )  # fmt: skip
             self._book.begin(self._group, self.ledger, terms)
             self._dispatch = Dispatch(self._book, run, self._transfers.site, self._group, anyio.current_time())
             if self._journal is not None:
@@ -299,6 +302,7 @@ class Node:
             stuck=0 if self._operations is None else self._operations.stuck,
             operations_done=0 if self._operations is None else self._operations.done,
             recalled=book.recalled,
+            begun_again=book.begun_again,
         )
 
     # -- details -----------------------------------------------------------------------------------------------------

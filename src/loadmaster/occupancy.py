@@ -49,6 +49,8 @@ class NodeStatistics:
     operations_done: int = 0
     recalled: int = 0
     """How many had ended before they were given to this node: the journal has them, and they were not run again."""
+    begun_again: int = 0
+    """Of those that ended as Rescheduled: how many were attempts that were lost, whose next one was begun here."""
 
     @property
     def core_seconds(self) -> float:
@@ -74,7 +76,7 @@ class NodeStatistics:
             self.busy_core_seconds - earlier.busy_core_seconds, self.cpu_seconds - earlier.cpu_seconds,
             self.idle, MappingProxyType(reasons), self.bytes_in - earlier.bytes_in, self.bytes_out - earlier.bytes_out,
             self.pending, self.stuck, self.operations_done - earlier.operations_done,
-            self.recalled - earlier.recalled,
+            self.recalled - earlier.recalled, self.begun_again - earlier.begun_again,
         )  # fmt: skip
 
 

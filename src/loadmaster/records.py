@@ -21,7 +21,6 @@ from loadmaster.logbook import History
 from loadmaster.recovery import Resumed, Succession, resumed, tidy
 from loadmaster.result import Status
 from loadmaster.site import Site
-from loadmaster.tasks import for_each
 
 RECORDED_AT_ONCE: Final = 200
 """So many new jobs go to the journal together; whoever comes meanwhile waits for some 20 ms."""
@@ -100,17 +99,18 @@ class Records:
         new = [unrecorded.popleft() for _ in range(min(len(unrecorded), RECORDED_AT_ONCE))]
         last = await self._journal.last([entry.job.job_id for entry in new])
 
-        async def one(entry: Entry) -> None:
+        for entry in new:
             attempt, _ = last.get(entry.job.job_id, (0, ""))
             if attempt >= entry.handle.attempt:
                 await self._recall(entry)
             else:
                 await accept(entry, self._site)
+        for entry in new:
+            if not entry.recalled:
+                await entry.handle.settle()  # of all of them, as a rule, with the first
                 self._book.put_in_line(entry)
             if entry.recorded is not None:
                 entry.recorded.set()
-
-        await for_each(new, one, RECORDED_AT_ONCE)
 
     async def _recall(self, entry: Entry) -> None:
         """A job that the journal knows: it has ended, and is not run again."""
@@ -133,6 +133,9 @@ class Records:
             succession = self.succession()
             handle = JobHandle.resumed(succession, [accepted])
             following = self._book.enter(entry.job, handle, entry.coordinator, accepted.attempt, succession)
+            self._book.begun_again += 1
+            if (reason := entry.handle.kill_reason) is not None:  # it came while this was being written
+                handle.kill(reason)
             self._later.setdefault(job_id, deque()).appendleft(following)
         if (waiting := self._later.get(job_id)) and self._book.open:
             self._book.entries[job_id] = following = waiting.popleft()

@@ -80,6 +80,7 @@ class Succession(KeepsState):
             self.follows = follows if fault is None else None
             told(fault)
 
+        self.has_next = True
         return self._journal.write_soon([*events, follows], both)
 
     def _is_lost(self, event: JobFinished) -> bool:
@@ -104,7 +105,7 @@ def resumed(history: History, journal: Succession, coordinator: type[Coordinator
             raise IllegalEvent("its history has no beginning")
         job = JobDescription.model_validate({**accepted.description, "job_id": history.job_id})
         return Resumed(job, handle, coordinator_of(accepted.coordinator, coordinator))
-    except (IllegalEvent, ValueError) as exc:
+    except (IllegalEvent, InvalidJob, ValueError) as exc:
         log.error("job %s, attempt %d: cannot be gone on with: %s", history.job_id, history.attempt, exc)  # noqa: TRY400
         return None
 

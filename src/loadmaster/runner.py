@@ -25,6 +25,7 @@ from anyio import lowlevel
 from anyio.abc import TaskGroup
 from pydantic import ValidationError
 
+from loadmaster.answers import answer_of
 from loadmaster.coordinator import Coordinator, JobExecutionCoordinator, JobInFlight
 from loadmaster.description import (
     RESCHEDULE_EXIT_CODE,
@@ -41,6 +42,7 @@ from loadmaster.errors import (
     LimitExceeded,
     PayloadFailed,
     PayloadLost,
+    PayloadNotStarted,
     RescheduleJob,
     RuntimeFault,
     SkipPayload,
@@ -69,16 +71,20 @@ from loadmaster.ledger import AsAsked, Slot, Slots
 from loadmaster.lifecycle import Lifecycle, Stage
 from loadmaster.limits import deadline_verdict, limits_of, seconds_left
 from loadmaster.payload.command import default_command, default_environment, with_slot
+from loadmaster.payload.ready import Ready
 from loadmaster.payload.softstop import SoftStop
+from loadmaster.payload.starter import Starter
 from loadmaster.payload.state import remove_state
-from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, start, watch
+from loadmaster.payload.supervise import HEARTBEAT_SECONDS, Payload, watch
 from loadmaster.result import EndedBy, Failure, JobResult, PayloadOutcome, Phase, Usage, Verdict
+from loadmaster.signatures import warn_at_first_use
 from loadmaster.site import Site
 from loadmaster.staging.engine import Transfers, open_transfers
 from loadmaster.staging.plan import check_outputs
 from loadmaster.tasks import single_error
 from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir, open_workdir
+from loadmaster.world import World
 
 if TYPE_CHECKING:
     from loadmaster.journal import NodeJournal  # with sqlite3, loaded when used
@@ -100,11 +106,13 @@ async def run_job(
     root: Path | None = None,
     keep_workdir: bool = False,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    starter: Starter | None = None,
 ) -> JobResult:
     """What came of one attempt at a job. Its failure is a value in there, not an exception.
 
     The files move through `transfers` (shared by many jobs) or those of `site`; the payload waits for a slot of `slots`;
-    the work directory is `<root>/<job id>`. `handle` follows and kills the job. What holds the payload's processes, what
+    the work directory is `<root>/<job id>`. `handle` follows and kills the job. `starter`, of `open_starter`, starts the
+    payloads of many jobs. What holds the payload's processes, what
     they see and what they may use is the site's to say: `Site.payload`.
 
     With a `journal` the job is gone on with where an agent left it, if it is in there; one that has ended is not run again,
@@ -132,7 +140,7 @@ async def run_job(
     handle.open(job.job_id, attempt)
     result = await run_part(
         job, Stage.FINISHED, handle=handle, ce=ce, coordinator=coordinator, site=site, transfers=transfers, slots=slots,
-        root=root, keep_workdir=keep_workdir, heartbeat_seconds=heartbeat_seconds,
+        root=root, keep_workdir=keep_workdir, heartbeat_seconds=heartbeat_seconds, starter=starter,
     )  # fmt: skip
     if result is None:
         raise RuntimeFault(f"job {job.job_id} ended without a result")
@@ -152,6 +160,7 @@ async def run_part(
     root: Path | None = None,
     keep_workdir: bool = False,
     heartbeat_seconds: float = HEARTBEAT_SECONDS,
+    starter: Starter | None = None,
 ) -> JobResult | None:
     """As `run_job`, of an opened handle with a journal, but only until the job is PREPARED, or its payload has EXITED; then
     there is no result, and the next part goes on from there. What fails before it is prepared ends the job; what fails
@@ -172,22 +181,28 @@ async def run_part(
 
     async def fly(tasks: TaskGroup) -> None:
         beating = anyio.CancelScope()
-        moved = nullcontext(transfers) if transfers is not None else open_transfers(site or Site())
-        made = open_workdir(place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload)
+        at = transfers.site if transfers is not None else site or Site()
+        moved = nullcontext(transfers) if transfers is not None else open_transfers(at)
+        kit = _Kit(job, ce or ComputingElement(), at.payload, handle, starter)
+        made = open_workdir(
+            place, job.job_id, keep=kept, identity=identity, afterwards=forget_payload,
+            at_once=kit.get_ready_early if until is Stage.FINISHED and _comes_as_it_is(job, coordinator) else None,
+        )  # fmt: skip
         try:
             forgotten = await _forgotten_payload(handle)
             async with moved as moving, made as workdir:
-                flight = JobInFlight(
-                    job, ce or ComputingElement(), workdir, moving, handle, beside=until is Stage.FINISHED
-                )
+                flight = JobInFlight(job, kit.ce, workdir, moving, handle, beside=until is Stage.FINISHED)
                 straight = _Flight(
-                    flight, workdir, moving.site, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds
+                    flight, workdir, at, coordinator, slots or AsAsked(), handle, tasks, heartbeat_seconds, kit
                 )
                 straight.until, straight.forgotten = until, forgotten
                 handle.begin(tasks, straight.beat)
                 if not handle.has_audience:  # which has one task for the heartbeats of many jobs
                     tasks.start_soon(straight.go_on_beating, beating)
-                await straight.fly()
+                try:
+                    await straight.fly()
+                finally:
+                    await kit.discard()
         finally:
             beating.cancel()
             try:
@@ -216,12 +231,78 @@ async def _forgotten_payload(handle: JobHandle) -> JobError | None:
     return await end_forgotten(handle)
 
 
+class _Kit:
+    """What a job's payload is made ready with; known before there is a work directory."""
+
+    def __init__(
+        self, job: JobDescription, ce: ComputingElement, world: World, handle: JobHandle, starter: Starter | None
+    ) -> None:
+        self.job = job
+        self.ce = ce
+        self.limits = limits_of(job, ce, os.environ)
+        self.ready: Ready | None = None
+        """Made, and neither started nor discarded."""
+        self._world = world
+        self._handle = handle
+        self._starter = starter
+
+    def environment(self, workdir: Workdir) -> dict[str, str]:
+        """Of the payload, if nobody changes it."""
+        return default_environment(self.job, self.ce, workdir, self._world)
+
+    def make_ready(self, spec: PayloadSpec, workdir: Workdir) -> None:
+        """Have it ready to be started. Blocks for a moment; raises `PayloadNotStarted`."""
+        hidden = [at for at in self._handle.hidden if not workdir.path.is_relative_to(at)]
+        self.ready = Ready(
+            spec, workdir, stdout=self.job.std_output, stderr=self.job.std_error, limits=self.limits, world=self._world,
+            state=self._handle.state, hidden=hidden, starter=self._starter,
+        )  # fmt: skip
+
+    def get_ready(self, workdir: Workdir) -> PayloadSpec:
+        """What the description says, and have that ready, unless it cannot be: then `make_ready`, in its own phase, says
+        why. Blocks for a moment; raises `PayloadNotStarted` when there is no such program."""
+        env = self.environment(workdir)
+        command = default_command(self.job, env, workdir)
+        spec = PayloadSpec.model_construct(command=command, env=env)  # of words that were checked with the description
+        with suppress(PayloadNotStarted):
+            self.make_ready(spec, workdir)
+        return spec
+
+    def get_ready_early(self, workdir: Workdir) -> None:
+        """As `get_ready`, of a job that brings nothing with it: in one go with its work directory. What fails fails again,
+        in its own phase."""
+        if not workdir.continued and not self._handle.is_journalled:  # which has to hear of it before
+            with suppress(PayloadNotStarted):
+                self.get_ready(workdir)
+
+    async def discard(self) -> None:
+        """It will not be started."""
+        if self.ready is not None:
+            await self.take().discard()
+
+    def take(self) -> Ready:
+        """The payload that is ready, for whoever starts it."""
+        ready, self.ready = self.ready, None
+        if ready is None:
+            raise RuntimeFault(f"job {self.job.job_id}: its payload is not ready")
+        return ready
+
+
+def _comes_as_it_is(job: JobDescription, coordinator: type[Coordinator]) -> bool:
+    """Whether nothing is brought in and nobody says what is executed: it is known before there is a work directory."""
+    standard = JobExecutionCoordinator
+    hooks = ("stageIn", "preProcess", "__init__")
+    return not (job.input_sandbox or job.input_data) and all(
+        getattr(coordinator, name, None) is getattr(standard, name) for name in hooks
+    )
+
+
 class _Flight:
     """The straight path of one job."""
 
     def __init__(
         self, job: JobInFlight, workdir: Workdir, site: Site, coordinator: type[Coordinator],
-        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float,
+        slots: Slots, handle: JobHandle, tasks: TaskGroup, heartbeat_seconds: float, kit: _Kit,
     ) -> None:  # fmt: skip
         self.job = job
         self.workdir = workdir
@@ -232,7 +313,8 @@ class _Flight:
         self.record, self.note = handle.record, handle.note
         self.tasks = tasks
         self.heartbeat_seconds = heartbeat_seconds
-        self.limits = limits_of(job.description, job.ce, os.environ)
+        self.kit = kit
+        self.limits = kit.limits
         self.standard = JobExecutionCoordinator(job.description, job.ce)
         self.standard.job = job
         self.coordinator: Coordinator = self.standard
@@ -245,6 +327,8 @@ class _Flight:
         self.last_lines: tuple[str, ...] = ()
         self.until = Stage.FINISHED
         self.forgotten: JobError | None = None
+        self.answered = False
+        """Whether the last hook had ended before anybody told it to: that counts, also while we are leaving."""
 
     async def fly(self) -> None:
         if not self.life.has_reached(Stage.ACCEPTED):
@@ -263,14 +347,16 @@ class _Flight:
             if not self.life.has_reached(Stage.COMPUTED):
                 self.job.failure = await self._compute()
                 self.job.companions.close()
-                await lowlevel.checkpoint_if_cancelled()  # what fails while we are leaving is not the job's failure
+                await self._unless_leaving()  # what fails while we are leaving is not the job's failure
                 if self.until is not Stage.FINISHED and self.job.failure is None:
                     return
                 await self.note(ComputingEnded, self.job.failure)
+                await lowlevel.checkpoint_if_cancelled()
             if self.until is Stage.EXITED:
                 return
             failure = await self._deliver()
-        await lowlevel.checkpoint_if_cancelled()  # likewise; and a hook may have lost a cancelled task unawares
+        await self._unless_leaving()  # likewise; and a hook may have lost a cancelled task unawares
+        await self.handle.keep_order()  # of an attempt that was lost
         await self.record(JobFinished, self.handle.ends_as(failure), failure)
 
     async def _compute(self) -> Failure | None:
@@ -295,6 +381,8 @@ class _Flight:
                     await self._post_process(outcome)
         except JobError as error:
             failure = None if isinstance(error, SkipPayload) else Failure.of(error, self.phase)
+        finally:
+            await self.kit.discard()
         if (said := self.life.companion_failure) is not None:  # maybe to an earlier agent
             failure = None if said.kind == SkipPayload.__name__ else said
         await self.handle.keep_order()
@@ -312,27 +400,41 @@ class _Flight:
         if not (self.life.has_reached(Stage.STAGING_IN) and self.workdir.continued):
             await self.note(StageInStarted, str(self.workdir.path), self.workdir.identity)
         await self._hook("stageIn")
+        await self._unless_leaving()
         await self.note(StageInEnded)
 
     async def _prepare(self) -> PayloadSpec:
         self._enter(Phase.PRE_PROCESS)
         if self.life.prepared is not None:
             return PayloadSpec(command=self.life.prepared.command, env=dict(self.life.prepared.env))
-        description = self.job.description
-        env = default_environment(description, self.job.ce, self.workdir, self.site.payload)
-        command = await briefly(lambda: default_command(description, env, self.workdir))
-        spec = _as_spec(await self._hook("preProcess", command, dict(env)))
+        kit, workdir = self.kit, self.workdir
+        if kit.ready is not None:
+            await lowlevel.checkpoint_if_cancelled()  # all the way from the job's begin nothing else waits
+            spec = kit.ready.spec
+        elif self._is_standard("preProcess") and self.until is not Stage.PREPARED:
+            spec = await briefly(lambda: kit.get_ready(workdir))  # nobody has anything to say about it: all in one go
+        else:
+            env = kit.environment(workdir)
+            command = await briefly(lambda: default_command(kit.job, env, workdir))
+            spec = _as_spec(await self._hook("preProcess", command, dict(env)))
+            await self._unless_leaving()
         await self.note(PayloadPrepared, spec.command, spec.env)
         return spec
 
     async def _run_payload(self, spec: PayloadSpec) -> PayloadOutcome:
         self._enter(Phase.PAYLOAD)
+        if self.kit.ready is None:
+            await briefly(lambda: self.kit.make_ready(spec, self.workdir))
         with self._in_time() as waiting:
             async with self.slots.lease(self.job.description) as slot:
                 if waiting is not None:
                     waiting.deadline = inf  # from here on the payload's own supervision keeps it
                 await self.record(SlotGranted, slot.cores, slot.memory_mb, slot.cpus, slot.gpus)
-                return await self._supervise(with_slot(spec, slot), frozenset(slot.cpus))
+                payload = await self.kit.take().start(
+                    with_slot(spec.env, slot), cores=frozenset(slot.cpus), soft_stop=SoftStop.of(self.job.description),
+                    outputs_bytes=self._outputs_bytes,
+                )  # fmt: skip
+                return await self._to_its_end(payload)
 
     async def _find_payload(self) -> Payload | None:
         """The payload that an earlier agent has started."""
@@ -346,24 +448,13 @@ class _Flight:
         )  # fmt: skip
 
     async def _supervise_again(self, payload: Payload) -> PayloadOutcome:
-        """As `_supervise`, for a payload that runs already, in the slot that it has."""
+        """As `_run_payload`, for one that runs already, in the slot that it has."""
         self._enter(Phase.PAYLOAD)
         had = self.life.slot
         assert had is not None  # noqa: S101 - no payload is started without
         slot = Slot(had.cores, had.memory_mb, had.cpus, had.gpus, extras=self.job.description.resources)
         with self.slots.hold(self.job.description, slot):
             return await self._to_its_end(payload, adopted=True)
-
-    async def _supervise(self, spec: PayloadSpec, cores: frozenset[int]) -> PayloadOutcome:
-        """From the payload's start to its end, which is certain, and recorded, whatever happens in between."""
-        description = self.job.description
-        payload = await start(
-            spec, self.workdir, stdout=description.std_output, stderr=description.std_error,
-            limits=self.limits, world=self.site.payload, cores=cores,
-            soft_stop=SoftStop.of(description), outputs_bytes=self._outputs_bytes,
-            state=self.handle.state, hidden=[at for at in self.handle.hidden if not self.workdir.path.is_relative_to(at)],
-        )  # fmt: skip
-        return await self._to_its_end(payload)
 
     async def _to_its_end(self, payload: Payload, *, adopted: bool = False) -> PayloadOutcome:
         """Watch it, and end it if need be; its end is recorded. Nothing may come between its start and this."""
@@ -468,6 +559,7 @@ class _Flight:
 
         if not self.has_coordinator:
             self.has_coordinator = True
+            warn_at_first_use(self.coordinator_class)
             self.coordinator = await call_hook(f"{self.coordinator_class.__name__}(jobArgs=..., ceArgs=...)", make)
 
     def _check_workdir(self) -> None:
@@ -477,14 +569,32 @@ class _Flight:
 
     async def _hook(self, name: str, *args: Any) -> Any:
         """Call a hook of the coordinator, or the standard one where it has none."""
+        self.answered = False
         await self._make_coordinator()
         hook = getattr(self.coordinator, name, None) or getattr(self.standard, name)
-        if getattr(hook, "__func__", None) is not getattr(JobExecutionCoordinator, name):  # it may do anything outside
-            await self.handle.settle()
-        return await call_hook(f"{self.coordinator_class.__name__}.{name}", hook, *args)
+        call = partial(call_hook, f"{self.coordinator_class.__name__}.{name}", hook, *args)
+        self.job.writes_behind = self._is_standard(name)
+        if self.job.writes_behind:
+            return await call()
+        await self.handle.settle()  # it may do anything outside
+        if not self.handle.is_journalled:  # nobody comes after us, to call it or not
+            return await call()
+        answer = await answer_of(call)
+        self.answered = answer.first
+        return answer.get()
+
+    async def _unless_leaving(self) -> None:
+        """Before the end of something is noted: it is none if it was cancelled, whatever it made of that."""
+        if not self.answered:
+            await lowlevel.checkpoint_if_cancelled()
+
+    def _is_standard(self, name: str) -> bool:
+        """Whether a hook of the coordinator is ours."""
+        hook = getattr(self.coordinator, name, None)
+        return hook is None or getattr(hook, "__func__", None) is getattr(JobExecutionCoordinator, name)
 
     def _enter(self, phase: Phase) -> None:
-        self.phase, self.phase_began = phase, time.monotonic()
+        self.phase, self.phase_began, self.answered = phase, time.monotonic(), False
 
     def _in_time(self) -> AbstractContextManager[anyio.CancelScope | None]:
         """While no payload runs: raise `LimitExceeded` when the job's deadline comes, if it has one."""

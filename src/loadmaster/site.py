@@ -21,6 +21,7 @@ of nothing but a directory for outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -121,25 +122,69 @@ class Site(BaseModel):
 
     @model_validator(mode="after")
     def _known_elements(self) -> Self:
-        for field in ("default_se", "failover_se"):
-            for name in getattr(self, field):
-                if name not in self.storage_elements:
-                    raise ValueError(f"{field}: {name!r} is not one of the storage_elements")
+        unknown = [
+            f"{field}: {name!r} is not one of the storage_elements"
+            for field in ("default_se", "failover_se")
+            for name in getattr(self, field)
+            if name not in self.storage_elements
+        ]
+        if unknown:
+            raise ValueError("; ".join(unknown))
         return self
 
     @classmethod
     def load(cls, path: Path) -> Self:
         """The site in a TOML file. Raises `InvalidSite` that names the file and every field at fault. Blocks."""
+        site, problems = cls.understand(path)
+        if problems:
+            raise InvalidSite(f"{path}: {'; '.join(problems)}")
+        return site
+
+    @classmethod
+    def understand(cls, path: Path) -> tuple[Self, list[str]]:
+        """What can be understood of a site in a TOML file, and a line for each thing that cannot. Blocks.
+
+        Raises `InvalidSite` when it cannot be read, or is not TOML.
+        """
         import tomllib  # loaded when used: most pilots hand their sites over ready made
 
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8"))
-            site = cls.model_validate(data, context={"base": path.absolute().parent})
         except OSError as exc:
             raise InvalidSite(f"{path}: {exc.strerror}") from exc
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
             raise InvalidSite(f"{path}: not TOML: {exc}") from exc
-        except ValidationError as exc:
-            raise InvalidSite(f"{path}: " + "; ".join(complaints(exc, names=field_names(cls)))) from exc
+        problems: list[str] = []
+        while True:
+            try:
+                site = cls.model_validate(data, context={"base": path.absolute().parent})
+            except ValidationError as exc:
+                told = complaints(exc, names=field_names(cls))
+                if set(told) <= set(problems):  # what was left out did not help
+                    raise InvalidSite(f"{path}: {'; '.join(problems)}") from exc
+                problems += told
+                for error in exc.errors():
+                    _leave_out(data, error["loc"])
+            else:
+                break
         site._file = str(path)
-        return site
+        return site, problems
+
+
+def _leave_out(data: dict[str, Any], place: Sequence[int | str]) -> None:
+    """Take what is at fault out of a table, so that the others of it are looked at too; of no place: what names elements."""
+    names = [str(part) for part in place if part != "[key]"] or ["default_se"]
+    if not place:
+        data.pop("failover_se", None)
+    *above, last = names
+    table: Any = data
+    for name in above:
+        below = table.get(name)
+        if not isinstance(below, dict):
+            last = name
+            break
+        table = below
+    if above[:1] == ["storage_elements"]:
+        table[last] = "."  # so that it still has its name
+    else:
+        table.pop(last, None)

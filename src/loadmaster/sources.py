@@ -171,6 +171,17 @@ class JobLines(_Files):
         self._lines.close()
 
 
+class JobFile(_Files):
+    """The one job of a file, over as many lines as it has."""
+
+    def __init__(self, path: Path, *, outputs: Path, describe: Describe = described) -> None:
+        super().__init__(self._text(path), path.absolute().parent, outputs, describe)
+
+    def _text(self, path: Path) -> Iterator[tuple[str, bytes]]:
+        with path.open("rb") as stream:
+            yield str(path), stream.read(LINE_BYTES + 1)
+
+
 class JobFiles(_Files):
     """The jobs of a directory: its files that end in one of `endings`, in the order of their names, as they are now. The
     names of the others are in `skipped`, but for hidden ones."""

@@ -69,7 +69,8 @@ class EventStreams:
     """Those who read. A stream is forgotten when its reader drops it."""
 
     def __init__(self) -> None:
-        self._streams: WeakSet[EventStream] = WeakSet()
+        self._streams: WeakSet[EventStream] | tuple[()] = ()
+        """Most often nobody: to go through a WeakSet costs more than all the rest of an event."""
         self._closed = False
 
     @property
@@ -80,6 +81,7 @@ class EventStreams:
     def open(self, *, transient: bool) -> EventStream:
         """One more reader, who hears everything from now on."""
         stream = EventStream(transient=transient)
+        self._streams = self._streams or WeakSet()
         self._streams.add(stream)
         if self._closed:
             stream.close()
@@ -87,7 +89,7 @@ class EventStreams:
 
     def tell(self, event: Event) -> None:
         """Everybody who wants to hear this kind."""
-        for stream in self._streams if len(self._streams) else ():  # as in `JobHandle._tell`
+        for stream in self._streams:
             if event.kept or stream.transient:
                 stream.put(event)
 

@@ -185,21 +185,27 @@ class Workdir:
         Raises `NotDeliverable` for links out of the directory, FIFOs, sockets, devices and names no file of ours may
         have, and `OSError` as usual.
         """
+        return self.open_sized(name)[0]
+
+    def open_sized(self, name: str) -> tuple[int, int]:
+        """As `open_output`, and the file's size."""
         try:
             inside = check_local_name(name)
-            if "/" in inside or stat.S_ISLNK(_mode(inside, self._fd)):
-                inside = self._behind_links(inside)
+            kind = 0 if "/" in inside else _mode(inside, self._fd)
+            if "/" in inside or stat.S_ISLNK(kind):
+                inside, kind = self._behind_links(inside), 0
         except ValueError as exc:
             raise NotDeliverable(errno.EINVAL, str(exc), name) from exc
         with self._parent(inside) as (parent, last):
-            kind = os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode
+            kind = kind or os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode
             if not stat.S_ISREG(kind):  # looked at before it is opened: opening a FIFO or a device has effects
                 raise NotDeliverable(errno.EPERM, f"is {_what(kind)}, not a file", name)
             descriptor = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
             os.close(descriptor)
             raise NotDeliverable(errno.EPERM, "was swapped for something that is not a file", name)
-        return descriptor
+        return descriptor, found.st_size
 
     def _behind_links(self, name: str) -> str:
         """What a name leads to, by its own name. Raises `NotDeliverable` when that is elsewhere."""
@@ -284,6 +290,9 @@ class Workdir:
     def _parent(self, name: str, *, make: bool = False) -> Iterator[tuple[int, str]]:
         """A descriptor of the directory a name is in, and the last part of the name; no link is followed."""
         *folders, last = check_local_name(name).split("/")
+        if not folders:
+            yield self._fd, last
+            return
         descriptor = os.dup(self._fd)
         try:
             for folder in folders:
@@ -301,15 +310,27 @@ class Workdir:
 @asynccontextmanager
 async def open_workdir(
     root: Path | None, name: str, *, keep: bool | Callable[[], bool] = False, identity: str | None = None,
-    afterwards: Callable[[], None] = lambda: None,
+    at_once: Callable[[Workdir], None] | None = None, afterwards: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Workdir]:  # fmt: skip
     """A job's directory below `root`, or below `default_root()`; removed however one leaves, unless it is to be kept.
 
-    One of this `identity` is gone on with as it is; else it is empty. `afterwards` is called in the thread that removes it.
+    One of this `identity` is gone on with as it is; else it is empty. `at_once` is called with it in the thread that makes
+    it, `afterwards` in the one that removes it.
 
     Raises `WorkdirFault` when it cannot be made, is another live job's, or has something in it that is not ours.
     """
-    workdir = await briefly(lambda: Workdir.make(root or default_root(), name, identity=identity))
+
+    def make() -> Workdir:
+        workdir = Workdir.make(root or default_root(), name, identity=identity)
+        try:
+            if at_once is not None:
+                at_once(workdir)
+        except BaseException:
+            workdir.close()
+            raise
+        return workdir
+
+    workdir = await briefly(make)
     try:
         yield workdir
     finally:

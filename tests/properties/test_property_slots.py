@@ -57,7 +57,7 @@ class Guest:
 
     @property
     def granted(self) -> bool:
-        return self.ticket.granted.is_set()
+        return self.ticket.granted
 
 
 class AnyOrderOfRequests(RuleBasedStateMachine):

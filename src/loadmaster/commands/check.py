@@ -13,14 +13,16 @@ import anyio
 from loadmaster.commands.arguments import Commands, add_job
 from loadmaster.commands.beforehand import look_ahead
 from loadmaster.commands.codes import BAD_USAGE, NOT_PREPARED, OK
-from loadmaster.commands.files import read_coordinator, read_job, read_site
+from loadmaster.commands.files import as_coordinator, find_class, log_to, read_job, understand_site
 from loadmaster.console.plain import printable
 from loadmaster.coordinator import Coordinator
 from loadmaster.errors import InvalidJob
+from loadmaster.signatures import miscalled, misspellings
 
 WHAT: Final = """Say what a description means, and name all that is wrong with it: inputs that are not there, an executable
 that cannot be found, outputs that have nowhere to go, words of the site that are not understood, a coordinator that cannot
-be imported or has misspelled hooks, a deadline in the past. Nothing is moved, and no server is asked without --online."""
+be imported, or has hooks that are misspelled or cannot be called, a deadline in the past. Nothing is moved, and no server is
+asked without --online."""
 
 ENDS: Final = f"""Exit codes: 0 nothing is wrong with it, as far as can be known here; 1 something is, each is named;
 {BAD_USAGE}"""
@@ -34,9 +36,19 @@ def add(commands: Commands, line: str) -> None:
     check.set_defaults(command=_check)
 
 
+class _Heard:
+    """What the log has said meanwhile."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+
 def _check(options: argparse.Namespace) -> int:
     job, ce = read_job(options)
-    site = read_site(options)
+    site, problems = understand_site(options)
     words = job.model_dump(mode="json", exclude_defaults=True, exclude={"extra"})
     print(
         json.dumps(words | {"computing_element": ce.model_dump(mode="json", exclude_defaults=True)}, indent=2),
@@ -44,12 +56,18 @@ def _check(options: argparse.Namespace) -> int:
     )
     if job.extra:
         print(f"kept for the coordinator, not understood: {', '.join(sorted(job.extra))}", file=sys.stderr)
-    problems: list[str] = []
     coordinator: type[Coordinator] | None = None
+    heard = _Heard()
     try:
-        coordinator = read_coordinator(options)
+        with log_to(heard):
+            found_class = find_class(options)
+            coordinator = as_coordinator(found_class)
+        problems += [*misspellings(found_class), *miscalled(found_class)]
     except InvalidJob as exc:
         problems.append(str(exc))
+    for line in heard.lines:  # other classes of its file have slips too
+        if not any(line.endswith(problem) for problem in problems):
+            print(printable(line), file=sys.stderr)
     found = anyio.run(partial(look_ahead, job, ce, site, coordinator, online=options.online))
     problems += found.problems
     for problem in problems:

@@ -15,7 +15,7 @@ from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from loadmaster.console.plain import to_stderr
-from loadmaster.errors import InvalidJob
+from loadmaster.errors import InvalidJob, InvalidSite
 from loadmaster.names import file_url
 from loadmaster.site import Site
 
@@ -83,6 +83,17 @@ def read_site(options: argparse.Namespace) -> Site:
     return with_outputs(options, Site.load(options.config) if options.config else Site())
 
 
+def understand_site(options: argparse.Namespace) -> tuple[Site, list[str]]:
+    """As much of it as can be understood, and what cannot."""
+    if not options.config:
+        return read_site(options), []
+    try:
+        site, problems = Site.understand(options.config)
+    except InvalidSite as exc:
+        return with_outputs(options, Site()), [str(exc)]
+    return with_outputs(options, site), [f"{options.config}: {problem}" for problem in problems]
+
+
 def with_outputs(options: argparse.Namespace, site: Site) -> Site:
     """The same site, with --output, or a directory for each job below `outputs` where neither says another."""
     if options.output is not None:
@@ -98,6 +109,12 @@ def usual_outputs() -> str:
 
 def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     """The class of --coordinator, or the one of jobs without special wishes."""
+    with log_to(to_stderr()):
+        return as_coordinator(find_class(options))
+
+
+def find_class(options: argparse.Namespace) -> type[Any]:
+    """The same as it is written, which may be one of DIRAC's synchronous ones."""
     from loadmaster import dirac
     from loadmaster.coordinator import JobExecutionCoordinator
     from loadmaster.hooks import find_coordinator
@@ -108,8 +125,13 @@ def read_coordinator(options: argparse.Namespace) -> type[Coordinator]:
     if name == "dirac":
         return dirac.find_coordinator(package or None)
     sys.path.insert(0, str(Path.cwd()))  # as `python -m` does; this process is ours
-    with log_to(to_stderr()):
-        found = find_coordinator(options.coordinator)
+    return find_coordinator(options.coordinator)
+
+
+def as_coordinator(found: type[Any]) -> type[Coordinator]:
+    """A class that `run_job` takes."""
+    from loadmaster import dirac
+
     return dirac.adapt(found) if dirac.is_synchronous(found) else found
 
 

@@ -35,7 +35,7 @@ def _jobs(options: argparse.Namespace) -> int:
     with suppress(BrokenPipeError):
         if options.json:
             for line in lines:
-                print(json.dumps(dict(zip(HEADS, _cells(line), strict=True))))
+                print(json.dumps(_facts(line)))
         else:
             _print_table([HEADS, *map(_cells, lines)])
             told = [f"{count} {status}" for status, count in sorted(ended.items())]
@@ -49,6 +49,14 @@ HEADS = ("job", "attempt", "status", "accepted", "latest", "event")
 def _cells(line: JobLine) -> tuple[str, ...]:
     accepted, latest = (f"{event.time:%Y-%m-%d %H:%M:%S}" for event in (line.accepted, line.last))
     return printable(line.job_id), str(line.attempt), line.status or "open", accepted, latest, line.last.kind
+
+
+def _facts(line: JobLine) -> dict[str, str | int]:
+    """The same for programs."""
+    return {
+        "job": line.job_id, "attempt": line.attempt, "status": line.status or "open",
+        "accepted": line.accepted.time.isoformat(), "latest": line.last.time.isoformat(), "event": line.last.kind,
+    }  # fmt: skip
 
 
 def _print_table(rows: list[tuple[str, ...]]) -> None:

@@ -29,8 +29,9 @@ from loadmaster.errors import InvalidJob
 from loadmaster.machine import MIB, detect
 from loadmaster.names import file_url
 from loadmaster.node import Node
+from loadmaster.occupancy import NodeStatistics
 from loadmaster.site import Site
-from loadmaster.sources import LINE_BYTES, JobFiles, JobLines, Nothing, read_object
+from loadmaster.sources import LINE_BYTES, JobFile, JobFiles, JobLines, Nothing, read_object
 from loadmaster.workdir import default_root
 
 WHAT: Final = """Run the jobs of a file or a directory, as many at once as this machine has room for; the files of the next
@@ -53,7 +54,10 @@ def add(commands: Commands, line: str) -> None:
     node = commands.add_parser("node", help=line, description=WHAT, epilog=ENDS)
     node.set_defaults(command=_node)
     node.add_argument(
-        "source", type=Path, metavar="SOURCE", help="JSON Lines: a job a line; or a directory of job files"
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="JSON Lines: a job a line; or a JDL file (.jdl); or a directory of job files",
     )
     add_node(node)
     node.add_argument(
@@ -89,9 +93,11 @@ def _node(options: argparse.Namespace) -> int:
             f"{path}: {exc.strerror}: SOURCE is a file with a job a line, or a directory of job files"
         ) from exc
     with ExitStack() as opened:
-        source: JobFiles | JobLines
+        source: JobFiles | JobFile | JobLines
         if path.is_dir():
             source = JobFiles(path, outputs=Path.cwd(), describe=_described, endings=(".json", ".jdl"))
+        elif path.suffix == ".jdl":  # it has lines, but they are no jobs
+            source = JobFile(path, outputs=Path.cwd(), describe=_described)
         else:
             source = opened.enter_context(closing(JobLines(path, outputs=Path.cwd(), describe=_described)))
         return run_node(options, source)
@@ -105,7 +111,7 @@ def _described(text: bytes) -> JobDescription:
     return dirac.from_dirac(words)[0] if "Job" in words or dirac.is_jdl(line) else JobDescription.load(words)
 
 
-def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing) -> int:
+def run_node(options: argparse.Namespace, source: JobFiles | JobFile | JobLines | Nothing) -> int:
     """Run the jobs of a source, after those that are open in the journal; the exit code."""
     ce = ComputingElement.load(read_json(options.ce) if options.ce else {})
     reporting = Reporting(options, ce)
@@ -141,11 +147,22 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     finally:
         board.close()
     if shift.skipped:
-        board.say(f"loadmaster: {options.source}: no job files (.json, .jdl), and skipped: {_some_of(shift.skipped)}")
+        board.say(
+            f"loadmaster: {options.source}: skipped, for job files end in .json or .jdl: {_some_of(shift.skipped)}"
+        )
     for problem in shift.refused[:MOST_REFUSED]:
         board.say(f"loadmaster: {problem}")
     if (more := len(shift.refused) - MOST_REFUSED) > 0:
         board.say(f"loadmaster: and {more} more")
+    if (
+        not isinstance(source, Nothing)
+        and shift.exhausted
+        and shift.figures is not None
+        and not shift.refused
+        and _had_nothing(shift.figures)
+    ):
+        there = "a file that ends in .json or .jdl" if options.source.is_dir() else "a line"
+        board.say(f"loadmaster: warning: {options.source}: there are no jobs in it ({there} for each is expected)")
     if shift.refused and _is_one_job(options):
         board.say(f"loadmaster: {options.source}: is one job over many lines: `loadmaster run` takes it")
     if shift.figures is not None and not options.quiet:
@@ -155,6 +172,10 @@ def run_node(options: argparse.Namespace, source: JobFiles | JobLines | Nothing)
     if orders.seen and (figures is None or figures.given_back or figures.ended["Killed"] or not shift.exhausted):
         return 128 + orders.seen[0]
     return PAYLOAD_FAILED if shift.failed else NOT_PREPARED if shift.refused else OK
+
+
+def _had_nothing(figures: NodeStatistics) -> bool:
+    return not (sum(figures.ended.values()) or figures.recalled or figures.interrupted)
 
 
 def _is_one_job(options: argparse.Namespace) -> bool:

@@ -79,7 +79,7 @@ async def _fly(
             handle = await bundle.handle()
             listening.start_soon(obey, orders, handle, display, listening.cancel_scope)
             async with anyio.create_task_group() as followers:
-                followers.start_soon(partial(follow, handle, display, output=output))
+                followers.start_soon(partial(follow, handle, display, output=output, known=len(handle.history)))
                 if events is not None:
                     followers.start_soon(write_events, handle, events)
                 ended = await run(handle=handle)

@@ -37,6 +37,9 @@ WHAT: Final = """List what jobs have left to be done: files that are safe, but n
 catalog took; reports that no server took (r1, r2, ...). A node with this journal does it by itself, as long as it may
 succeed."""
 
+MOST_NAMED: Final = 10
+"""Numbers in a sentence."""
+
 ENDS: Final = f"""Exit codes: 0 done; 1 the journal cannot be read, there is no such operation, or --retry has left some;
 {BAD_USAGE}"""
 
@@ -54,7 +57,12 @@ def add(commands: Commands, line: str) -> None:
         metavar="REQUEST.json",
         help="write it as a request for DIRAC's request system; for several jobs name a directory: a file each",
     )
-    parser.add_argument("--drop", nargs="+", metavar="NUMBER", help="have nobody do these, after a question")
+    parser.add_argument(
+        "--drop",
+        nargs="+",
+        metavar="NUMBER",
+        help="have nobody do these, after a question; the numbers of the first column",
+    )
     parser.add_argument("--yes", action="store_true", help="drop without the question")
     parser.add_argument(
         "--retry",
@@ -161,7 +169,15 @@ def _drop(
     known = {str(each.number): each for each in operations}
     unsent = {name_of(each): each for each in reports}
     if unknown := [number for number in numbers if number not in known and number not in unsent]:
-        raise InvalidJob(f"--drop: nothing pending has the number {', '.join(unknown)}")
+        there = [*known, *unsent]
+        more = f" and {len(there) - MOST_NAMED} more" if len(there) > MOST_NAMED else ""
+        known_are = (
+            f": there {'is' if len(there) == 1 else 'are'} {', '.join(there[:MOST_NAMED])}{more}" if there else ""
+        )
+        raise InvalidJob(
+            f"--drop: nothing pending has the number {', '.join(unknown)}{known_are} (NUMBER is what stands in the first"
+            " column, not the line it stands in)"
+        )
     chosen = [known[number] for number in dict.fromkeys(numbers) if number in known]
     silent = [unsent[number] for number in dict.fromkeys(numbers) if number in unsent]
     for each in chosen:

@@ -135,11 +135,15 @@ def rows(figures: NodeStatistics) -> Iterator[tuple[str, str]]:
 
 def told(figures: NodeStatistics) -> str:
     """What it was in all, in a line."""
-    counts = ", ".join(f"{count:,} {status}" for status, count in figures.ended.items() if count)
+    jobs = dict(figures.ended)
+    if figures.begun_again:  # the same jobs, which are counted where their last attempt ended
+        jobs[Status.RESCHEDULED] -= figures.begun_again
+    counts = ", ".join(f"{count:,} {status}" for status, count in jobs.items() if count)
     counts = counts or ("no new jobs" if figures.recalled else "no jobs")
     before = f" ({figures.recalled:,} had ended before, and were not run again)" if figures.recalled else ""
+    lost = f", {figures.begun_again:,} begun again after an attempt was lost" if figures.begun_again else ""
     back = f", {figures.given_back:,} of them given back" if figures.given_back else ""
     return (
-        f"{counts}{back}{before} in {duration(figures.seconds)}; cores busy {figures.occupancy:.0%}, "
+        f"{counts}{back}{lost}{before} in {duration(figures.seconds)}; cores busy {figures.occupancy:.0%}, "
         f"{duration(figures.cpu_seconds)} of CPU; {size(figures.bytes_in)} in, {size(figures.bytes_out)} out"
     )

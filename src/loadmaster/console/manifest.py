@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import chain, pairwise, repeat
 from operator import itemgetter
 from tempfile import TemporaryFile
 from typing import Annotated, BinaryIO, Final
@@ -41,6 +41,10 @@ small files. What is longer is read again."""
 
 MOST_PROBLEMS: Final = 100
 """So many are named, the first ones, and the rest counted: nobody reads more of a file that is no manifest."""
+
+EXAMPLE: Final = '{"source": "https://example.org/a.root", "target": "data/a.root"}'
+
+LIKE: Final = f"; a line is like {EXAMPLE}"
 
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
@@ -247,7 +251,12 @@ class _Problems:
         """In the order of the lines; of more than are named, the last line says how many."""
         self._cut()
         more = self.count - len(self._first)
-        return [f"line {line}: {problem}" for line, problem in self._first] + ([f"and {more} more"] if more else [])
+        once = chain([""], repeat(LIKE))  # one example is enough
+        lines = [
+            f"line {line}: {problem.removesuffix(next(once) if problem.endswith(LIKE) else '')}"
+            for line, problem in self._first
+        ]
+        return lines + ([f"and {more} more"] if more else [])
 
     def _cut(self) -> None:
         self._first = sorted(self._first, key=itemgetter(0))[:MOST_PROBLEMS]
@@ -261,11 +270,22 @@ def _entry(number: int, line: bytes, base: str) -> Entry | None:
     try:
         words = _Words.model_validate_json(text)
     except ValidationError as exc:
-        raise ValueError("; ".join(complaints(exc))) from exc
+        raise ValueError(_said(exc)) from exc
     source, target = _url(words.source, base), _url(words.target, base)
     if target.endswith("/"):
         raise ValueError(f"target: {words.target}: names a directory, not a file")
     return Entry(number, source, target, words.size_bytes, words.checksum)
+
+
+def _said(error: ValidationError) -> str:
+    """What is wrong with a line; where it is no JSON at all, with the place in the line, and what one looks like."""
+    (first, *_) = error.errors(include_url=False)
+    if first["type"] == "json_invalid":
+        what, _, column = str(first["ctx"]["error"]).partition(" at line 1 column ")
+        return f"not JSON: {what}, at column {column}{LIKE}"
+    if first["type"] == "model_type":
+        return f"an object {{...}} is expected{LIKE}"
+    return "; ".join(complaints(error))
 
 
 def _url(text: str, base: str) -> str:

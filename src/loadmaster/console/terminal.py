@@ -55,10 +55,13 @@ class Display(Protocol):
         ...
 
 
-async def follow(handle: JobHandle, display: Display, *, output: bool = False) -> None:
-    """Show a job until it is over; `output`: also what its payload prints."""
+async def follow(handle: JobHandle, display: Display, *, output: bool = False, known: int = 0) -> None:
+    """Show a job until it is over, but for the first `known` events; `output`: also what its payload prints."""
     async for event in handle.follow(output=output):
-        display.show(event)
+        if known:  # what has been recorded comes first, and in its order
+            known -= 1
+        else:
+            display.show(event)
 
 
 def open_display(stream: TextIO, *, quiet: bool) -> Display:

@@ -24,7 +24,7 @@ from loadmaster.node import Node
 from loadmaster.occupancy import NodeStatistics
 from loadmaster.reporter import written
 from loadmaster.result import JobResult
-from loadmaster.sources import JobFiles, JobLines, JobSource, Nothing
+from loadmaster.sources import JobFile, JobFiles, JobLines, JobSource, Nothing
 from loadmaster.tasks import single_error
 
 LOOK_SECONDS: Final = 0.5
@@ -60,7 +60,7 @@ class Shift:
 
 async def work(
     node: Node,
-    source: JobLines | JobFiles | Nothing,
+    source: JobLines | JobFile | JobFiles | Nothing,
     board: Board,
     orders: Orders,
     *,

@@ -23,6 +23,7 @@ from anyio import CapacityLimiter, to_thread
 
 from loadmaster.dirac import JobStatus
 from loadmaster.errors import RuntimeFault
+from loadmaster.logfile import sync_directory
 
 T = TypeVar("T")
 
@@ -121,6 +122,9 @@ SCHEMA: Final = 1
 KEPT_SECONDS: Final = 8 * 86400.0
 """An attempt that is over is known for longer than the journal knows it, from which it may be heard again."""
 
+MADE: Final = "made"
+"""Among the attempts: when the outbox was made, in microseconds since 1970. No attempt is called so."""
+
 _TABLES: Final = """
 CREATE TABLE reports (number INTEGER PRIMARY KEY AUTOINCREMENT, report TEXT NOT NULL);
 CREATE TABLE heard (attempt TEXT PRIMARY KEY, events INTEGER NOT NULL, over REAL) WITHOUT ROWID;
@@ -211,6 +215,9 @@ def _opened(path: Path) -> sqlite3.Connection:
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             connection.executescript(f"BEGIN IMMEDIATE; {_TABLES} PRAGMA user_version = {SCHEMA}; COMMIT")
+            with connection:
+                connection.execute("INSERT INTO heard (attempt, events) VALUES (?, ?)", (MADE, time.time_ns() // 1000))
+            sync_directory(path.parent)  # or the power takes the file back, with all that was put into it
         elif version != SCHEMA:
             raise sqlite3.DatabaseError(f"is of version {version}, and we know {SCHEMA}")
         with connection:  # a write, so that the lock is taken now

@@ -18,8 +18,10 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import Final
 
 import anyio
 from anyio import to_thread
@@ -30,15 +32,13 @@ from loadmaster.diracx.client import DiracX
 from loadmaster.diracx.delivery import Deliveries
 from loadmaster.diracx.jobs import Attempt, Line, attempt_name
 from loadmaster.diracx.outbox import Filed, MemoryOutbox, Outbox, ParameterReport, Report, Value
-from loadmaster.errors import RuntimeFault
+from loadmaster.errors import JournalFault, RuntimeFault
 from loadmaster.events import ComputingEnded, Event, Heartbeat, JobAccepted, JobFinished
 from loadmaster.handle import JobHandle
 from loadmaster.node import Node
 from loadmaster.sources import JobSource
+from loadmaster.streams import EventStream
 from loadmaster.tasks import single_error
-
-if TYPE_CHECKING:
-    from loadmaster.journal import NodeJournal  # with sqlite3
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class Reporter:
         self._outbox = outbox
         self._ce, self._of_node = ce, of_node
         self._reported: dict[str, int] = {}
-        self._unfinished: dict[str, int] = {}
+        self._unfinished: list[str] = []
         self._told_of_names = False
 
     def __repr__(self) -> str:
@@ -134,10 +134,13 @@ class Reporter:
         """
         stream = node.events(transient=True)
         resumed = [(handle.history[-1:], handle) for handle in node.resumed]  # as of now: the rest is in the stream
+        meanwhile: list[Event] = []
+        if node.journal is not None and self._outbox.durable:
+            meanwhile = await self._catch_up(node, node.journal.directory, stream)
         for last, handle in resumed:
             await self._hear(last, partial(_the_same, handle))
-        if node.journal is not None:
-            await self._catch_up(node.journal)
+        if meanwhile:
+            await self._hear(meanwhile, node.handle)
         async for event in stream:
             await self._hear([event, *stream.take()], node.handle)
 
@@ -173,17 +176,27 @@ class Reporter:
         for line in lines:
             line.filing -= 1
 
-    async def _catch_up(self, journal: NodeJournal) -> None:
-        """Report what has happened to jobs that ended in the moment in which a process was killed."""
-        for name, reported in self._unfinished.items():
-            job_id, attempt = name.split("/")[:2]
-            number = self._number(job_id)
-            if number is None or int(attempt) in self._deliveries.line(number).attempts:
-                continue
-            history = await journal.history(job_id, int(attempt))
-            if history is not None and attempt_name(history.events[0]) == name and len(history.events) > reported:
-                past = JobHandle.resumed(None, history.events)
+    async def _catch_up(self, node: Node, directory: Path, stream: EventStream) -> list[Event]:
+        """Report what has happened to jobs that ended in the moment in which a process was killed, or its machine. Returns
+        what has come meanwhile of those that are here."""
+        from loadmaster.diracx.unheard import MARK, unheard  # with sqlite3
+
+        look = partial(unheard, directory, self._reported, self._unfinished, now=datetime.now(UTC))
+        try:
+            mark, found = await to_thread.run_sync(look)
+        except JournalFault as exc:
+            log.error("what the journal has that was not reported is not known: %s", exc)  # noqa: TRY400 - a sentence
+            return []
+        await self._file([], {MARK: mark})
+        meanwhile = stream.take()
+        ours = {(event.job_id, event.attempt) for event in meanwhile}
+        ours |= {(handle.job_id or "", handle.attempt) for handle in node.resumed}
+        for each in found:
+            here = node.handle(each.job_id)
+            if (each.job_id, each.attempt) not in ours and (here is None or here.attempt != each.attempt):
+                past = JobHandle.resumed(None, each.events)
                 await self._hear(past.history[-1:], partial(_the_same, past))
+        return meanwhile
 
     def _missed(self, event: Event, line: Line) -> list[Event]:
         """The event; before the first one of an attempt all that came before it, if it was begun by another process."""
@@ -203,7 +216,11 @@ class Reporter:
     def _begin(self, line: Line, attempt: int, name: str) -> None:
         if attempt not in line.attempts or line.attempts[attempt].name != name:
             agent = Parameters(self._ce, pid=os.getpid())
-            line.attempts[attempt] = Attempt(name, agent, reported=self._reported.get(name, 0))
+            known = (
+                len(line.handle.history) if line.handle is not None else 0
+            )  # less, if a journal was damaged meanwhile
+            reported = min(self._reported.get(name, 0), known)
+            line.attempts[attempt] = Attempt(name, agent, reported=reported)
 
     def _number(self, job_id: str) -> int | None:
         if job_id.isascii() and job_id.isdecimal() and 0 < int(job_id) < 2**63:
@@ -229,7 +246,7 @@ class Reporter:
         """Take up what an earlier process has left."""
         kept = await self._outbox.load()
         self._reported = dict(kept.heard)
-        self._unfinished = {name: heard for name, heard in kept.heard.items() if name not in kept.over}
+        self._unfinished = [name for name in kept.heard if "/" in name and name not in kept.over]
         self._deliveries.take(kept.filed)
         if kept.filed:
             log.info("%d reports of before are to be delivered", len(kept.filed))

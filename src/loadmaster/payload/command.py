@@ -65,11 +65,11 @@ def slot_environment(slot: Slot) -> dict[str, str]:
     return told
 
 
-def with_slot(spec: PayloadSpec, slot: Slot) -> PayloadSpec:
-    """A payload that is told its slot. It may know better how many threads it wants, but not which GPUs are its own."""
+def with_slot(env: Mapping[str, str], slot: Slot) -> dict[str, str]:
+    """The environment of a payload that is told its slot. It may know better how many threads it wants, but not which GPUs
+    are its own."""
     told = slot_environment(slot)
-    own = {name: told[name] for name in slot.gpu_variables}
-    return spec.model_copy(update={"env": {**told, **spec.env, **own}})
+    return {**told, **env, **{name: told[name] for name in slot.gpu_variables}}
 
 
 def default_command(job: JobDescription, env: Mapping[str, str], workdir: Workdir) -> str:

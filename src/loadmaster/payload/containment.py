@@ -27,12 +27,13 @@ from typing import Final
 import anyio
 from anyio import to_thread
 
-from loadmaster.description import Containment
+from loadmaster.description import Containment, Isolation
 from loadmaster.payload.isolation import isolated
 from loadmaster.payload.launch import Launch, Refused, shim_command
 from loadmaster.payload.launch import shim_kind as shim_kind
 from loadmaster.payload.process import ExitRecord, Process
-from loadmaster.payload.shimtree import Channels, ShimTree, check_started, facts_of
+from loadmaster.payload.shimtree import Channels, NotTaken, ShimTree, check_started, facts_of
+from loadmaster.payload.starter import Starter
 from loadmaster.payload.state import mark_executed
 from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import TreeUsage, read_session
@@ -124,13 +125,33 @@ class SessionTree(Tree):
         return read_session(self.pid)
 
 
-async def start_contained(launch: Launch, wanted: Sequence[Containment]) -> Tree:
-    """Start a payload in the first containment of `wanted` that the node allows.
+async def start_contained(launch: Launch, wanted: Sequence[Containment], starter: Starter | None = None) -> Tree:
+    """Start a payload in the first containment of `wanted` that the node allows; by that starter, if it can.
 
     Raises OSError when it cannot be executed, or the node has no process left for it, and `Refused` when it allows none
     of them, or not its isolation. Cancelled, it leaves nothing.
     """
-    return await settled(launch, *await to_thread.run_sync(spawn, launch, wanted))
+    if starter is not None:
+        await to_thread.run_sync(starter.prepare)
+    begun = order(launch, wanted, starter)
+    tree, others = begun if begun is not None else await to_thread.run_sync(spawn, launch, wanted)
+    return await settled(launch, tree, others, starter)
+
+
+def order(
+    launch: Launch, wanted: Sequence[Containment], starter: Starter | None
+) -> tuple[Tree, Sequence[Containment]] | None:
+    """As `spawn`, by a starter that is prepared, and without waiting; None for what has to be spawned. Raises OSError."""
+    if starter is None or not wanted or launch.isolation not in {Isolation.NONE, Isolation.NAMESPACES}:
+        return None
+    first = wanted[0]
+    if first is Containment.SESSION or (first is Containment.CGROUP and launch.group is None):
+        return None
+    try:
+        tree = ShimTree.ordered(first, isolated(launch, first), starter)
+    except Refused:
+        return None
+    return None if tree is None else (tree, wanted[1:])
 
 
 def spawn(launch: Launch, wanted: Sequence[Containment]) -> tuple[Tree, Sequence[Containment]]:
@@ -145,22 +166,25 @@ def spawn(launch: Launch, wanted: Sequence[Containment]) -> tuple[Tree, Sequence
                 return SessionTree.start(launch), ()
             if containment is Containment.CGROUP and launch.group is None:
                 raise Refused("cgroup: no group was made for the payload")
-            return ShimTree(containment, isolated(launch, containment)), wanted[number:]
+            return ShimTree.executed(containment, isolated(launch, containment)), wanted[number:]
         except Refused as exc:
             refusal = exc
     raise refusal
 
 
-async def settled(launch: Launch, tree: Tree, others: Sequence[Containment]) -> Tree:
+async def settled(launch: Launch, tree: Tree, others: Sequence[Containment], starter: Starter | None = None) -> Tree:
     """The tree in which the payload runs: this one, or one of the others if it is refused. Raises as `start_contained`;
     cancelled, it leaves nothing."""
     while isinstance(tree, ShimTree):
         try:
             await _begin(tree)
+        except NotTaken:
+            tree, others = await to_thread.run_sync(spawn, launch, [tree.containment, *others])
         except Refused:
             if not others:
                 raise
-            tree, others = await to_thread.run_sync(spawn, launch, others)
+            begun = order(launch, others, starter)
+            tree, others = begun if begun is not None else await to_thread.run_sync(spawn, launch, others)
         else:
             return tree
     return tree
@@ -170,12 +194,13 @@ async def _begin(tree: ShimTree) -> None:
     try:
         # A payload that runs is one, also for somebody who is cancelled just then: he ends it with its grace, and says so.
         with anyio.move_on_after(BEGIN_SECONDS, shield=True):
-            await tree.begin()
+            await tree.begin(insist=False)
             return
         await tree.begin()
     except BaseException:
-        with anyio.CancelScope(shield=True):  # `end` is bounded
-            await tree.end(0)
+        with anyio.CancelScope(shield=True):  # both are bounded
+            if await tree.find():
+                await tree.end(0)
             tree.reap()
         raise
 

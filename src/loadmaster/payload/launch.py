@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -103,8 +103,8 @@ class Launch:
         soft = math.ceil(self.cpu_seconds) + CPU_MARGIN_SECONDS
         return soft, soft + CPU_MARGIN_SECONDS
 
-    def settings(self, mode: Containment) -> str:
-        """For the shim; shim.c says what they mean."""
+    def settings(self, mode: Containment, numbered: Callable[[int], int] = int) -> str:
+        """For the shim; shim.c says what they mean. `numbered`: what a descriptor's number is there."""
         words = ["n"] if mode is not Containment.SESSION else []
         if self.nice:
             words.append(f"nice={self.nice}")
@@ -112,9 +112,9 @@ class Launch:
             words.append(f"cpus={'+'.join(map(str, sorted(self.cores)))}")
         if self.cpu_limit is not None:
             words.append("cpu={}:{}".format(*self.cpu_limit))
-        words += [f"join={descriptor}" for descriptor in self.joined]
+        words += [f"join={numbered(descriptor)}" for descriptor in self.joined]
         if mode is Containment.PID_NAMESPACE:
-            words += [f"hide={descriptor}" for descriptor in self.hidden]
+            words += [f"hide={numbered(descriptor)}" for descriptor in self.hidden]
         if self.state >= 0 and self.orphan_seconds > 0:
             words.append(f"orphan={max(1, round(self.orphan_seconds * 1000))}")
         words += [name for name in ("private", "wrapped") if getattr(self, name)]

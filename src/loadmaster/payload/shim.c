@@ -38,6 +38,16 @@
  *   agent.lock   the agent holds an open file description lock on it. Looked at now and then once that agent is gone
  *   void         somebody has found that nothing was executed, and nothing may be any more
  * ends with 0 when it has reported an end, with 125 when it has refused, or did not understand its words.
+ *
+ * usage: shim starter CONTROL_FD PIDS_FD
+ *   A process that starts shims without executing anything, which is most of what a start costs. Each is a copy of it, and
+ *   a child of its parent: the agent's, who waits for it as for one that he has executed. starter.py is the agent's side.
+ *   CONTROL_FD a SOCK_SEQPACKET socket. A message is one start: `struct launch`, and after it, each ended by a NUL, a
+ *              directory, the words as above from STATE_FD on, and the environment; as SCM_RIGHTS the report, stdout,
+ *              stderr, and what the words name. In there a descriptor's number is 5 and its place among them.
+ *              ENV_FD -1: the environment is the message's. At the end of file, or that of the agent, we end.
+ *   PIDS_FD    memory for 4096 numbers: where `struct launch` says so there is the shim's pid once it was made, -1 while
+ *              that is not sure. A report that has ended, with 0 there: nobody has heard, and nothing was started.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -53,6 +63,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -72,7 +83,7 @@ enum {
     NR_OPEN_TREE = 428, NR_MOVE_MOUNT = 429, NR_MOUNT_SETATTR = 442, NR_LANDLOCK_CREATE = 444, NR_LANDLOCK_RESTRICT = 446,
     TREE_CLONE = 1, WHOLE_TREE = 0x8000, FROM_DESCRIPTOR = 4, ATTR_RDONLY = 1,
     LANDLOCK_VERSION = 1, SCOPE_ABSTRACT_SOCKET = 1, SCOPE_SIGNAL = 2, LANDLOCK_HAS_SCOPES = 6,
-    CAP_SYS_PTRACE = 19, CAP_SYS_ADMIN = 21, EXCHANGE = 2,
+    CAP_SYS_PTRACE = 19, CAP_SYS_ADMIN = 21, EXCHANGE = 2, NR_PIDFD_OPEN = 434,
 };
 
 struct options {
@@ -142,8 +153,9 @@ static int reserve(int state, const char *name)
 {
     char blank[RECORD_BYTES];
     memset(blank, ' ', sizeof blank);
-    unlinkat(state, name, 0);
-    int fd = openat(state, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    const int anew = O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC;
+    int fd = openat(state, name, anew, 0600);
+    if (fd < 0 && errno == EEXIST && unlinkat(state, name, 0) == 0) fd = openat(state, name, anew, 0600);
     if (fd < 0 || write_all(fd, blank, sizeof blank) == 0) return fd;
     int error = errno;
     close(fd);
@@ -369,8 +381,8 @@ static int limit_cpu(const struct options *o)
     return setrlimit(RLIMIT_CPU, &limit);
 }
 
-/* Become the payload, with nothing but its three descriptors; returns what failed, and errno. The descriptor kept is
- * closed by the execution; it is above 3. */
+/* Become the payload, with nothing but its three descriptors; returns what failed, and errno. The descriptor kept, if it
+ * is one, is closed by the execution; it is above 3. Changes nothing in memory that somebody else relies on. */
 static enum step become(const struct options *o, int kept)
 {
     char *nothing[] = {NULL}, **env = o->wrapped ? nothing : o->env;
@@ -409,29 +421,19 @@ static enum step become(const struct options *o, int kept)
     return EXECUTE;
 }
 
-/* Start the payload in a session of its own. */
+/* Start the payload in a session of its own. Until it executes it has our memory, and we wait: nothing is copied. */
 static struct start spawn(const struct options *o)
 {
-    struct start started = {0};
-    int failed[2];
-    if (pipe2(failed, O_CLOEXEC) < 0) return (struct start){.error = errno, .pid = -1, .doing = "pipe"};
-    started.pid = fork();
-    if (started.pid < 0) return (struct start){.error = errno, .pid = -1, .doing = "fork"};
-    if (started.pid == 0) {
-        int kept = fcntl(failed[1], F_DUPFD_CLOEXEC, 4);
-        started.failed = become(o, kept);
-        started.error = errno;
-        write_all(kept, &started, sizeof started);
+    volatile enum step failed = EXECUTE;
+    volatile int error = 0;
+    pid_t pid = vfork();
+    if (pid < 0) return (struct start){.error = errno, .pid = -1, .doing = "fork"};
+    if (pid == 0) {
+        failed = become(o, 0);
+        error = errno;
         _exit(127);
     }
-    struct start answer;
-    close(failed[1]);
-    if (read_all(failed[0], &answer, sizeof answer) == sizeof answer) {
-        started.error = answer.error;
-        started.failed = answer.failed;
-    }
-    close(failed[0]);
-    return started;
+    return (struct start){.error = error, .failed = failed, .pid = pid};
 }
 
 /* Wait until the payload and all it left are gone. Orders come as signals (orders < 0) or as bytes. */
@@ -555,14 +557,19 @@ static const char *make_private(void)
 }
 
 /* What was in sight before and is to be no more. The payload of an ordinary user cannot undo it, nor in a namespace that it
- * makes itself: the kernel locks there what it inherits. Whether all of it was. */
+ * makes itself: the kernel locks there what it inherits. Whether all of it was. One empty file system does for all: the last
+ * one covered has it in sight. */
 static int hide(const struct options *o)
 {
+    const unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
+    const char *empty = NULL;
     int hidden = o->state >= 0 || o->hidden_count > 0;
     for (int i = 0; o->hidden_paths[i]; i++) {
-        const unsigned long flags = MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC;
-        if (!*o->hidden_paths[i]) hidden = 0;
-        else if (mount("none", o->hidden_paths[i], "tmpfs", flags, "mode=0,size=4k") < 0 && errno != ENOENT) hidden = 0;
+        const char *path = o->hidden_paths[i];
+        if (!*path) hidden = 0;
+        else if ((empty && mount(empty, path, NULL, MS_BIND, NULL) == 0) ||
+                 mount("none", path, "tmpfs", flags, "mode=0,size=4k") == 0) empty = path;
+        else if (errno != ENOENT) hidden = 0;
     }
     return hidden;
 }
@@ -615,8 +622,7 @@ static void report_start(const struct options *o, struct start started, pid_t pa
              getpid(), stat_of(getpid()).start, payload, stat_of(payload).start,
              init, init ? stat_of(init).start : 0, o->mode, fenced, started.hidden, started.error, started.error ? STEPS[started.failed] : "-");
     put(o->state, o->started, "started.new", "started", text);
-    write_all(o->report, text, strlen(text));
-    write_all(o->report, "\n", 1);
+    write_all(o->report, strcat(text, "\n"), strlen(text) + 1);     /* at once: whoever reads it is woken once */
 }
 
 /* Have what the payload wrote on the disk, and then its record: there may be no power when the next agent comes. */
@@ -651,24 +657,34 @@ static void report_end(const struct options *o, struct outcome out, int64_t wall
         sync_all(o, record, (off_t)end - 2);
 }
 
+static void say_refused(int report, const char *mode, const char *what, pid_t shim)
+{
+    char text[320];
+    int error = errno;
+    snprintf(text, sizeof text, "refused %.32s\nwhat %s\nerrno %d\nreason %s\nshim_pid %d\n", mode, what, error,
+             strerror(error), shim);
+    write_all(report, text, strlen(text));
+}
+
 static void cannot(const struct options *o, const char *what)
 {
-    char text[256];
     int error = errno;
     if (o->lock >= 0) fchmod(o->lock, 0600);
-    snprintf(text, sizeof text, "refused %s\nwhat %s\nerrno %d\nreason %s\n", o->mode, what, error, strerror(error));
-    write_all(o->report, text, strlen(text));
+    errno = error;
+    say_refused(o->report, o->mode, what, getpid());
     _exit(USAGE_ERROR);
 }
 
-/* The payload's pid as we see it: the first child of its init, which reaps nobody before it is told to. */
+/* The payload's pid as we see it: the first child of its init, which has one thread and reaps nobody before it is told to. */
 static pid_t child_of(pid_t init)
 {
-    struct pids pids = {0};
-    add_children(&pids, init);
-    pid_t child = pids.count ? pids.list[0].pid : 0;
-    free(pids.list);
-    return child;
+    char path[96], text[32];
+    snprintf(path, sizeof path, "/proc/%d/task/%d/children", init, init);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof text - 1);
+    if (fd >= 0) close(fd);
+    text[n > 0 ? n : 0] = 0;
+    return (pid_t)atoi(text);
 }
 
 static void run_in_namespaces(const struct options *o)
@@ -845,7 +861,7 @@ static int settings(char *text, struct options *o)
     return 1;
 }
 
-int main(int count, char **words)
+static int shim(int count, char **words)
 {
     long state, report, environment, grace_ms;
     static struct options o = {.nice = -1, .cpu_soft = -1, .cpu_hard = -1, .lock = -1, .started = -1, .exit = -1};
@@ -856,7 +872,6 @@ int main(int count, char **words)
     o.state = (int)state, o.report = (int)report, o.environment = (int)environment, o.grace_ms = grace_ms;
     if ((!in_place && !in_namespaces && strcmp(words[5], "subreaper")) || !settings(words[6], &o)) return USAGE_ERROR;
     o.program = words + 7;
-    reset_signals();    /* who ignores SIGCHLD, as our parent may, is told of no child's end */
     fcntl(o.report, F_SETFD, FD_CLOEXEC);
     o.env = o.environment < 0 ? environ : read_environment(o.environment);
     if (!o.env) cannot(&o, "environment");
@@ -875,4 +890,111 @@ int main(int count, char **words)
     if (in_namespaces) run_in_namespaces(&o);
     else run_as_subreaper(&o);
     return 0;
+}
+
+/* -- the starter -------------------------------------------------------------------------------------------------- */
+
+enum { CONTROL = 3, AGENT = 4, FIRST_PASSED = 5, MOST_PASSED = 64, MESSAGE_BYTES = 1 << 16, MOST_PIDS = 4096 };
+
+struct launch { uint32_t place, umask, words, variables; };    /* which of the pids; how many strings there are */
+
+/* The next so many strings of a text, and a NULL; NULL when there are not as many. */
+static char **strings(char **text, const char *end, size_t before, size_t count)
+{
+    char **list = calloc(before + count + 1, sizeof *list), *nul;
+    if (!list) return NULL;
+    for (size_t i = 0; i < count; i++, *text = nul + 1) {
+        if (!(nul = memchr(*text, 0, (size_t)(end - *text)))) { errno = EBADMSG; return NULL; }
+        list[before + i] = *text;
+    }
+    return list;
+}
+
+/* Be the shim of a message: what Popen and execve would have made of us, and what it does then. Its exit code. */
+static int begin(const struct launch *launch, char *text, const char *end, int dumpable)
+{
+    const int report = FIRST_PASSED, out = FIRST_PASSED + 1, err = FIRST_PASSED + 2;
+    const char *directory = text, *failed = "message";
+    char **words = NULL, **env = NULL, *nul = memchr(text, 0, (size_t)(end - text));
+    close(CONTROL);
+    close(AGENT);
+    if (nul) {
+        text = nul + 1;
+        words = strings(&text, end, 1, launch->words);
+        env = words ? strings(&text, end, 0, launch->variables) : NULL;
+    } else errno = EBADMSG;
+    if (env) failed = chdir(directory) < 0 ? "directory" : dup2(out, 1) < 0 || dup2(err, 2) < 0 ? "descriptors" : NULL;
+    if (failed) {
+        say_refused(report, launch->words > 4 && words ? words[5] : "-", failed, getpid());
+        return USAGE_ERROR;
+    }
+    close(out);
+    close(err);
+    umask(launch->umask);
+    setsid();
+    if (launch->words > 4 && !strcmp(words[5], "pid-namespace"))
+        prctl(PR_SET_DUMPABLE, dumpable);       /* an ordinary user's is mapped through /proc */
+    words[0] = "shim";
+    environ = env;
+    return shim((int)launch->words + 1, words);
+}
+
+/* The descriptors of a message, if they have the numbers that its words have for them. */
+static int passed_by(struct msghdr *message)
+{
+    struct cmsghdr *rights = CMSG_FIRSTHDR(message);
+    if (!rights || rights->cmsg_type != SCM_RIGHTS || message->msg_flags & (MSG_TRUNC | MSG_CTRUNC)) return 0;
+    int count = (int)((rights->cmsg_len - CMSG_LEN(0)) / sizeof(int)), each;
+    for (int i = 0; i < count; i++) {
+        memcpy(&each, CMSG_DATA(rights) + (size_t)i * sizeof each, sizeof each);
+        if (each != FIRST_PASSED + i) return 0;
+    }
+    return count;
+}
+
+static int starter(int control, int pids_fd)
+{
+    static char text[MESSAGE_BYTES];
+    _Atomic int32_t *pids = mmap(NULL, MOST_PIDS * sizeof *pids, PROT_READ | PROT_WRITE, MAP_SHARED, pids_fd, 0);
+    if (pids == MAP_FAILED || madvise((void *)pids, MOST_PIDS * sizeof *pids, MADV_DONTFORK) < 0) return USAGE_ERROR;
+    if (control != CONTROL && dup2(control, CONTROL) < 0) return USAGE_ERROR;
+    close_from(CONTROL + 1, CONTROL);
+    fcntl(CONTROL, F_SETFD, FD_CLOEXEC);
+    int agent = (int)syscall(NR_PIDFD_OPEN, getppid(), 0);      /* whoever else has his end of the socket, he is gone */
+    if (agent < 0 && dup2(CONTROL, AGENT) < 0) return USAGE_ERROR;
+    sigset_t none;
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
+    int dumpable = prctl(PR_GET_DUMPABLE);
+    prctl(PR_SET_DUMPABLE, 0);
+    for (;;) {
+        struct pollfd wait[2] = {{.fd = CONTROL, .events = POLLIN}, {.fd = agent, .events = POLLIN}};
+        union { struct cmsghdr head; char room[CMSG_SPACE(MOST_PASSED * sizeof(int))]; } rights;
+        struct launch launch;
+        struct iovec parts[2] = {{&launch, sizeof launch}, {text, sizeof text}};
+        struct msghdr message = {.msg_iov = parts, .msg_iovlen = 2, .msg_control = &rights, .msg_controllen = sizeof rights};
+        if (poll(wait, 2, -1) < 0 && errno != EINTR) return USAGE_ERROR;
+        if (wait[1].revents || wait[0].revents & (POLLHUP | POLLERR)) return 0;     /* nobody waits for what is left */
+        ssize_t size = recvmsg(CONTROL, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (size < 0 && (errno == EAGAIN || errno == EINTR)) continue;
+        if (size <= 0) return 0;
+        if (passed_by(&message) >= 3 && (size_t)size >= sizeof launch && launch.place < MOST_PIDS) {
+            const char *end = text + ((size_t)size - sizeof launch);
+            pids[launch.place] = -1;
+            pid_t pid = (pid_t)syscall(SYS_clone, CLONE_PARENT | SIGCHLD, NULL, NULL, NULL, NULL);
+            if (pid == 0) _exit(begin(&launch, text, end, dumpable));
+            if (pid < 0) say_refused(FIRST_PASSED, "starter", "fork", 0);
+            pids[launch.place] = pid;
+        }
+        close_from(FIRST_PASSED, 0);
+    }
+}
+
+int main(int count, char **words)
+{
+    long control, pids;
+    reset_signals();    /* who ignores SIGCHLD, as our parent may, is told of no child's end */
+    if (count != 4 || strcmp(words[1], "starter")) return shim(count, words);
+    if (!number(words[2], CONTROL, INT_MAX, &control) || !number(words[3], CONTROL, INT_MAX, &pids)) return USAGE_ERROR;
+    return starter((int)control, (int)pids);
 }

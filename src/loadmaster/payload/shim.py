@@ -751,7 +751,9 @@ def main(words: list[str]) -> int:
     except OSError as exc:
         if o.lock >= 0:
             os.fchmod(o.lock, 0o600)
-        tell(o.report, f"refused {o.mode}\nwhat {o.doing}\nerrno {exc.errno}\nreason {exc.strerror}\n")
+        tell(o.report,
+             f"refused {o.mode}\nwhat {o.doing}\nerrno {exc.errno}\nreason {exc.strerror}\n"
+             f"shim_pid {os.getpid()}\n")  # fmt: skip
         return USAGE_ERROR
     return 0
 

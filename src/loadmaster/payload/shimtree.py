@@ -14,6 +14,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Final
 
 import anyio
@@ -21,6 +22,7 @@ import anyio
 from loadmaster.description import Containment, Isolation
 from loadmaster.payload.launch import Group, Launch, Refused, shim_command, shim_kind
 from loadmaster.payload.process import Account, ExitRecord
+from loadmaster.payload.starter import UNTAKEN, Order, Starter
 from loadmaster.payload.sweep import kill_below, kill_init, kill_session
 from loadmaster.payload.tree import KILL_SECONDS, Tree, in_thread
 from loadmaster.payload.usage import BLOCK_BYTES, TreeUsage, read_session, read_stat, read_tree
@@ -36,6 +38,10 @@ LOOK_SECONDS: Final = 0.2
 
 LACKS: Final = (errno.EAGAIN, errno.ENOMEM)
 """What a busy node says, and what says nothing of what it allows."""
+
+
+UNHEARD_SECONDS: Final = 2.0
+"""A starter that has not heard of a start for that long is told to go on, and after as long again done without."""
 
 
 class HeldByShim(Tree):
@@ -150,22 +156,53 @@ class HeldByShim(Tree):
                 signal.pidfd_send_signal(self._pidfd, number)
 
 
+class NotTaken(Exception):
+    """A starter has ended before it heard of a start: nothing was started."""
+
+
 class ShimTree(HeldByShim):
     """A payload below a shim that is below us."""
 
     def __init__(self, containment: Containment, launch: Launch) -> None:
-        """Start the shim. Blocks for about a millisecond; raises OSError, or `Refused` when it cannot be executed."""
+        """Only what it will be: `ordered` and `executed` start it."""
         self.containment = containment
-        self.shim = shim_kind()
+        self.shim = "c"
         self.pid = self.start_ticks = 0
         self.started = time.monotonic()
         self._group = launch.group
         self._text = b""
         self._last_words: dict[str, str] = {}
         self._helpers = helpers_of(containment, launch.isolation)
-        mode = Containment.SUBREAPER if containment is Containment.CGROUP else containment
+        self._mode = Containment.SUBREAPER if containment is Containment.CGROUP else containment
+        self._popen: subprocess.Popen[bytes] | None = None
+        self._directory = str(launch.cwd)
+        self._order_of: Order | None = None
+        self._insisted = False
+
+    @classmethod
+    def ordered(cls, containment: Containment, launch: Launch, starter: Starter) -> ShimTree | None:
+        """Have a shim started; None if that one cannot. Does not wait; raises OSError."""
+        tree = cls(containment, launch)
+        report, of_shim = socket.socketpair()
+        with report, of_shim:
+            report.setblocking(False)
+            tree._order_of = starter.order(launch, tree._mode, of_shim.fileno())
+            if tree._order_of is None:
+                return None
+            tree._report = report.detach()
+        return tree
+
+    @classmethod
+    def executed(cls, containment: Containment, launch: Launch) -> ShimTree:
+        """Execute the shim. Blocks for about a millisecond; raises OSError, or `Refused` when it cannot be executed."""
+        tree = cls(containment, launch)
+        tree.shim = shim_kind()
+        tree._execute(launch)
+        return tree
+
+    def _execute(self, launch: Launch) -> None:
         command = shim_command()
-        with Channels(launch, mode) as channels:
+        with Channels(launch, self._mode) as channels:
             try:
                 self._popen = subprocess.Popen(
                     [*command, *channels.words, *launch.argv], env={}, cwd=launch.cwd, stdin=subprocess.DEVNULL,
@@ -176,35 +213,34 @@ class ShimTree(HeldByShim):
                 if exc.errno in LACKS:
                     raise OSError(exc.errno, lack_of(exc.errno, "fork")) from exc
                 if exc.filename == command[0]:
-                    raise Refused(f"{containment}: the shim cannot be executed: {exc}") from exc
+                    raise Refused(f"{self.containment}: the shim cannot be executed: {exc}") from exc
                 raise
             self._report = channels.report.detach()
-            self.shim_pid = self._popen.pid
-            self._pidfd = self._open()
+            try:
+                self._found(self._popen.pid)
+            except OSError:
+                self._popen.send_signal(signal.SIGUSR1)
+                self._popen.wait()
+                os.close(self._report)
+                raise
 
-    def _open(self) -> int:
-        """A descriptor that can be read from once the shim has ended. Raises OSError, and then nothing is left."""
+    def _found(self, pid: int) -> None:
+        """Have a descriptor that can be read from once the shim has ended. Raises OSError."""
+        self.shim_pid = pid
         try:
-            return os.pidfd_open(self._popen.pid)
+            self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError:  # it has, and was reaped by a kernel whose embedding program ignores SIGCHLD
-            return os.eventfd(1)
-        except OSError:
-            self._popen.send_signal(signal.SIGUSR1)
-            self._popen.wait()
-            os.close(self._report)
-            raise
+            self._pidfd = os.eventfd(1)
 
-    async def begin(self) -> None:
-        """Wait until the payload runs. Raises `Refused`, or OSError when it cannot be executed or no process be had."""
-        while b"\n\n" not in self._text and not self._text.startswith(b"refused"):
-            await anyio.wait_readable(self._report)
-            if not (more := os.read(self._report, 65536)):
-                break
-            self._text += more
-        facts = facts_of(self._text)
+    async def begin(self, *, insist: bool = True) -> None:
+        """Wait until the payload runs. Raises `Refused`, `NotTaken`, or OSError when it cannot be executed or no process
+        be had. `insist`: that a starter which has stopped is told to go on."""
+        facts = await self._first_words(insist=insist)
         if "refused" in facts:
             if (number := int(facts["errno"])) in LACKS:
                 raise OSError(number, lack_of(number, facts["what"]))
+            if facts["what"] == "directory":
+                raise OSError(number, facts["reason"], self._directory)
             if facts["what"] in {"lock", "record"}:  # of the state directory: not a matter for a weaker containment
                 raise OSError(number, f"its state directory: {facts['what']}: {facts['reason']}")
             raise Refused(f"{self.containment}: {facts['what']}: {facts['reason']}")
@@ -215,6 +251,63 @@ class ShimTree(HeldByShim):
         self.shim_start_ticks = int(facts["shim_start"])
         self.init_pid, self.init_start_ticks = int(facts["init_pid"]), int(facts["init_start"])
         self.fenced = facts["fenced"] == "1"
+
+    async def _first_words(self, *, insist: bool = True) -> dict[str, str]:
+        """What the shim says of the start, or a starter of why there is none. Knows the shim by then, if there is one."""
+        while b"\n\n" not in self._text and not self._text.startswith(b"refused"):
+            if not (insist and self._is_unheard):
+                await anyio.wait_readable(self._report)
+            elif not await self._hears():
+                await self._hurry_starter()
+                continue
+            if more := os.read(self._report, 65536):
+                self._text += more
+            else:
+                break
+        facts = facts_of(self._text)
+        if self._order_of is not None:
+            pid = int(facts.get("shim_pid", self._order_of.pid))
+            if not facts and pid == UNTAKEN:
+                raise NotTaken
+            if pid > 0 and self._pidfd < 0:
+                self._found(pid)
+        return facts
+
+    async def _hears(self) -> bool:
+        with anyio.move_on_after(UNHEARD_SECONDS):
+            await anyio.wait_readable(self._report)
+            return True
+        return False
+
+    @property
+    def _is_unheard(self) -> bool:
+        return self._order_of is not None and self._order_of.pid == UNTAKEN
+
+    async def _hurry_starter(self) -> None:
+        """Who has our user may have stopped it, and all starts wait for it."""
+        if self._order_of is None or not self._is_unheard:
+            return
+        if self._insisted:
+            await self._order_of.withdraw()
+        self._order_of.insist()
+        self._insisted = True
+
+    async def find(self) -> bool:
+        """Whether there is a shim to be ended, of a start that is given up. Call it shielded; it is bounded."""
+        if self._pidfd >= 0 or self._order_of is None:
+            return self._pidfd >= 0
+        if self._order_of.pid <= 0:
+            await self._order_of.withdraw()
+        if self._order_of.pid < 0:  # who has the report says so, or it ends
+            with anyio.move_on_after(KILL_SECONDS), suppress(NotTaken):
+                await self._first_words()
+        elif self._order_of.pid > 0:
+            try:
+                self._found(self._order_of.pid)
+            except OSError:  # no descriptor is free
+                os.kill(self.shim_pid, signal.SIGUSR1)
+                await in_thread(partial(os.waitpid, self.shim_pid, 0))
+        return self._pidfd >= 0
 
     def _has_record(self) -> bool:
         return bool(self._said())
@@ -234,11 +327,15 @@ class ShimTree(HeldByShim):
         """The record came through a socket of the shim's own; without it the shim was killed and the status is lost."""
         said = self._said()
         os.close(self._report)
-        os.close(self._pidfd)
-        self._pidfd = -1
-        with suppress(ChildProcessError):
-            os.waitpid(self._popen.pid, os.WNOHANG)
-        self._popen.returncode = 0
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+            with suppress(ChildProcessError):
+                os.waitpid(self.shim_pid, os.WNOHANG)
+        if self._popen is not None:
+            self._popen.returncode = 0
+        if self._order_of is not None:
+            self._order_of.forget()
         self._reported = bool(said)
         return record_of(said) if said else ExitRecord()
 

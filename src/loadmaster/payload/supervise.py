@@ -6,19 +6,17 @@ import logging
 import os
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
-from functools import lru_cache, partial
+from functools import partial
 from math import inf
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, ParamSpec, TypeVar
 
 import anyio
 
-from loadmaster.description import Containment, Limits, PayloadSpec
-from loadmaster.errors import PayloadNotStarted
+from loadmaster.description import Limits
 from loadmaster.limits import (
     CPU_RATIO,
     SHORTEST_LOOK_SECONDS,
@@ -32,12 +30,9 @@ from loadmaster.limits import (
     seconds_until_walk,
     without_cpu_ratio,
 )
-from loadmaster.payload.command import argv_of
-from loadmaster.payload.containment import settled, spawn
-from loadmaster.payload.launch import Launch, Refused, shim_kind
 from loadmaster.payload.output import PEEK_LINES, Output, Printed
 from loadmaster.payload.softstop import SoftStop
-from loadmaster.payload.state import LaunchRecord, StateDirectory, boot_id, remove_state
+from loadmaster.payload.state import StateDirectory
 from loadmaster.payload.tree import KILL_SECONDS, Tree
 from loadmaster.payload.usage import (
     DirectoryUsage,
@@ -48,9 +43,7 @@ from loadmaster.payload.usage import (
     read_sizes,
 )
 from loadmaster.result import EndedBy, PayloadOutcome, Usage, Verdict
-from loadmaster.threads import briefly, while_brief
-from loadmaster.workdir import Workdir
-from loadmaster.world import USUAL, World
+from loadmaster.threads import briefly
 
 if TYPE_CHECKING:
     from loadmaster.payload.cgroup import Group
@@ -411,155 +404,6 @@ class _Seen:
         self.written_bytes = max(self.written_bytes, found.written_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class _Begun:
-    """A payload that may run already."""
-
-    workdir: Workdir
-    launch: Launch
-    tree: Tree
-    others: Sequence[Containment]
-    """That may be tried."""
-    output: Output
-    group: Group | None
-    directory: StateDirectory | None
-
-
-async def start(
-    spec: PayloadSpec, workdir: Workdir, *, stdout: str, stderr: str, limits: Limits = NO_LIMITS,
-    world: World = USUAL, cores: frozenset[int] = frozenset(), soft_stop: SoftStop | None = None,
-    outputs_bytes: Callable[[], int] | None = None, state: Path | None = None, hidden: Sequence[Path] = (),
-) -> Payload:  # fmt: skip
-    """Start a payload in the first containment the node allows, its output in two files of the work directory.
-
-    What the kernel can hold of the limits it is told; `watch` judges all of them. `cores` are the CPUs it is bound to, if
-    any. `outputs_bytes` says what would have to be delivered if it ended now; called in a thread. Raises
-    `PayloadNotStarted`. Cancelled, it leaves no payload.
-
-    With `state`, a directory that is not there yet, the payload outlives an agent that dies, and can be adopted by the
-    next one (`adopt`), for `World.orphan_seconds`; not in a session, which can only be ended. Where it has mounts of its
-    own it finds that directory and those of `hidden` empty. Who has started it, or adopted it, has it alone until `end`
-    has returned; `remove_state` removes what is left on disk. All of these have to be apart from the work directory.
-    """
-
-    opened: list[int] = []
-
-    def prepare() -> _Begun:
-        """All that has to be done in a thread, in one."""
-        near = world.containment[0] is Containment.SESSION
-        if state is not None or hidden:
-            own = os.path.join(_real(workdir.path.parent), workdir.path.name, "")
-            places = [os.path.join(_real(place), "") for place in hidden]
-            if state is not None:
-                places.append(os.path.join(_real(state.parent), state.name, ""))
-            for place in places:
-                if own.startswith(place) or place.startswith(own):
-                    raise ValueError(f"{place}: has to be apart from the work directory {own}")
-        argv = argv_of(spec, workdir.path, near=near)
-        output = Output(workdir, stdout, stderr)
-        asked = world.cgroup != "none" or world.containment[0] is Containment.CGROUP
-        group = directory = None
-        try:
-            group = _group_of(workdir.path.name, world, limits) if asked and not near else None
-            if state is not None:
-                directory = _state_of(state, world, group)
-                opened.extend(os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in hidden)
-            concealed = tuple(opened)
-            opened.append(lock := workdir.hold())
-            launch = Launch(
-                argv, spec.env, workdir.path, output.stdout, output.stderr, limits.grace_seconds, umask=world.umask,
-                nice=world.nice, cores=cores, cpu_seconds=_kernels_cpu(limits), isolation=world.isolation,
-                image=world.image, group=group, state=directory.descriptor if directory else -1,
-                orphan_seconds=world.orphan_seconds, hidden=concealed, lock=lock,
-            )  # fmt: skip
-            tree, others = spawn(launch, world.containment)
-        except BaseException:
-            _discard(output, group, directory)
-            raise
-        if tree.containment is Containment.SESSION:
-            _note_session(workdir, directory, tree)
-        return _Begun(workdir, launch, tree, others, output, group, directory)
-
-    try:
-        begun = await while_brief(prepare)  # a start waits for the new process, milliseconds where all cores are busy
-        tree = await _settled(begun)
-    except (OSError, Refused) as exc:
-        raise PayloadNotStarted(f"cannot start {_shown(spec)}: {exc}") from exc
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
-    return Payload(
-        tree, begun.output, group=begun.group, soft_stop=soft_stop, kept_bytes=world.kept_output_bytes,
-        outputs_bytes=outputs_bytes, state=begun.directory,
-    )  # fmt: skip
-
-
-@lru_cache(maxsize=32)
-def _real(directory: Path) -> str:
-    """Of directories that are the same for many jobs: each resolution takes a dozen system calls."""
-    return os.path.realpath(directory)
-
-
-def _kernels_cpu(limits: Limits) -> float | None:
-    """What one process may use before the kernel steps in: the limit, and all that can be used in the grace."""
-    if limits.cpu_seconds is None:
-        return None
-    return limits.cpu_seconds + limits.grace_seconds * (os.cpu_count() or 1)
-
-
-def _group_of(job_id: str, world: World, limits: Limits) -> Group | None:
-    from loadmaster.payload.cgroup import group_of  # loaded when used
-
-    return group_of(job_id, "" if world.cgroup in {"own", "none"} else world.cgroup, limits)
-
-
-def _state_of(path: Path, world: World, group: Group | None) -> StateDirectory:
-    """A state directory, with what the next agent cannot find out. Raises OSError."""
-    record = LaunchRecord(
-        boot_id=boot_id(), shim=shim_kind(), containment=world.containment, isolation=world.isolation,
-        groups=group.items if group is not None else {},
-    )  # fmt: skip
-    return StateDirectory.make(path, record)
-
-
-def _note_session(workdir: Workdir, directory: StateDirectory | None, tree: Tree) -> None:
-    """Who the next agent has to end, and who lives in the work directory: there is no shim that would say it."""
-    workdir.note_session(tree.pid, tree.start_ticks)
-    if directory is None:
-        return
-    facts = {"shim_pid": 0, "shim_start": 0, "payload_pid": tree.pid, "payload_start": tree.start_ticks}
-    try:
-        directory.note({**facts, "containment": tree.containment})
-    except OSError as exc:  # the disk is full; who has the event of its start knows as much
-        log.warning("process %d: is not noted for the next agent: %s", tree.pid, exc)
-
-
-def _discard(output: Output, group: Group | None, directory: StateDirectory | None) -> None:
-    """There was no payload."""
-    output.discard()
-    if group is not None and not group.remove():
-        group.close()
-    if directory is not None:
-        directory.close()
-        remove_state(directory.path)
-
-
-async def _settled(begun: _Begun) -> Tree:
-    """The tree in which it runs. Cancelled, or raising, it leaves nothing of what has begun."""
-    try:
-        tree = await settled(begun.launch, begun.tree, begun.others)
-    except BaseException:
-        with anyio.CancelScope(shield=True):  # a few unlinks on a local disk
-            await briefly(partial(_discard, begun.output, begun.group, begun.directory))
-        raise
-    if begun.group is not None:
-        begun.group.close_descriptors()
-    if tree is not begun.tree and tree.containment is Containment.SESSION:
-        with anyio.CancelScope(shield=True):  # a payload that runs is one, also for somebody who is cancelled just then
-            await briefly(partial(_note_session, begun.workdir, begun.directory, tree))
-    return tree
-
-
 async def watch(
     payload: Payload, limits: Limits, *, heartbeat_seconds: float, on_sample: Callable[[Usage], Awaitable[None]],
     before_soft_stop: Callable[[], Awaitable[None]] | None = None,
@@ -601,8 +445,3 @@ async def watch(
             limits, verdict = without_cpu_ratio(limits), None
         if verdict is not None:
             return verdict
-
-
-def _shown(spec: PayloadSpec) -> str:
-    command = spec.command if isinstance(spec.command, str) else " ".join(spec.command)
-    return repr(command[:80])

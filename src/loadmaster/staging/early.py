@@ -70,12 +70,12 @@ class FinishedOutput(Outgoing):
         super().__init__(workdir, finished.name)
         self._content = finished.content
 
-    def _open(self) -> int:
-        descriptor = super()._open()
+    def _open(self) -> tuple[int, int]:
+        descriptor, size = super()._open()
         if likeness(self._content, Content.of(descriptor)) is Likeness.OTHER:
             os.close(descriptor)
             raise NotDeliverable(errno.ESTALE, "was written again")
-        return descriptor
+        return descriptor, size
 
 
 class EarlyOutputs:

@@ -16,6 +16,7 @@ from loadmaster.errors import AlreadyExists, InvalidSite, NotFound, StagingFaile
 from loadmaster.names import local_file, local_path
 from loadmaster.result import StoredFile
 from loadmaster.site import Site
+from loadmaster.staging.brief import FEW_FILES, are_few, move_briefly
 from loadmaster.staging.errand import Errand, Outcome, told
 from loadmaster.staging.files import Elsewhere, Incoming, Outgoing, OutgoingPath
 from loadmaster.staging.lanes import Lanes
@@ -40,7 +41,7 @@ from loadmaster.storage.base import (
 )
 from loadmaster.storage.checksums import Checksum
 from loadmaster.storage.kinds import Storages
-from loadmaster.storage.local import WORK_DIRECTORY, checksum, translated
+from loadmaster.storage.local import WORK_DIRECTORY, LocalStorage, checksum, translated
 from loadmaster.tasks import for_each, single_error
 from loadmaster.threads import briefly
 from loadmaster.workdir import Workdir
@@ -284,7 +285,10 @@ class Transfers:
             else:
                 problems.append(f"{errand.name}: {told(errand, outcome)}")
 
-        if self.cache is None:
+        if self.cache is None and len(fetches) <= FEW_FILES:
+            if left := await self._move_few(list(map(incoming, fetches)), arrived, listener):
+                await self._run(iter(left), arrived, listener, len(left))
+        elif self.cache is None:
             await self._run(map(incoming, fetches), arrived, listener, len(fetches))
         else:
             await self._fetch_shared(self.cache, fetches, workdir, arrived, listener)
@@ -350,6 +354,10 @@ class Transfers:
                 await listener.failed_over(file, errand.places[0].url)
 
         async def move(some: Sequence[Errand]) -> None:
+            if self.catalog is None or len(some) == 1:
+                some = await self._move_few(some, arrived, listener)
+            if not some:
+                return
             await self._run(
                 iter(some), arrived, listener, len(some), tellers=self.site.most_streams if self.catalog else 1
             )
@@ -445,6 +453,31 @@ class Transfers:
                 await storage.clear(url, parts)
 
     # -- the same for both --------------------------------------------------------------------------------------------
+
+    async def _move_few(
+        self, errands: Sequence[Errand], arrived: Callable[[Errand, Outcome], Awaitable[None]], listener: Listener
+    ) -> Sequence[Errand]:
+        """Move what is a matter of a moment without a party; the errands that are left for one."""
+        if not are_few(errands) or any(self._lanes.limit(errand.road.element) is not None for errand in errands):
+            return errands
+        try:
+            storage = await self._storage(errands[0].replica.url)
+        except StorageError:
+            return errands
+        if type(storage) is not LocalStorage:  # another may move them in a way of its own
+            return errands
+        left: list[Errand] = []
+        size = 0
+        for errand, info in zip(errands, await move_briefly(errands, storage), strict=True):
+            if info is None:
+                left.append(errand)
+            else:
+                await arrived(errand, info)
+                size += info.size_bytes
+        if not left and listener.wants_progress:
+            count = len(errands)
+            listener.overall(errands[0].direction, Overall(count, count, size, 0, size, 0.0, None, count))
+        return left
 
     async def _run(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Protocol, TypeAlias
 
-from loadmaster.errors import StorageError
+from loadmaster.errors import ChecksumMismatch, StorageError
 from loadmaster.staging.lanes import Road
 from loadmaster.staging.partnames import PartNames
 from loadmaster.staging.retry import Course
@@ -128,7 +129,7 @@ class Moving(Transfer):
     mark_bytes: int = 0
     mark_time: float = 0.0
     """How far it had come when it was last looked at, and when that was."""
-    parts: list[Transfer] = field(default_factory=list)
+    parts: Sequence[Transfer] = ()
     """What it is moved as, while it is moved as several at once."""
 
     @property
@@ -140,6 +141,16 @@ class Moving(Transfer):
     def so_far_bytes(self) -> int:
         """How many bytes have passed, in all its parts."""
         return self.done_bytes + sum(part.done_bytes for part in self.parts)
+
+
+def took_other(errand: Errand, info: FileInfo) -> ChecksumMismatch | None:
+    """What a storage took is to be as long as what it was given; what came in was verified before it got its name."""
+    if errand.direction is Direction.DOWNLOAD:
+        return None
+    size = getattr(errand.end, "size_bytes", None)
+    if size is not None and info.size_bytes != size:
+        return ChecksumMismatch(errand.replica.url, f"took {info.size_bytes} bytes of {size}")
+    return None
 
 
 def told(errand: Errand, last: StorageError) -> str:

@@ -169,14 +169,13 @@ class _Outgoing:
     def open(self) -> int:
         """The file as it is, if it may leave."""
         try:
-            descriptor = self._open()
+            descriptor, self.size_bytes = self._open()
         except OSError as exc:
             self.refused = exc
             raise
-        self.size_bytes = os.fstat(descriptor).st_size
         return descriptor
 
-    def _open(self) -> int:
+    def _open(self) -> tuple[int, int]:
         raise NotImplementedError
 
     def keep(self, descriptor: int, info: FileInfo) -> None:
@@ -198,8 +197,8 @@ class Outgoing(_Outgoing):
         super().__init__()
         self._workdir, self._name = workdir, name
 
-    def _open(self) -> int:
-        return self._workdir.open_output(self._name)
+    def _open(self) -> tuple[int, int]:
+        return self._workdir.open_sized(self._name)
 
 
 class OutgoingPath(_Outgoing):
@@ -211,8 +210,9 @@ class OutgoingPath(_Outgoing):
         super().__init__()
         self._path = path
 
-    def _open(self) -> int:
-        return os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    def _open(self) -> tuple[int, int]:
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return descriptor, os.fstat(descriptor).st_size
 
 
 class Elsewhere(_Outgoing):

@@ -23,7 +23,7 @@ from anyio import lowlevel, to_thread
 from anyio.abc import TaskGroup
 
 from loadmaster.errors import ChecksumMismatch, StorageError, StorageUnavailable
-from loadmaster.staging.errand import BATCH_BYTES, BATCH_FILES, Errand, Moving, Outcome
+from loadmaster.staging.errand import BATCH_BYTES, BATCH_FILES, Errand, Moving, Outcome, took_other
 from loadmaster.staging.lanes import Lanes, Road
 from loadmaster.staging.retry import Course, Patience, Step
 from loadmaster.staging.split import move_in_parts, parts_of
@@ -313,10 +313,12 @@ class Party:
                 for errand in batch:
                     if errand.parts is not None:
                         await errand.parts.make_room(errand.replica.url)
-                transfers = [self._transfer(errand, storage, number) for errand in batch]
+                ranges, now = Ability.RANGES in storage.abilities, time.monotonic()
+                transfers = [self._transfer(errand, ranges, number, now) for errand in batch]
                 count = self._parts(transfers, storage)
                 if count > 1:
-                    await move_in_parts(storage, transfers[0], transfers[0].parts, count)
+                    transfers[0].parts = parts = list[Transfer]()
+                    await move_in_parts(storage, transfers[0], parts, count)
                     self._on_end(transfers)
                 else:
                     await storage.move(transfers, self._on_end)
@@ -350,18 +352,19 @@ class Party:
         for errand in errands:
             self._queue(errand)
 
-    def _transfer(self, errand: Errand, storage: Storage, number: int) -> Moving:
-        """A transfer for an errand: from its beginning, or from where the last one got stuck."""
-        url, algorithm = errand.replica.url, errand.checksum.algorithm if errand.checksum is not None else "adler32"
-        errand.end.url = url
-        errand.end.resumable = Ability.RANGES in storage.abilities and errand.direction is Direction.DOWNLOAD
-        errand.end.continues = 0
+    def _transfer(self, errand: Errand, ranges: bool, number: int, now: float) -> Moving:
+        """A transfer for an errand: from its beginning, or, where there are `ranges`, from where the last one got stuck."""
+        url, end = errand.replica.url, errand.end
+        algorithm = errand.checksum.algorithm if errand.checksum is not None else "adler32"
+        end.url = url
+        end.resumable = ranges and errand.direction is Direction.DOWNLOAD
+        end.continues = 0
         errand.transfers += 1
         self.transfers += 1
         transfer = errand.moving = Moving(
-            errand.direction, url, errand.end, algorithm, errand.size_bytes, errand=errand
-        )
-        transfer.step, transfer.held = errand.step, errand.held
+            errand.direction, url, end, algorithm, errand.size_bytes,
+            step=errand.step, held=errand.held, errand=errand, mark_time=now,
+        )  # fmt: skip
         if errand.parts is not None and errand.step.sends:
             transfer.part = errand.parts.next(url)
         if errand.source:
@@ -371,7 +374,6 @@ class Party:
             transfer.passed = rest.passed
             transfer.first_byte = errand.end.continues = rest.first_byte + rest.done_bytes
             transfer.version = rest.version if rest.url == url else None
-        transfer.mark_time = time.monotonic()
         self.moving[transfer] = number
         return transfer
 
@@ -386,7 +388,7 @@ class Party:
             if isinstance(info, FileInfo):
                 if transfer.first_byte:
                     info = FileInfo(transfer.first_byte + info.size_bytes, info.checksum)
-                wrong = _wrong(errand, info)
+                wrong = took_other(errand, info)
                 if wrong is None:
                     self._ended.append((errand, info))
                     continue
@@ -535,16 +537,6 @@ def _errand(transfer: Moving) -> Errand:
 
 def _scheme(transfer: Transfer) -> str:
     return transfer.url.partition("://")[0]
-
-
-def _wrong(errand: Errand, info: FileInfo) -> ChecksumMismatch | None:
-    """What a storage took is to be as long as what it was given; what came in was verified before it got its name."""
-    if errand.direction is Direction.DOWNLOAD:
-        return None
-    size = getattr(errand.end, "size_bytes", None)
-    if size is not None and info.size_bytes != size:
-        return ChecksumMismatch(errand.replica.url, f"took {info.size_bytes} bytes of {size}")
-    return None
 
 
 def _is_worth_continuing(transfer: Transfer, error: StorageError) -> bool:

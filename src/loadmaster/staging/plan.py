@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from loadmaster.description import InputFile, JobDescription, OutputFile
@@ -132,7 +132,7 @@ def _plan_delivery(file: OutputFile, name: str, job: JobDescription, site: Site)
     if all(_is_place(element) for element in wanted) and file.target is None:
         path = _output_path(job, _last_part(name))
         return Delivery(name, tuple(Replica(join_url(as_url(element), path)) for element in wanted))
-    bases = [_base(element, site) for element in wanted]  # an unknown name is told before a missing owner
+    bases = _bases(wanted, site)  # an unknown name is told before a missing owner
     lfn = _output_lfn(file, name, several, job, site)
     return Delivery(
         name,
@@ -218,16 +218,17 @@ def _output_lfn(file: OutputFile, name: str, several: bool, job: JobDescription,
         raise InvalidJob(f"output_path: {exc}") from exc
 
 
-def _base(element: str, site: Site) -> Replica:
-    if element in site.storage_elements:
-        return Replica(site.storage_elements[element], element)
-    if _is_place(element):
-        return Replica(as_url(element))
-    known = ", ".join(site.storage_elements) or "none is configured"
-    raise InvalidJob(
-        f"output_se: no storage element {element!r} ({known}); "
-        "a directory is written as a path: ./results or /data/results"
-    )
+def _bases(elements: Sequence[str], site: Site) -> list[Replica]:
+    """Where storage elements are. Raises `InvalidJob` that names all of them that are nowhere."""
+    unknown = [name for name in elements if name not in site.storage_elements and not _is_place(name)]
+    if unknown:
+        names = f"no storage element{'s' if len(unknown) > 1 else ''} {', '.join(map(repr, unknown))}"
+        known = ", ".join(site.storage_elements) or "none is configured"
+        raise InvalidJob(f"output_se: {names} ({known}); a directory is written as a path: ./results or /data/results")
+    return [
+        Replica(site.storage_elements[name], name) if name in site.storage_elements else Replica(as_url(name))
+        for name in elements
+    ]
 
 
 def _is_place(element: str) -> bool:

@@ -94,8 +94,11 @@ class LocalStorage:
             if len(transfers) > 1:
                 await to_thread.run_sync(batch.move, limiter=self._small)
                 self._adapt(batch.seconds / len(transfers))
-            elif not self._may_be_brief(transfers[0]) or not await briefly(batch.move_small):
-                await to_thread.run_sync(batch.move, limiter=self._threads)
+            else:
+                if self._may_be_brief(transfers[0]):
+                    await briefly(batch.move_small)
+                if not batch.untold:
+                    await to_thread.run_sync(batch.move, limiter=self._threads)
             if len(transfers) == 1 and transfers[0].done_bytes < SMALL_BYTES:
                 self._brief = batch.seconds < SLOW_SECONDS
         finally:
@@ -103,6 +106,21 @@ class LocalStorage:
             untold, batch.untold, batch.transfers = batch.untold, [], ()  # an idle thread may remember the batch
             if untold:
                 ended(untold)
+
+    async def move_small(self, transfers: Sequence[Transfer]) -> None:
+        """Move those of a few that are small, in one turn of a thread; the others have no result then, and nothing has
+        been done about them."""
+        batch = _Batch(transfers, self._sync, lambda done: None)
+        try:
+            if self._brief:
+                await briefly(batch.move_small)
+            else:
+                await to_thread.run_sync(batch.move_small, limiter=self._threads)
+            if batch.untold:
+                self._brief = batch.seconds < SLOW_SECONDS * len(batch.untold)
+        finally:
+            batch.close()
+            batch.untold, batch.transfers = [], ()
 
     def _may_be_brief(self, transfer: Transfer) -> bool:
         """Whether to move it takes no longer than other calls about small files, as far as is known."""
@@ -173,19 +191,18 @@ class _Batch:
         self.untold: list[Transfer] = []
         self.seconds = 0.0
 
-    def move_small(self) -> bool:
-        """Move the only one, if it is small; whether it was. In any thread."""
+    def move_small(self) -> None:
+        """Move those that are small, and leave the others as they are. In any thread."""
         begun = time.monotonic()
         self._only_small = True
-        try:
-            self._move(self.transfers[0])
-        except _TooLarge:
-            self._only_small = False
-            return False
-        self.untold.append(self.transfers[0])
+        for transfer in self.transfers:
+            self.close()
+            with suppress(_TooLarge):
+                self._move(transfer)
+                self.untold.append(transfer)
+        self._only_small = False
         self._sync_directories()
         self.seconds = time.monotonic() - begun
-        return True
 
     def close(self) -> None:
         """Close what an upload has not been read from."""

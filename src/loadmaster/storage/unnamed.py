@@ -26,7 +26,7 @@ class NewFile:
         `named`: it needs one."""
         folder = path.rpartition("/")[0] or "/"
         self._path = path
-        self._part = f"{folder}/{part or f'.{os.urandom(8).hex()}.part'}"
+        self._part = f"{folder}/{part}" if part else ""
         self._held = False
         self.is_named = named or not _has_proc()
         """Whether it has a name already."""
@@ -47,6 +47,7 @@ class NewFile:
         return self._open_named()
 
     def _open_named(self) -> int:
+        self._name_part()
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             return os.open(self._part, flags, 0o644)
@@ -83,7 +84,13 @@ class NewFile:
         # The argument has it follow the link that the name in /proc is.
         os.link(f"/proc/self/fd/{self.descriptor}", path, src_dir_fd=self.descriptor)
 
+    def _name_part(self) -> None:
+        """Any name, if it has been given none."""
+        if not self._part:
+            self._part = f"{self._path.rpartition('/')[0]}/.{os.urandom(8).hex()}.part"
+
     def _link_beside(self) -> None:
+        self._name_part()
         try:
             self._link(self._part)
         except FileExistsError:
