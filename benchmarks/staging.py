@@ -212,7 +212,7 @@ class Row:
         self.clear()
         self.arrived.mkdir(parents=True)
         self.arrived.chmod(0o777)  # servers may be somebody else
-        os.sync()  # or this run shares the disk with what the one before has written, and takes several times as long
+        os.sync()  # what the run before has written is not to reach the disk during this one
         cost = work()
         if self.bucket:
             sizes = [size for _, size in self.objects()]
